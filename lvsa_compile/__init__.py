@@ -1,0 +1,45 @@
+"""Long Video Sparse Attention as a torch.compile backend: ``torch.compile(model, backend="lvsa")``.
+
+Nothing is imported until it is used: torch imports this package while it starts, when ``TORCH_LOGS="+lvsa_compile"`` is set.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lvsa_compile.clock import reset, step
+    from lvsa_compile.errors import LvsaError, OptionError
+    from lvsa_compile.functional import sparse_attention
+    from lvsa_compile.options import make_options
+    from lvsa_compile.report.records import Report, reports
+    from lvsa_compile.sparsity.frame_pattern import FramePattern
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "FramePattern": "sparsity.frame_pattern",
+    "LvsaError": "errors",
+    "OptionError": "errors",
+    "Report": "report.records",
+    "make_options": "options",
+    "reports": "report.records",
+    "reset": "clock",
+    "sparse_attention": "functional",
+    "step": "clock",
+}
+
+__all__ = ["FramePattern", "LvsaError", "OptionError", "Report", "make_options", "reports", "reset", "sparse_attention", "step"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,173 @@
+"""The Dynamo backend ``lvsa``: the way of a graph from Dynamo to the inner compiler, as a list of named steps."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from lvsa_compile import compat
+from lvsa_compile.options import Options, parse_options
+from lvsa_compile.passes.compilation import Compilation, Pass, example_value
+from lvsa_compile.passes.decide import decide
+from lvsa_compile.passes.find_attention import find_attention
+from lvsa_compile.passes.find_horizon import find_horizon
+from lvsa_compile.passes.find_timestep import find_timestep
+from lvsa_compile.passes.rewrite import lower, rewrite
+from lvsa_compile.passes.trace_layout.axes import PARAMETER
+from lvsa_compile.passes.trace_layout.trace import trace_layout
+from lvsa_compile.passes.trace_layout.tracer import input_kind
+from lvsa_compile.passes.verify import verify
+from lvsa_compile.reasons import TRAINING
+from lvsa_compile.report.records import Report, forget, keep, report_of
+from lvsa_compile.runtime import with_clock
+
+log = logging.getLogger(__name__)
+
+PIPELINE: tuple[Pass, ...] = (
+    find_attention,  # every attention in the graph, in whatever form
+    trace_layout,  # what each token axis is made of, followed from the inputs
+    find_horizon,  # how many frames the model was trained on
+    find_timestep,  # which input tells the denoising step
+    decide,  # per site: sparse with a plan, or dense with one reason
+    rewrite,  # lvsa::attention at the sparse sites, tables and phase as inputs
+    lower,  # each site's op becomes the op of its lowering
+    verify,  # what the inner compiler and the run-time call rely on
+)
+
+
+class LvsaWarning(UserWarning):
+    """Something a user of the backend most likely did not mean."""
+
+
+def lvsa(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compiles a Dynamo graph with Long Video Sparse Attention where it applies; called by ``torch.compile(backend="lvsa")``.
+
+    Raises:
+        OptionError: an option has a value it cannot have, or does not exist.
+    """
+    parsed = parse_options(options, mode)
+    compilation = Compilation(compat.copy_graph(graph_module), parsed, compile_id=compat.compile_id())
+    for number, step in enumerate(PIPELINE):
+        compilation = _run_pass(number, step, compilation)
+    report = report_of(compilation)
+    _publish(report, compilation)
+    if not compilation.sparse:
+        return _compile_inner(graph_module, example_inputs, parsed, stamp="")
+
+    fake_mode = compat.tracing_fake_mode()
+    appended = [compat.fake_like(extra.value, fake_mode) for extra in compilation.extra_inputs]
+    compiled = _compile_inner(compilation.graph_module, [*example_inputs, *appended], parsed, stamp=_cache_stamp())
+    return with_clock(compiled, compilation.extra_inputs, compilation.timestep, _owner_position(graph_module), parsed.rotate)
+
+
+def _reset() -> None:
+    """What ``torch._dynamo.reset()`` does here."""
+    forget()
+    _warned.clear()
+    compat.reset_cuda_graphs()
+
+
+lvsa.reset = _reset  # type: ignore[attr-defined]
+
+
+def _run_pass(number: int, step: Pass, compilation: Compilation) -> Compilation:
+    """Runs one pass; with LVSA_DUMP_DIR set, writes the graph before the first pass and after each one that changed it."""
+    name = getattr(step, "__name__", str(step))
+    if number == 0:
+        _dump(compilation, "0-before")
+    started = time.perf_counter()
+    result = step(compilation)
+    log.debug("pass %s took %.3f s", name, time.perf_counter() - started)
+    _dump(result, f"{number + 1}-{name}")
+    return result
+
+
+def _dump(compilation: Compilation, stage: str) -> None:
+    folder = os.environ.get("LVSA_DUMP_DIR")
+    if not folder:
+        return
+    path = Path(folder) / f"{compilation.compile_id.replace('/', '.')}.{stage}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"# {compilation.model or 'graph'} [{compilation.compile_id}] {stage}"]
+    lines += [f"# {d.name}: {f'sparse by {d.plan.choice.lowering.name}' if d.plan else d.miss} [{d.layout}]" for d in compilation.decisions]
+    path.write_text("\n".join([*lines, "", str(compilation.graph_module.print_readable(print_output=False))]))
+
+
+def _compile_inner(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Options, stamp: str) -> Callable[..., Any]:
+    """Hands a graph to the inner compiler; without ``stamp`` exactly as that compiler's own backend would get it."""
+    if options.inner == "eager":
+        return graph_module.forward
+    if options.inner != "inductor":
+        compiled: Callable[..., Any] = compat.lookup_backend(options.inner)(graph_module, inputs)
+        return compiled
+    inductor = dict(options.inductor)
+    return compat.compile_with_inductor(graph_module, inputs, options.mode, compat.with_cache_stamp(inductor, stamp) if stamp else inductor)
+
+
+def _owner_position(graph_module: fx.GraphModule) -> int | None:
+    """Which input stands for the model at run time: a parameter from the middle, where tied weights are least likely."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    parameters = [
+        position
+        for position, node in enumerate(placeholders)
+        if input_kind(node)[0] == PARAMETER and isinstance(example_value(node), torch.nn.Parameter)
+    ]
+    return parameters[len(parameters) // 2] if parameters else None
+
+
+@functools.cache
+def _cache_stamp() -> str:
+    """Identity of this package's code, so that torch's caches never serve what another version compiled."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return f"lvsa-compile {digest.hexdigest()}"
+
+
+_warned: set[str] = set()
+
+
+def _publish(report: Report, compilation: Compilation) -> None:
+    """Keeps the report, logs its line, counts, and warns of what was most likely not meant."""
+    keep(report)
+    log.info("%s", report.summary)
+    log.debug("%s", report)
+    counts = compat.counters()
+    counts["sites"] += len(report.sites)
+    counts["sparse"] += len(report.sparse_sites)
+    for site in report.sites:
+        if site.reason:
+            counts[f"dense.{site.reason}"] += 1
+    if any(site.reason == TRAINING.code for site in report.sites):
+        _warn_once(f"lvsa left attention dense: {TRAINING.meaning} {TRAINING.remedy}")
+    if report.sparse_sites and compilation.options.rotate and compilation.timestep is None:
+        _warn_once(
+            f"lvsa found no timestep among the inputs of {report.model or 'the model'}, so the anchor grid stays at step 0. "
+            "Wrap each denoising step in `with lvsa_compile.step(i):`, or pass options={'rotate': False} if that is meant."
+        )
+    limit = compat.recompile_limit()
+    if report.sites and compat.compiles_of_this_code() + 1 >= limit:
+        _warn_once(
+            f"lvsa compiled {report.model or 'this model'} for size {limit} of torch._dynamo.config.recompile_limit = {limit}. "
+            "Any further size runs in eager mode with dense attention. "
+            f"Raise the limit (torch._dynamo.config.recompile_limit = {8 * limit}) or keep to fewer sizes."
+        )
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, LvsaWarning, stacklevel=2)
+        log.warning("%s", message)

@@ -1,0 +1,115 @@
+"""Which denoising step is running.
+
+A step is a new timestep *value*, never a call: guidance calls the model twice per step, caches skip calls.  The clock lives in small
+device tensors that a few ops update before each call of the compiled model, so nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import threading
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lvsa_compile.errors import StepError
+
+_explicit_step: contextvars.ContextVar[int | None] = contextvars.ContextVar("lvsa_step", default=None)
+
+
+@contextlib.contextmanager
+def step(index: int) -> Iterator[None]:
+    """Within this context (thread, task) compiled models run denoising step ``index``, whatever their timestep says.
+
+    Args:
+        index: the step's number from 0.
+
+    Raises:
+        StepError: ``index`` is not a whole number from 0.
+    """
+    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+        raise StepError(index)
+    token = _explicit_step.set(index)
+    try:
+        yield
+    finally:
+        _explicit_step.reset(token)
+
+
+class Clock:
+    """The denoising step of one model object.
+
+    The first timestep value is step 0; each other value is one step further, unless it jumps against the direction of the first two
+    values of the video: then a new video begins, at step 0.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: Tensor | None = None  # newest timestep value; NaN before the first
+        self._direction: Tensor | None = None  # -1 or 1 once two values are known, else 0
+        self._step: Tensor | None = None
+        self._phases: dict[tuple[int, torch.device, int], Tensor] = {}
+
+    def reset(self) -> None:
+        """The next timestep begins a new video."""
+        with self._lock:
+            self._last = self._direction = self._step = None
+
+    @torch.no_grad()
+    def tick(self, timestep: Tensor) -> None:
+        """Notes the timestep of a call: ``[B]``, per frame or per token; conditioned frames carry 0, so the largest counts."""
+        with self._lock, torch.inference_mode(False):
+            value = timestep.detach().amax().float()
+            if self._last is None or self._direction is None or self._step is None or self._last.device != value.device:
+                self._last = torch.full_like(value, float("nan"))
+                self._direction = torch.zeros_like(value)
+                self._step = torch.zeros_like(value, dtype=torch.int32)
+            move = torch.sign(value - self._last)
+            begins = torch.isnan(move) | (move * self._direction < 0)
+            moved = (move != 0).to(torch.int32)
+            self._step.copy_(torch.where(begins, 0, self._step + moved))
+            self._direction.copy_(torch.where(begins, 0.0, torch.where(self._direction == 0, move, self._direction)))
+            self._last.copy_(value)
+
+    def phase(self, phases: int, device: torch.device) -> Tensor:
+        """The current step modulo ``phases`` as an int32 scalar on ``device``, always the same tensor for the same thread."""
+        key = (phases, device, threading.get_ident())
+        explicit = _explicit_step.get()
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            phase = self._phases.get(key)
+            if phase is None:
+                phase = self._phases[key] = torch.zeros((), dtype=torch.int32, device=device)
+            if explicit is not None:
+                phase.fill_(explicit % phases)
+            elif self._step is None:
+                phase.zero_()
+            else:
+                phase.copy_(torch.remainder(self._step, phases), non_blocking=True)
+            return phase
+
+
+_clocks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_clocks_lock = threading.Lock()
+_everywhere: weakref.WeakSet[Clock] = weakref.WeakSet()
+
+
+def clock_of(owner: object) -> Clock:
+    """The clock of the model that owns ``owner``, a parameter; Dynamo shares one graph between models of a class."""
+    with _clocks_lock:
+        clock: Clock | None = _clocks.get(owner)
+        if clock is None:
+            clock = _clocks[owner] = Clock()
+            _everywhere.add(clock)
+        return clock
+
+
+def reset() -> None:
+    """A new video: the next timestep of every model is step 0."""
+    with _clocks_lock:
+        clocks = list(_everywhere)
+    for clock in clocks:
+        clock.reset()

@@ -1,0 +1,339 @@
+"""Every private torch API this package touches, in one place; made for torch 2.11 to 2.13.
+
+Each function says what it stands for, so that a change in torch is mended here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload as OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+# --- ops -----------------------------------------------------------------------------------------------------------------------
+
+OPAQUE_OP_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+"""Inductor must hand such an op its inputs in the strides that were traced, since its output strides follow the query's."""
+
+
+AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
+"""Dispatch key of autocast by device type."""
+
+
+def register_autocast(library: torch.library.Library, name: str, device: str, operator: OpOverload) -> None:
+    """Gives an attention op SDPA's autocast rule on ``device``: query, key and value go to the autocast dtype, float64 stays."""
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, AUTOCAST_KEYS[device]))
+
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.device.type == device
+        return tensor.to(torch.get_autocast_dtype(device)) if eligible else tensor
+
+    def autocast(query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return operator(cast(query), cast(key), cast(value), *others, **named)
+
+    library.impl(name, autocast, AUTOCAST_KEYS[device])
+
+
+def cpu_flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """The CPU kernel behind ``scaled_dot_product_attention``, with its log-sum-exp ``[B, heads, Sq]``.
+
+    Called directly it reads garbage where head_dim is not the fastest axis, so such tensors are copied first.
+    """
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+    return output, log_sum_exp
+
+
+def axes_in_memory_order(tensor: Tensor) -> list[int]:
+    """Axes from the slowest to the fastest in memory; symbolic strides are compared by their hints, which adds no guard."""
+    strides = [size_hint(stride) for stride in tensor.stride()]
+    return sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
+
+
+def size_hint(size: Any) -> int:
+    """An int as it is, a symbolic size as the value it has in this compile; adds no guard."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else 1 << 40
+
+
+# --- Inductor ------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def inductor_options() -> frozenset[str]:
+    """Names of Inductor's own configuration."""
+    import torch._inductor
+
+    return frozenset(torch._inductor.list_options())
+
+
+def inductor_has_option(name: str) -> bool:
+    """Whether ``torch.compile(backend="inductor", options={name: ...})`` would know the name."""
+    return name in inductor_options()
+
+
+def inductor_option_problem(name: str, value: object) -> tuple[str, str] | None:
+    """What is wrong with the type of a value for Inductor's option ``name``, by the rule ``torch.compile`` uses."""
+    from typing import get_origin
+
+    import torch._inductor.config as config
+
+    wanted = config.get_type(name)  # type: ignore[attr-defined]
+    if get_origin(wanted) is None and not isinstance(value, wanted):
+        return f"Inductor wants {getattr(wanted, '__name__', wanted)}, not {type(value).__name__}", "Give a value of that type."
+    return None
+
+
+def inductor_modes() -> tuple[str, ...]:
+    """Names that ``torch.compile(mode=...)`` takes."""
+    import torch._inductor
+
+    return tuple(mode for mode in torch._inductor.list_mode_options() if mode != "default")
+
+
+def compile_with_inductor(
+    graph_module: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """What ``torch.compile(backend="inductor", mode=mode, options=options)`` does with a graph."""
+    wrapper = torch._TorchCompileInductorWrapper(mode, dict(options), None)
+    compiled: Callable[..., Any] = wrapper(graph_module, inputs)
+    return compiled
+
+
+def with_cache_stamp(options: Mapping[str, Any], stamp: str) -> dict[str, Any]:
+    """Inductor options with a do-nothing pass put first whose identity is ``stamp``, so that caches know this package's version."""
+    import torch._inductor.config as config
+
+    name = "post_grad_custom_pre_pass"
+    existing = options.get(name, getattr(config, name))
+    others = () if existing is None else tuple(existing) if isinstance(existing, (list, tuple)) else (existing,)
+    return {**options, name: [_stamp_class()(stamp), *others]}
+
+
+@functools.cache
+def _stamp_class() -> Callable[[str], Any]:
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class CacheStamp(CustomGraphPass):
+        def __init__(self, stamp: str) -> None:
+            self.stamp = stamp
+
+        def __call__(self, graph: fx.Graph) -> None:
+            pass
+
+        def uuid(self) -> str:
+            return self.stamp
+
+    return CacheStamp
+
+
+def reset_cuda_graphs() -> None:
+    """What Inductor's own backend does on ``torch._dynamo.reset()``, where CUDA graphs were used."""
+    import sys
+
+    if trees := sys.modules.get("torch._inductor.cudagraph_trees"):
+        trees.reset_cudagraph_trees()
+
+
+def lookup_backend(name: str) -> Callable[..., Any]:
+    """A Dynamo backend by name."""
+    from torch._dynamo.backends.registry import lookup_backend as lookup
+
+    found: Callable[..., Any] = lookup(name)
+    return found
+
+
+# --- the compile in progress ---------------------------------------------------------------------------------------------------
+
+
+def compile_id() -> str:
+    """The compile in progress as torch's logs name it ("0/1"), or "-" outside one."""
+    from torch._guards import CompileContext
+
+    return str(CompileContext.current_compile_id() or "-")
+
+
+def compiles_of_this_code() -> int:
+    """How often the code object being compiled has been compiled before."""
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return current.frame_compile_id or 0 if current is not None else 0
+
+
+def recompile_limit() -> int:
+    """Compiles of one code object after which Dynamo runs new sizes in eager mode."""
+    import torch._dynamo.config as config
+
+    limit: int = config.recompile_limit
+    return limit
+
+
+def counters() -> collections.Counter[str]:
+    """``torch._dynamo.utils.counters["lvsa"]``, the usual place for counts of a backend."""
+    from torch._dynamo.utils import counters as all_counters
+
+    return all_counters["lvsa"]
+
+
+def root_scope() -> dict[str, Any]:
+    """Names in the function being compiled, locals over globals (``self`` is the model where its forward is compiled)."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:  # no compile in progress: current_tx is unset
+        return {}
+    return {**output.global_scope, **output.local_scope}
+
+
+# --- graphs --------------------------------------------------------------------------------------------------------------------
+
+
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph can be changed; attributes, node meta and what Dynamo keeps beside the graph are shared."""
+    import copy
+
+    graph = copy.deepcopy(graph_module.graph)
+    for old, new in zip(graph_module.graph.nodes, graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    copied = fx.GraphModule(graph_module, graph)
+    copied.meta = dict(graph_module.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(graph_module, name):
+            object.__setattr__(copied, name, getattr(graph_module, name))
+    return copied
+
+
+def placeholder_source(node: fx.Node) -> str | None:
+    """The Python expression a placeholder's value came from, such as ``L['timestep']``; None where Dynamo gave none."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return None
+    name = source.name  # a property from torch 2.10 on, a method before
+    return str(name() if callable(name) else name)
+
+
+def add_tensor_input(graph_module: fx.GraphModule, after: fx.Node, name: str, like: Tensor, fake_mode: Any) -> fx.Node:
+    """Adds a graph input with no Dynamo source, whose value the caller of the compiled function appends."""
+    with graph_module.graph.inserting_after(after):
+        node = graph_module.graph.placeholder(name)
+    node._dynamo_source = None
+    node.meta["example_value"] = fake_like(like, fake_mode)
+    return node
+
+
+def fake_like(tensor: Tensor, fake_mode: Any) -> Tensor:
+    """A fake tensor with the metadata of ``tensor`` and static sizes."""
+    with fake_mode:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def tracing_fake_mode() -> Any:
+    """The fake mode of the compile in progress, in which the inner compiler traces; None outside a compile."""
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    return context.fake_mode if context is not None else None
+
+
+def fake_mode_of(tensor: Tensor) -> Any:
+    """The fake mode a fake tensor belongs to, or None for a real one."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return tensor.fake_mode if isinstance(tensor, FakeTensor) else None
+
+
+def fake_mode_of_graph(graph: fx.Graph) -> Any:
+    """The fake mode of a Dynamo graph's inputs, or None where no input is a tensor."""
+    values = (node.meta.get("example_value") for node in graph.nodes if node.op == "placeholder")
+    return next((mode for value in values if isinstance(value, Tensor) and (mode := fake_mode_of(value)) is not None), None)
+
+
+@contextlib.contextmanager
+def tracing_on_fakes(fake_mode: Any) -> Iterator[None]:
+    """Surroundings in which the nodes of a Dynamo graph can run on the fake tensors of their placeholders without new guards."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    shape_env = fake_mode.shape_env
+    fresh = shape_env.ignore_fresh_unbacked_symbols() if shape_env is not None else contextlib.nullcontext()
+    with fake_mode, enable_python_dispatcher(), fresh:
+        yield
+
+
+def statically_true(condition: Any) -> bool:
+    """Whether a condition on symbolic sizes holds for all values; never adds a guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(condition))
+
+
+def size_expression(size: Any) -> Any:
+    """An int as it is, a symbolic size as its sympy expression (hashable, and combinable without guards)."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else expression
+
+
+def specialise(size: Any, tensor: Tensor) -> int | None:
+    """A symbolic size as the int it has now, with the guard that says so; None where the size is known only at run time."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    if isinstance(size, int):
+        return size
+    mode = fake_mode_of(tensor)
+    if mode is None or mode.shape_env is None or free_unbacked_symbols(size):
+        return None
+    return int(mode.shape_env.evaluate_expr(size))
+
+
+# --- modules of the model being compiled ---------------------------------------------------------------------------------------
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module a node was traced in, from the root of the compile; "" if unknown."""
+    stack = node.meta.get("nn_module_stack")
+    return ".".join(_path_parts(list(stack.values())[-1][0])[1:]) if stack else ""
+
+
+def modules_around(node: fx.Node) -> list[tuple[str, Any]]:
+    """Class names of the modules a node was traced in, outermost first, each with the module itself where it can be reached."""
+    scope = root_scope()
+    found: list[tuple[str, Any]] = []
+    root = scope.get("self")
+    if isinstance(root, torch.nn.Module):
+        found.append((type(root).__name__, root))
+    for path, module_class in (node.meta.get("nn_module_stack") or {}).values():
+        name = getattr(module_class, "__name__", str(module_class).rsplit(".", 1)[-1])
+        found.append((name, _reach(scope, path)))
+    return found
+
+
+def _path_parts(path: str) -> list[str]:
+    """``L['self'].__dict__['_modules']['blocks'].0.attn1`` as ``["self", "blocks", "0", "attn1"]``."""
+    import re
+
+    parts = re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)", path)
+    names = ["".join(part) for part in parts]
+    return [name for name in names if name not in ("__dict__", "_modules")]
+
+
+def _reach(scope: Mapping[str, Any], path: str) -> Any:
+    """The module at a path in the scope of the function being compiled, or None."""
+    names = _path_parts(path)
+    current = scope.get(names[0]) if names else None
+    for name in names[1:]:
+        children = getattr(current, "_modules", {})
+        current = children[name] if name in children else getattr(current, name, None)
+    return current if isinstance(current, torch.nn.Module) else None

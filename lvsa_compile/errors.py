@@ -1,0 +1,99 @@
+"""Every mistake a user can make with lvsa-compile, one exception class each.
+
+A message names the argument, the value it had and the remedy.  The template lives in the class, so that the text can be tested
+and documented from one place.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LvsaError(Exception):
+    """Base of all errors this package raises on purpose."""
+
+
+class OptionError(LvsaError, ValueError):
+    """An option has a value it cannot have."""
+
+    def __init__(self, name: str, value: object, problem: str, remedy: str) -> None:
+        super().__init__(f"option {name}={value!r}: {problem}. {remedy}")
+        self.name, self.value, self.problem, self.remedy = name, value, problem, remedy
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.name, self.value, self.problem, self.remedy)
+
+
+class UnknownOptionError(OptionError):
+    """An option that neither lvsa-compile nor Inductor has."""
+
+    def __init__(self, name: str, value: object, known: Iterable[str]) -> None:
+        known = sorted(known)
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        remedy = f"Did you mean {nearest[0]!r}?" if nearest else f"The options are: {', '.join(known)}; and Inductor's own."
+        super().__init__(name, value, "neither lvsa nor Inductor has this option", remedy)
+        self._known = known
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.name, self.value, self._known)
+
+
+class ShapeError(LvsaError, ValueError):
+    """Tensors or a grid that do not fit together in a direct call of ``sparse_attention``."""
+
+    def __init__(self, argument: str, value: object, problem: str, remedy: str) -> None:
+        super().__init__(f"{argument}={value!r}: {problem}. {remedy}")
+        self.argument, self.value, self.problem, self.remedy = argument, value, problem, remedy
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.argument, self.value, self.problem, self.remedy)
+
+
+class StepError(LvsaError, ValueError):
+    """An explicit denoising step that is not a whole number from 0."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__(f"step({value!r}): a denoising step is a whole number from 0. Pass the index of the step, not its timestep.")
+        self.value = value
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.value,)
+
+
+class GradientError(LvsaError, RuntimeError):
+    """A gradient was asked of an op that has none."""
+
+    def __init__(self, function: str) -> None:
+        super().__init__(
+            f"{function} computes no gradients, and an input requires one. Call it under torch.no_grad(), or detach its inputs."
+        )
+        self.function = function
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.function,)
+
+
+class LoweringUnavailableError(LvsaError, RuntimeError):
+    """A lowering was asked for by name and cannot serve the call."""
+
+    def __init__(self, lowering: str, why: str) -> None:
+        super().__init__(f"lowering {lowering!r} cannot be used here: {why}. Use lowering='auto' to let lvsa-compile choose.")
+        self.lowering, self.why = lowering, why
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.lowering, self.why)
+
+
+class RewriteError(LvsaError, RuntimeError):
+    """The rewritten graph broke an invariant; a defect of lvsa-compile, never of the model."""
+
+    def __init__(self, invariant: str) -> None:
+        super().__init__(
+            f"the rewritten graph breaks an invariant: {invariant}. This is a defect of lvsa-compile; "
+            "set LVSA_DUMP_DIR to a folder, run again and report it with the files written there."
+        )
+        self.invariant = invariant
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.invariant,)

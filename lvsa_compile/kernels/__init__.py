@@ -1,0 +1,1 @@
+"""Device code only; nothing here knows of graphs."""

@@ -1,0 +1,122 @@
+"""The op ``lvsa::attention``: attention of query blocks over ranges of keys, and its meaning in plain PyTorch.
+
+Every lowering is an op of the same schema, defined with ``define_attention_op``, so that lowering a site means choosing a target.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lvsa_compile import compat
+
+library = torch.library.Library("lvsa", "FRAGMENT")
+"""Where all ops of this package are defined."""
+
+_SCHEMA = (
+    "{name}(Tensor query, Tensor key, Tensor value, Tensor query_bounds, Tensor key_ranges, Tensor phase, *, float? scale=None)"
+    " -> (Tensor, Tensor)"
+)
+_ROWS_AT_A_TIME = 1024
+
+
+class AttentionBody(Protocol):
+    """Computes the op on real tensors."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_bounds: Tensor,
+        key_ranges: Tensor,
+        phase: Tensor,
+        *,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention output and natural log-sum-exp of the scores."""
+
+
+def define_attention_op(name: str, body: AttentionBody) -> compat.OpOverload:
+    """Registers ``lvsa::<name>`` with the schema, output strides and autocast rule all lowerings share."""
+    library.define(_SCHEMA.format(name=name), tags=compat.OPAQUE_OP_TAGS)
+    library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lvsa::{name}", _fake, lib=library)
+    operator: compat.OpOverload = getattr(torch.ops.lvsa, name).default
+    for device in compat.AUTOCAST_KEYS:
+        compat.register_autocast(library, name, device, operator)
+    return operator
+
+
+def output_like(query: Tensor, value: Tensor) -> Tensor:
+    """Uninitialised ``[B, heads, Sq, value_dim]`` in the memory order SDPA gives: the query's, if head_dim is its fastest axis."""
+    size = (*query.shape[:-1], value.shape[-1])
+    order = compat.axes_in_memory_order(query)
+    if order[-1] != query.dim() - 1:
+        order = sorted(order)
+    return torch.empty_permuted(size, order, dtype=query.dtype, device=query.device)
+
+
+def default_scale(head_dim: int, scale: float | None) -> float:
+    """The softmax scale: SDPA's default where none is given."""
+    return 1.0 / math.sqrt(head_dim) if scale is None else scale
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Scores and log-sum-exp are kept in float32, or in float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, query_bounds: Tensor, key_ranges: Tensor, phase: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The meaning of ``lvsa::attention``; the default lowering and the oracle of all others.
+
+    Query row ``i`` of block ``b`` (``query_bounds[b] <= i < query_bounds[b + 1]``) attends key ``j`` when one of
+    ``key_ranges[phase, b]`` holds ``start <= j < end``.  Softmax in float32 (float64 for float64 inputs).
+
+    Args:
+        query: ``[B, heads, Sq, head_dim]``; key: ``[B, key_heads, Sk, head_dim]``; value: ``[B, key_heads, Sk, value_dim]``,
+            ``heads`` a multiple of ``key_heads`` (grouped queries).
+        query_bounds: int32 ``[query_blocks + 1]``, in tokens.
+        key_ranges: int32 ``[phases, query_blocks, ranges, 2]``, in tokens; empty ranges are padding.
+        phase: int32 scalar tensor, the row of ``key_ranges`` to use.
+        scale: factor on the scores, by default ``1 / sqrt(head_dim)``.
+
+    Returns:
+        Output ``[B, heads, Sq, value_dim]`` in the query's dtype and memory order, and log-sum-exp ``[B, heads, Sq]``.
+    """
+    accumulate = accumulation_dtype(query.dtype)
+    group = query.shape[1] // key.shape[1]
+    key_t = key.to(accumulate).repeat_interleave(group, 1).transpose(-1, -2)
+    value_a = value.to(accumulate).repeat_interleave(group, 1)
+    ranges = key_ranges.index_select(0, phase.reshape(1).long())[0]
+    rows, columns = (torch.arange(n, device=query.device) for n in (query.shape[2], key.shape[2]))
+    block_of_row = torch.bucketize(rows, query_bounds[1:], right=True)
+
+    output = output_like(query, value)
+    log_sum_exp = torch.empty(query.shape[:3], dtype=accumulate, device=query.device)
+    for start in range(0, query.shape[2], _ROWS_AT_A_TIME):
+        part = slice(start, start + _ROWS_AT_A_TIME)
+        attended = torch.zeros(rows[part].shape[0], columns.shape[0], dtype=torch.bool, device=query.device)
+        for bounds in ranges[block_of_row[part]].unbind(1):
+            attended |= (columns >= bounds[:, :1]) & (columns < bounds[:, 1:])
+        scores = (query[:, :, part].to(accumulate) @ key_t) * default_scale(query.shape[-1], scale)
+        scores = scores.masked_fill(~attended, float("-inf"))
+        log_sum_exp[:, :, part] = torch.logsumexp(scores, -1)
+        output[:, :, part] = (torch.softmax(scores, -1) @ value_a).to(query.dtype)
+    return output, log_sum_exp
+
+
+def _fake(
+    query: Tensor, key: Tensor, value: Tensor, query_bounds: Tensor, key_ranges: Tensor, phase: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Shapes and strides of the op's results."""
+    lse_dtype = accumulation_dtype(query.dtype)
+    return output_like(query, value), torch.empty(query.shape[:3], dtype=lse_dtype, device=query.device)
+
+
+ATTENTION = define_attention_op("attention", attention)

@@ -1,0 +1,43 @@
+"""What a lowering must say about itself, and what it is told about a site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lvsa_compile import compat
+from lvsa_compile.sparsity.frame_pattern import FramePattern
+from lvsa_compile.sparsity.key_ranges import VideoSpan
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention site as a lowering sees it: sizes in tokens, pattern in latent frames."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    query_heads: int
+    key_heads: int
+    head_dim: int
+    value_dim: int
+    query: VideoSpan
+    key: VideoSpan
+    pattern: FramePattern
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """One way of computing the attention op.
+
+    ``operator`` has the schema of ``lvsa::attention``; ``refuses`` returns why it cannot serve a call, or None; ``speedup`` estimates
+    how many times faster than dense attention it is.  Among those that do not refuse, the lowest ``priority`` is chosen.
+    """
+
+    name: str
+    priority: int
+    operator: compat.OpOverload
+    refuses: Callable[[AttentionCall], str | None]
+    speedup: Callable[[AttentionCall], float]

@@ -1,0 +1,174 @@
+"""Every option of the ``lvsa`` backend, declared once: name, default, meaning and check.
+
+``torch.compile(model, backend="lvsa", options={...})`` takes these names, and the keys of Inductor's own configuration beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
+
+from lvsa_compile.errors import OptionError, UnknownOptionError
+from lvsa_compile.sparsity.frame_pattern import FramePattern
+
+T = TypeVar("T")
+Check = Callable[[Any], "tuple[str, str] | None"]
+"""Returns what is wrong with a value and the remedy, or None."""
+
+
+def _whole(least: int) -> Check:
+    def check(value: Any) -> tuple[str, str] | None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            return f"not a whole number of at least {least}", f"All lengths are in latent frames; give {least} or more."
+        return None
+
+    return check
+
+
+def _positive(value: Any) -> tuple[str, str] | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        return "not a positive number", "Use 1.0 for the published budget."
+    return None
+
+
+def _one_of(*choices: str) -> Check:
+    def check(value: Any) -> tuple[str, str] | None:
+        return None if value in choices else ("not a known choice", f"Choose one of: {', '.join(choices)}.")
+
+    return check
+
+
+def _flag(value: Any) -> tuple[str, str] | None:
+    return None if isinstance(value, bool) else ("not True or False", "Give True or False.")
+
+
+def _lowering(value: Any) -> tuple[str, str] | None:
+    from lvsa_compile.lowering.select import lowering_names
+
+    return _one_of("auto", *lowering_names())(value)
+
+
+def _inductor_mode(value: Any) -> tuple[str, str] | None:
+    from lvsa_compile import compat
+
+    return _one_of("default", *compat.inductor_modes())(value)
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
+
+
+def _option(default: T, meaning: str, check: Check) -> T:
+    result: T = field(default=default, metadata={"meaning": meaning, "check": check})
+    return result
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one compile, validated.  All lengths are in latent frames, after temporal patchify.
+
+    Raises:
+        OptionError: a value an option cannot have; the text names option, value and remedy.
+    """
+
+    window: int = _option(3, "Half-width of the local window, in latent frames; 0 leaves the anchors alone.", _whole(0))
+    first_frames: int = _option(1, "How many frames at the start are attended by every frame at every step.", _whole(0))
+    reference_frames: int | None = _option(
+        None, "Training horizon of the model in latent frames; by default from a table of known models.", _optional(_whole(1))
+    )
+    sparsity_scale: float = _option(1.0, "Multiplies the budget of attended frames that `reference_frames` sets.", _positive)
+    key_frame_interval: int | None = _option(
+        None, "Distance of the periodic anchors; None chooses it from the horizon, 0 means no periodic anchors.", _optional(_whole(0))
+    )
+    expand_window: bool = _option(True, "Whether the window grows until it holds 2 * window + 1 frames that are not anchors.", _flag)
+    rotate: bool = _option(True, "Whether the anchor grid moves by one frame with each denoising step.", _flag)
+    when_slower: str = _option(
+        "sparse",
+        "What a site gets whose pattern is expected not to be faster: 'sparse' keeps the pattern, 'dense' leaves it.",
+        _one_of("sparse", "dense"),
+    )
+    lowering: str = _option("auto", "How the pattern is computed; 'auto' chooses per site by device and shape.", _lowering)
+    inner: str = _option("inductor", "Compiler of the rewritten graph.", _one_of("inductor", "aot_eager", "eager"))
+    mode: str | None = _option(
+        None, "Inductor's mode, since torch.compile does not take mode= and options= together.", _optional(_inductor_mode)
+    )
+    inductor: tuple[tuple[str, Any], ...] = field(default=(), metadata={"meaning": "Keys of Inductor's own configuration."})
+
+    def __post_init__(self) -> None:
+        for spec in option_fields():
+            value = getattr(self, spec.name)
+            if problem := spec.metadata["check"](value):
+                raise OptionError(spec.name, value, *problem)
+        if self.inner != "inductor":
+            for name, value in (("mode", self.mode), *self.inductor):
+                if value is not None:
+                    raise OptionError(
+                        name,
+                        value,
+                        f"this is Inductor's, and inner={self.inner!r} does not use Inductor",
+                        "Drop it, or use inner='inductor'.",
+                    )
+        if self.reference_frames is not None:
+            self.frame_pattern(1, self.reference_frames)  # combinations that no frame could use are an error now, not at the first forward
+
+    def frame_pattern(self, frames: int, reference_frames: int) -> FramePattern:
+        """The pattern these options give to a video of ``frames`` latent frames."""
+        return FramePattern(
+            frames,
+            window=self.window,
+            first_frames=self.first_frames,
+            reference_frames=reference_frames,
+            sparsity_scale=self.sparsity_scale,
+            key_frame_interval=self.key_frame_interval,
+            expand_window=self.expand_window,
+        )
+
+
+def option_fields() -> list[Any]:
+    """The fields of ``Options`` a user sets by name, in order, each with ``metadata`` ``meaning`` and ``check``."""
+    return [f for f in fields(Options) if f.name != "inductor"]
+
+
+def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+    """Options as they reach the backend, checked; ``mode`` is what ``torch.compile(mode=...)`` was called with.
+
+    Raises:
+        OptionError: a value that an option cannot have.
+        UnknownOptionError: a name that neither lvsa nor Inductor has; names the nearest.
+    """
+    from lvsa_compile import compat
+
+    names = {f.name for f in option_fields()}
+    ours: dict[str, Any] = {}
+    inductors: list[tuple[str, Any]] = []
+    for name, value in (given or {}).items():
+        inductor_name = name.replace("-", "_")
+        if name in names:
+            ours[name] = value
+        elif compat.inductor_has_option(inductor_name):
+            if problem := compat.inductor_option_problem(inductor_name, value):
+                raise OptionError(name, value, *problem)
+            inductors.append((inductor_name, value))
+        else:
+            raise UnknownOptionError(name, value, names | set(compat.inductor_options()) if "." in name else names)
+    if mode is not None:
+        ours.setdefault("mode", mode)
+    return Options(**ours, inductor=tuple(inductors))
+
+
+def make_options(**given: Any) -> dict[str, Any]:
+    """Checks options now rather than at the first forward, and returns the dict for ``torch.compile(options=...)``.
+
+    Raises:
+        OptionError: a value that an option cannot have.
+        UnknownOptionError: a name that neither lvsa nor Inductor has; names the nearest.
+    """
+    parse_options(given)
+    return dict(given)
+
+
+def option_defaults() -> dict[str, Any]:
+    """Default of every option, by name."""
+    return {f.name: f.default for f in option_fields() if f.default is not MISSING}

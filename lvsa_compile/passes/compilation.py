@@ -1,0 +1,91 @@
+"""What one compile knows, handed from pass to pass; each pass returns it with its own part filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from lvsa_compile.lowering.contract import AttentionCall
+from lvsa_compile.lowering.select import Choice
+from lvsa_compile.options import Options
+from lvsa_compile.passes.trace_layout.token_layout import TokenLayout
+from lvsa_compile.patterns.site import AttentionSite, DenseSite
+from lvsa_compile.reasons import Miss
+
+
+@dataclass(frozen=True)
+class SparsePlan:
+    """How a site becomes sparse: the call it is lowered to, and the lowering chosen."""
+
+    call: AttentionCall
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one site: a ``plan``, or a ``miss`` that says why it stays dense."""
+
+    name: str
+    node: fx.Node
+    layout: str = ""
+    plan: SparsePlan | None = None
+    miss: Miss | None = None
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The training horizon in latent frames, and where it was found."""
+
+    frames: int
+    found_in: str
+
+
+@dataclass(frozen=True)
+class ExtraInput:
+    """An input appended to the graph: a constant ``value``, or the phase of a pattern with ``phases`` rows, ``value`` its kind."""
+
+    name: str
+    value: Tensor
+    phases: int = 0
+
+
+@dataclass(frozen=True)
+class TimestepInput:
+    """The graph input that tells the denoising step: its position among the inputs, and its name."""
+
+    position: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """The state of one compile."""
+
+    graph_module: fx.GraphModule
+    options: Options
+    model: str = ""
+    compile_id: str = "-"
+    sites: tuple[AttentionSite | DenseSite, ...] = ()
+    layouts: dict[fx.Node, tuple[TokenLayout, TokenLayout]] = field(default_factory=dict)
+    trace_failure: str = ""
+    horizon: Horizon | None = None
+    timestep: TimestepInput | None = None
+    decisions: tuple[Decision, ...] = ()
+    specialised: tuple[str, ...] = ()
+    extra_inputs: tuple[ExtraInput, ...] = ()
+
+    @property
+    def sparse(self) -> tuple[Decision, ...]:
+        """The decisions that rewrite a site."""
+        return tuple(decision for decision in self.decisions if decision.plan is not None)
+
+
+Pass = Callable[[Compilation], Compilation]
+
+
+def example_value(node: fx.Node) -> Any:
+    """The fake value Dynamo recorded for a node."""
+    return node.meta.get("example_value")

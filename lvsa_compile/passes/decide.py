@@ -1,0 +1,181 @@
+"""Pass 5: what becomes of each site: sparse with a plan, or dense with one reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor, fx
+
+from lvsa_compile import compat, reasons
+from lvsa_compile.errors import LoweringUnavailableError
+from lvsa_compile.lowering.contract import AttentionCall
+from lvsa_compile.lowering.select import select
+from lvsa_compile.passes.compilation import Compilation, Decision, SparsePlan, example_value
+from lvsa_compile.passes.trace_layout.token_layout import IMAGE, SCRAMBLED, UNKNOWN, VIDEO, Segment, TokenLayout
+from lvsa_compile.patterns.site import AttentionSite, DenseSite
+from lvsa_compile.reasons import Miss
+from lvsa_compile.sparsity.frame_pattern import FramePattern
+from lvsa_compile.sparsity.key_ranges import VideoSpan
+
+
+def decide(compilation: Compilation) -> Compilation:
+    """Fills in ``decisions``, one per site, and ``specialised``, the symbolic sizes that had to be fixed."""
+    decisions, specialised = [], list(compilation.specialised)
+    for site in compilation.sites:
+        layouts = compilation.layouts.get(site.node)
+        outcome = site.miss if isinstance(site, DenseSite) else _decide(site, layouts, compilation, specialised)
+        name = compat.module_path(site.node) or site.node.name
+        decisions.append(
+            Decision(
+                name,
+                site.node,
+                layout=_shown(layouts),
+                plan=outcome if isinstance(outcome, SparsePlan) else None,
+                miss=outcome if isinstance(outcome, Miss) else None,
+            )
+        )
+    return dataclasses.replace(compilation, decisions=tuple(decisions), specialised=tuple(dict.fromkeys(specialised)))
+
+
+def _shown(layouts: tuple[TokenLayout, TokenLayout] | None) -> str:
+    if layouts is None:
+        return ""
+    query, key = map(str, layouts)
+    return query if query == key else f"{query} -> {key}"
+
+
+def _decide(
+    site: AttentionSite, layouts: tuple[TokenLayout, TokenLayout] | None, compilation: Compilation, specialised: list[str]
+) -> SparsePlan | Miss:
+    query, key, value = (example_value(node) for node in (site.query, site.key, site.value))
+    if any(isinstance(t, Tensor) and t.requires_grad for t in (query, key, value)):
+        return reasons.TRAINING.because()
+    if not (isinstance(site.dropout, (int, float)) and site.dropout == 0.0):
+        return reasons.DROPOUT.because(f"dropout_p={site.dropout}")
+    if layouts is None:
+        return reasons.LAYOUT_UNKNOWN.because(compilation.trace_failure or _line(site.node))
+    miss = _why_not_video(site.node, *layouts)
+    if miss is not None:
+        return miss
+    if site.causal:
+        return reasons.CAUSAL.because()
+    if site.mask is not None:
+        mask = example_value(site.mask)
+        return reasons.MASK_NOT_EXPRESSIBLE.because(f"attn_mask is {mask.dtype} {_sizes(mask)}" if isinstance(mask, Tensor) else "")
+    if not _shapes_supported(query, key, value):
+        named = zip(("query", "key", "value"), (query, key, value), strict=True)
+        return reasons.SHAPE_NOT_SUPPORTED.because(", ".join(f"{name} {_sizes(tensor)} {tensor.dtype}" for name, tensor in named))
+    if compilation.horizon is None:
+        return reasons.HORIZON_UNKNOWN.because(f"{compilation.model or 'this model'} is not in the table of training horizons")
+    query_span, key_span = (_span(layout, tensor, specialised) for layout, tensor in zip(layouts, (query, key), strict=True))
+    if query_span is None or key_span is None:
+        return reasons.SIZE_NOT_KNOWN.because(_shown(layouts))
+    dtype = example_value(site.node).dtype  # under autocast the inputs' dtypes may differ, and the result's is the one computed in
+    sizes = [compat.size_hint(size) for size in (*query.shape, key.shape[1], value.shape[3])]
+    batch, query_heads, _, head_dim, key_heads, value_dim = sizes
+
+    def call(pattern: FramePattern) -> AttentionCall:
+        return AttentionCall(query.device, dtype, batch, query_heads, key_heads, head_dim, value_dim, query_span, key_span, pattern)
+
+    return _plan(compilation, call, query_span.frames)
+
+
+def _plan(compilation: Compilation, call_with: Callable[[FramePattern], AttentionCall], frames: int) -> SparsePlan | Miss:
+    options, horizon = compilation.options, compilation.horizon
+    assert horizon is not None
+    pattern = options.frame_pattern(frames, horizon.frames)
+    if pattern.is_full:
+        return reasons.PATTERN_FULL.because(f"{pattern.frames} latent frames, training horizon {horizon.frames} ({horizon.found_in})")
+    call = call_with(pattern)
+    try:
+        choice = select(call, options.lowering)
+    except LoweringUnavailableError as error:
+        return reasons.NO_LOWERING.because(str(error))
+    speedup = choice.lowering.speedup(call)
+    if options.when_slower == "dense" and speedup <= 1:
+        return reasons.NOT_FASTER.because(
+            f"lowering {choice.lowering.name!r} is expected at {speedup:.2f} times the speed of dense attention"
+        )
+    return SparsePlan(call, choice)
+
+
+def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout) -> Miss | None:
+    """Why the site is not self-attention over the generated video, or None."""
+    query_videos, key_videos = query.of_kind(VIDEO), key.of_kind(VIDEO)
+    for segment in (*query.segments, *key.segments):
+        if segment.kind == UNKNOWN:
+            return _lost(node, segment)
+        if segment.kind == SCRAMBLED:
+            return reasons.FRAMES_NOT_CONTIGUOUS.because(f"{segment.size} tokens of {segment.source} are not whole frames in order")
+    if not query_videos or not key_videos:
+        if query.batch_video:
+            return reasons.SPATIAL_OR_TEMPORAL.because(f"batch counts frames or places of the video; tokens: {query}")
+        if query.shows_pictures != key.shows_pictures:
+            return reasons.CROSS_ATTENTION.because(f"query {query}, key {key}")
+        if query.of_kind(IMAGE) and key.of_kind(IMAGE):
+            return reasons.SINGLE_FRAME.because(f"query {query}")
+        if query.shows_pictures:
+            return reasons.OTHER_VIDEO.because(f"query {query}, key {key}; a conditioning video's grid does not reach the model's output")
+        return reasons.NOT_VIDEO.because(f"query {query}, key {key}")
+    if len(query_videos) > 1 or len(key_videos) > 1:
+        return reasons.SEVERAL_VIDEOS.because(f"query {query}, key {key}")
+    query_grid, key_grid = query_videos[0].grid, key_videos[0].grid
+    assert query_grid is not None
+    assert key_grid is not None
+    if not (query_grid.frame_sources & key_grid.frame_sources) or query_grid.shape != key_grid.shape:
+        return reasons.OTHER_VIDEO.because(f"query {query} from {query_videos[0].source}, key {key} from {key_videos[0].source}")
+    return None
+
+
+def _lost(node: fx.Node, lost: Segment) -> Miss:
+    place = next((n for n in node.graph.nodes if n.name == lost.lost_at), None)
+    return reasons.LAYOUT_UNKNOWN.because(f"layout unknown at {lost.source}, {_line(place) if place is not None else lost.lost_at}")
+
+
+def _line(node: fx.Node) -> str:
+    """Source file and line a node was traced from."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    return lines[-1] if lines else f"node {node.name}"
+
+
+def _sizes(tensor: Tensor) -> str:
+    return str([str(size) for size in tensor.shape]).replace("'", "")
+
+
+def _shapes_supported(query: object, key: object, value: object) -> bool:
+    tensors = [t for t in (query, key, value) if isinstance(t, Tensor)]
+    if len(tensors) != 3 or any(t.dim() != 4 for t in tensors):
+        return False
+    q, k, v = tensors
+    same = [
+        (q.shape[0], k.shape[0]),
+        (k.shape[0], v.shape[0]),
+        (k.shape[1], v.shape[1]),
+        (k.shape[2], v.shape[2]),
+        (q.shape[3], k.shape[3]),
+    ]
+    return all(compat.statically_true(a == b) for a, b in same) and compat.statically_true(q.shape[1] % k.shape[1] == 0)
+
+
+def _span(layout: TokenLayout, tensor: Tensor, specialised: list[str]) -> VideoSpan | None:
+    """Where the video lies, in ints; symbolic sizes are fixed here, and only here."""
+    at = next(i for i, segment in enumerate(layout.segments) if segment.kind == VIDEO)
+    grid = layout.segments[at].grid
+    assert grid is not None
+    before = sum(segment.size for segment in layout.segments[:at])
+    after = sum(segment.size for segment in layout.segments[at + 1 :])
+    numbers = []
+    for what, size in (
+        ("prefix tokens", before),
+        ("frames", grid.frames),
+        ("tokens per frame", grid.tokens_per_frame),
+        ("suffix tokens", after),
+    ):
+        number = compat.specialise(size, tensor)
+        if number is None:
+            return None
+        if not isinstance(size, int):
+            specialised.append(f"{what} {size} = {number}")
+        numbers.append(number)
+    return VideoSpan(*numbers)

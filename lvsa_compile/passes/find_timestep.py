@@ -1,0 +1,103 @@
+"""Pass 4: which input of the graph tells the denoising step."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import torch
+from torch import Tensor, fx
+
+from lvsa_compile.passes.compilation import Compilation, TimestepInput, example_value
+from lvsa_compile.passes.trace_layout.axes import INPUT
+from lvsa_compile.passes.trace_layout.tracer import input_kind
+
+_NAMES = tuple(
+    re.compile(pattern) for pattern in (r"timesteps?", r"t|time|times|ts", r"\w*timesteps?\w*", r"sigmas?|noise_levels?", r"\w*sigma\w*")
+)
+"""Names that say "timestep", the surest first."""
+
+_CARRY_ON = frozenset(
+    [
+        "float",
+        "to",
+        "type",
+        "type_as",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "view",
+        "reshape",
+        "flatten",
+        "repeat",
+        "mul",
+        "truediv",
+        "div",
+        "getitem",
+        "neg",
+        "add",
+        "sub",
+        "half",
+        "double",
+        "bfloat16",
+        "ravel",
+        "contiguous",
+        "clone",
+        "outer",
+        "einsum",
+        "reciprocal",
+        "sigmoid",
+    ]
+)
+"""Ops on the way from a timestep to the sine and cosine of its embedding."""
+
+
+def find_timestep(compilation: Compilation) -> Compilation:
+    """Fills in ``timestep``: an input with a timestep's name, else the one whose sine or cosine goes through a linear layer."""
+    placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
+    candidates = [
+        (position, node, name)
+        for position, node in enumerate(placeholders)
+        if isinstance(example_value(node), Tensor) and example_value(node).dim() <= 5
+        for kind, name in [input_kind(node)]
+        if kind == INPUT
+    ]
+    for pattern in _NAMES:
+        for position, _, name in candidates:
+            if pattern.fullmatch(name.split("[")[0].lower()):
+                return dataclasses.replace(compilation, timestep=TimestepInput(position, name))
+    for position, node, name in candidates:
+        if example_value(node).dim() <= 2 and _is_embedded_as_sinusoid(node):
+            return dataclasses.replace(compilation, timestep=TimestepInput(position, name))
+    return compilation
+
+
+def _is_embedded_as_sinusoid(node: fx.Node) -> bool:
+    """Whether the input goes through arithmetic into a sine or cosine, and that, joined at most, into a linear layer."""
+    waves = [user for user in _reached(node, _CARRY_ON) if _op(user) in ("sin", "cos")]
+    return any(
+        _op(user) == "linear"
+        for wave in waves
+        for user in _reached(wave, frozenset(["cat", "to", "type", "type_as", "getitem", "stack", "flatten", "float", "view"]))
+    )
+
+
+def _reached(start: fx.Node, through: frozenset[str]) -> list[fx.Node]:
+    """Nodes that use ``start``, following those whose op is in ``through``."""
+    found: dict[fx.Node, None] = {}
+    waiting = list(start.users)
+    while waiting:
+        node = waiting.pop()
+        if node in found:
+            continue
+        found[node] = None
+        if _op(node) in through:
+            waiting.extend(node.users)
+    return list(found)
+
+
+def _op(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return ""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return "linear" if node.target is torch.nn.functional.linear else str(name)

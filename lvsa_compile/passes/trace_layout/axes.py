@@ -1,0 +1,316 @@
+"""Symbolic axes: an axis of a tensor is a product of factors, a factor a digit of some source axis or a concatenation of axes.
+
+Flattening ``[F, H, W]`` into tokens gives one axis with three factors; a reshape splits and merges factors; ``cat`` makes a
+``Concat``.  Sizes are ints or sympy expressions, and no function here adds a guard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Union
+
+import sympy
+
+Size = Any
+"""An int or a sympy expression, in elements."""
+
+INPUT, ARANGE, PARAMETER, OP, BROADCAST = "input", "arange", "parameter", "op", "broadcast"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One axis of a tensor the trail starts from.
+
+    ``kind`` is INPUT (a graph input), PARAMETER (a weight or buffer), ARANGE, OP (made by an op that says nothing about it) or
+    BROADCAST (repeats); ``name`` is the input's name or the op's; ``place`` the graph node it is or was made at; ``rank`` the
+    number of axes of the whole tensor.
+    """
+
+    kind: str
+    name: str
+    axis: int = 0
+    size: Size = 1
+    place: str = ""
+    rank: int = 1
+
+
+@dataclass(frozen=True)
+class Digit:
+    """``start + (index // stride) % size`` of a source axis: what one factor of a split axis counts."""
+
+    source: Source
+    size: Size
+    stride: Size = 1
+    start: Size = 0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of an axis.  ``digits`` are all source axes that it is known to run along."""
+
+    size: Size
+    digits: frozenset[Digit]
+
+    @cached_property
+    def kinds(self) -> frozenset[str]:
+        """Kinds of the sources it runs along."""
+        return frozenset(digit.source.kind for digit in self.digits)
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Axes laid one after the other."""
+
+    parts: tuple[Axis, ...]
+
+    @cached_property
+    def size(self) -> Size:
+        """Sum of the parts."""
+        return sum(axis_size(part) for part in self.parts)
+
+
+Axis = tuple[Union[Factor, Concat], ...]  # noqa: UP007 - a forward reference needs Union at run time
+"""Factors from the slowest to the fastest; the empty product is an axis of size 1."""
+
+
+def axis_size(axis: Axis) -> Size:
+    """Number of elements along the axis."""
+    size: Size = 1
+    for factor in axis:
+        size = size * factor.size
+    return size
+
+
+def axis_of(source: Source) -> Axis:
+    """The whole of a source axis."""
+    return () if same(source.size, 1) else (Factor(source.size, frozenset((Digit(source, source.size),))),)
+
+
+def same(a: Size, b: Size) -> bool:
+    """Whether two sizes are equal for all values of their symbols."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(sympy.expand(a - b) == 0)
+
+
+def quotient(a: Size, b: Size) -> Size | None:
+    """``a / b`` where it is a whole number for all values of the symbols, else None."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b and a % b == 0 else None
+    if isinstance(b, int) and b == 0:
+        return None
+    ratio = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
+    numerator, denominator = ratio.as_numer_denom()
+    if denominator != 1:
+        return None
+    return int(numerator) if numerator.is_number else numerator
+
+
+def split_factor(factor: Factor | Concat, outer: Size) -> tuple[Axis, Axis] | None:
+    """The factor as an outer axis of ``outer`` elements and an inner one of the rest, or None where that is not a product."""
+    inner = quotient(factor.size, outer)
+    if inner is None:
+        return None
+    if isinstance(factor, Factor):
+        outers, inners = set(), set()
+        for digit in factor.digits:
+            start = quotient(digit.start, inner)
+            if start is not None:
+                outers.add(Digit(digit.source, outer, digit.stride * inner, start))
+                inners.add(Digit(digit.source, inner, digit.stride))
+        if not outers:
+            return None
+        return (Factor(outer, frozenset(outers)),), (Factor(inner, frozenset(inners)),)
+    outer_parts, inner_parts = [], []
+    for part in factor.parts:
+        count = quotient(axis_size(part), inner)
+        split = None if count is None else split_axis(part, count)
+        if split is None:
+            return None
+        outer_parts.append(split[0])
+        inner_parts.append(split[1])
+    if any(part != inner_parts[0] for part in inner_parts):
+        return None
+    return concat(outer_parts), inner_parts[0]
+
+
+def split_axis(axis: Axis, outer: Size) -> tuple[Axis, Axis] | None:
+    """An axis as an outer axis of ``outer`` elements and an inner one of the rest, or None."""
+    taken: list[Factor | Concat] = []
+    need = outer
+    for index, factor in enumerate(axis):
+        if same(need, 1):
+            return tuple(taken), axis[index:]
+        left = quotient(need, factor.size)
+        if left is not None:
+            taken.append(factor)
+            need = left
+            continue
+        split = split_factor(factor, need)
+        if split is None:
+            return None
+        return (*taken, *split[0]), (*split[1], *axis[index + 1 :])
+    return (tuple(taken), ()) if same(need, 1) else None
+
+
+def regroup(axes: tuple[Axis, ...], sizes: list[Size]) -> tuple[Axis, ...] | None:
+    """The axes of a tensor viewed with other ``sizes``, or None where a boundary falls inside a factor."""
+    remaining: Axis = tuple(factor for axis in axes for factor in axis)
+    result: list[Axis] = []
+    for size in sizes:
+        split = split_axis(remaining, size)
+        if split is None:
+            return None
+        outer, remaining = split
+        result.append(merge_factors(outer))
+    return tuple(result) if same(axis_size(remaining), 1) else None
+
+
+def merge_factors(axis: Axis) -> Axis:
+    """Neighbouring factors made one where every source says they are neighbouring digits of one axis."""
+    merged: list[Factor | Concat] = []
+    for factor in axis:
+        before = merged[-1] if merged else None
+        if isinstance(factor, Factor) and isinstance(before, Factor):
+            joined = {
+                Digit(high.source, high.size * low.size, low.stride)
+                for high in before.digits
+                for low in factor.digits
+                if high.source == low.source and same(high.stride, low.stride * low.size) and same(high.start, 0) and same(low.start, 0)
+            }
+            if len(joined) == len(before.digits) == len(factor.digits):
+                merged[-1] = Factor(before.size * factor.size, frozenset(joined))
+                continue
+        merged.append(factor)
+    return tuple(merged)
+
+
+def slice_axis(axis: Axis, start: Size, stop: Size) -> Axis | None:
+    """Elements ``[start, stop)`` of an axis, or None where they are no product of digits."""
+    if same(start, 0) and same(stop, axis_size(axis)):
+        return axis
+    if not axis:
+        return None
+    first, rest = axis[0], axis[1:]
+    inner = axis_size(rest)
+    low, high = quotient(start, inner), quotient(stop, inner)
+    if low is None or high is None:
+        return None
+    if isinstance(first, Factor):
+        if same(high, low + 1):
+            return rest
+        digits = frozenset(Digit(d.source, high - low, d.stride, d.start + low) for d in first.digits)
+        return (Factor(high - low, digits), *rest)
+    parts: list[Axis] = []
+    offset: Size = 0
+    for part in first.parts:
+        end = offset + axis_size(part)
+        if not all(isinstance(n, int) for n in (offset, end, low, high)):
+            if same(low, offset) and same(high, end):
+                return (*part, *rest)
+        elif low < end and high > offset:
+            piece = slice_axis(part, max(low, offset) - offset, min(high, end) - offset)
+            if piece is None:
+                return None
+            parts.append(piece)
+        offset = end
+    return (*concat(parts), *rest) if parts else None
+
+
+def concat(parts: list[Axis]) -> Axis:
+    """The axes one after the other: empty ones dropped, neighbouring slices of one axis joined again."""
+    flat = [inner for part in parts for inner in (part[0].parts if len(part) == 1 and isinstance(part[0], Concat) else (part,))]
+    kept: list[Axis] = []
+    for part in flat:
+        if same(axis_size(part), 0):
+            continue
+        joined = _join_slices(kept[-1], part) if kept else None
+        if joined is None:
+            kept.append(part)
+        else:
+            kept[-1] = joined
+    return kept[0] if len(kept) == 1 else (Concat(tuple(kept)),)
+
+
+def _join_slices(a: Axis, b: Axis) -> Axis | None:
+    """One axis from ``[.., s)`` and ``[s, ..)`` of the same source axis, or None."""
+    if not a or not b or a[1:] != b[1:] or not isinstance(a[0], Factor) or not isinstance(b[0], Factor):
+        return None
+    size = a[0].size + b[0].size
+    digits = frozenset(
+        Digit(x.source, size, x.stride, x.start)
+        for x in a[0].digits
+        for y in b[0].digits
+        if x.source == y.source and x.source.kind != BROADCAST and same(x.stride, y.stride) and same(x.start + x.size, y.start)
+    )
+    return (Factor(size, digits), *a[1:]) if digits else None
+
+
+def combine(a: Axis, b: Axis) -> Axis:
+    """The axis of an elementwise result: what both operands know of it."""
+    if a == b or not b:
+        return a
+    if not a:
+        return b
+    refined = _refine(list(a), list(b))
+    if refined is not None:
+        return refined
+    return a if _knowledge(a) >= _knowledge(b) else b
+
+
+def _refine(a: list[Factor | Concat], b: list[Factor | Concat]) -> Axis | None:
+    """Walks two products of equal size in step, splitting the larger factor at each point; None where boundaries cross."""
+    result: list[Factor | Concat] = []
+    while a and b:
+        x, y = a.pop(0), b.pop(0)
+        if not same(x.size, y.size):
+            if quotient(x.size, y.size) is not None:
+                split = split_factor(x, y.size)
+                if split is None:
+                    return None
+                x, a = split[0][0], [*split[0][1:], *split[1], *a]
+            elif quotient(y.size, x.size) is not None:
+                split = split_factor(y, x.size)
+                if split is None:
+                    return None
+                y, b = split[0][0], [*split[0][1:], *split[1], *b]
+            if not same(x.size, y.size):
+                return None
+        result.extend(_combine_factors(x, y))
+    return tuple(result) if not a and not b else None
+
+
+def _combine_factors(a: Factor | Concat, b: Factor | Concat) -> Axis:
+    if isinstance(a, Concat) and isinstance(b, Concat):
+        if len(a.parts) == len(b.parts) and all(same(axis_size(x), axis_size(y)) for x, y in zip(a.parts, b.parts, strict=True)):
+            return concat([combine(x, y) for x, y in zip(a.parts, b.parts, strict=True)])
+        return (a,) if _knowledge((a,)) >= _knowledge((b,)) else (b,)
+    if isinstance(a, Concat):
+        return (a,)
+    if isinstance(b, Concat):
+        return (b,)
+    telling = frozenset(d for d in a.digits | b.digits if d.source.kind in (INPUT, ARANGE))
+    if telling:  # what an op, a weight or a repeat adds says nothing more, and would grow with every layer
+        return (Factor(a.size, telling),)
+    return (a,) if _knowledge((a,)) >= _knowledge((b,)) else (b,)
+
+
+_RANK = {INPUT: 4, ARANGE: 3, PARAMETER: 2, OP: 1, BROADCAST: 0}
+
+
+def _knowledge(axis: Axis) -> tuple[int, int]:
+    """Orders axes by how much they tell: the best kind of source, then the number of factors."""
+    factors = list(leaves(axis))
+    return max((_RANK[kind] for factor in factors for kind in factor.kinds), default=-1), len(factors)
+
+
+def leaves(axis: Axis) -> list[Factor]:
+    """All factors of an axis, those inside concatenations too."""
+    found: list[Factor] = []
+    for factor in axis:
+        if isinstance(factor, Factor):
+            found.append(factor)
+        else:
+            found.extend(leaf for part in factor.parts for leaf in leaves(part))
+    return found

@@ -1,0 +1,309 @@
+"""What each ATen op does to symbolic axes.  A rule is a small function; ``RULES`` says which serves which op.
+
+A rule gets the ``Call`` and returns the axes of each output tensor, or None where it cannot tell; then the outputs start new trails
+that name the op, so that a site can say where its trail was lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lvsa_compile.compat import size_expression
+from lvsa_compile.passes.trace_layout.axes import (
+    ARANGE,
+    BROADCAST,
+    INPUT,
+    OP,
+    Axis,
+    Source,
+    axis_of,
+    axis_size,
+    combine,
+    concat,
+    leaves,
+    quotient,
+    same,
+    slice_axis,
+    split_axis,
+)
+from lvsa_compile.passes.trace_layout.call import Axes, Call, Rule, axis_index, sizes_of
+from lvsa_compile.passes.trace_layout.view_rules import expand, matrix_transpose, permute, select, slice_, split, transpose, unbind, view
+
+# --- elementwise, copies, creation ---------------------------------------------------------------------------------------------
+
+
+def broadcast_axes(all_axes: Sequence[Axes], rank: int) -> Axes:
+    """Axes of an elementwise result of ``rank`` axes, aligned from the last as broadcasting does."""
+    result: list[Axis] = [()] * rank
+    for axes in all_axes:
+        for position, axis in enumerate(axes, start=rank - len(axes)):
+            result[position] = combine(result[position], axis)
+    return tuple(result)
+
+
+def pointwise(call: Call) -> Sequence[Axes]:
+    """Elementwise with broadcasting."""
+    operands = [*call.args, *call.kwargs.values()]
+    flat = [t for operand in operands for t in (operand if isinstance(operand, (list, tuple)) else (operand,)) if isinstance(t, Tensor)]
+    return [broadcast_axes([call.axes_of(t) for t in flat], output.dim()) for output in call.outputs]
+
+
+def unchanged(call: Call) -> Sequence[Axes] | None:
+    """Every output of the first input's shape keeps its axes."""
+    axes, sizes = call.input(), sizes_of(call.args[0])
+    return [
+        axes if len(axes) == output.dim() and all(map(same, sizes, sizes_of(output))) else call.new_axes(output) for output in call.outputs
+    ]
+
+
+def created(call: Call) -> Sequence[Axes]:
+    """A tensor made from nothing."""
+    return [call.new_axes(output) for output in call.outputs]
+
+
+def arange(call: Call) -> Sequence[Axes]:
+    """Counting: a source of its own, since rope tables are made from such counts of frames, height and width."""
+    return [(axis_of(Source(ARANGE, call.place, 0, sizes_of(call.outputs[0])[0], call.place)),)]
+
+
+def view_as_complex(call: Call) -> Sequence[Axes]:
+    """The last axis of pairs becomes complex numbers."""
+    return [call.input()[:-1]]
+
+
+def view_as_real(call: Call) -> Sequence[Axes]:
+    """Complex numbers become a last axis of pairs."""
+    return [(*call.input(), call.new_axis(2, axis=len(call.input())))]
+
+
+# --- sums and products ---------------------------------------------------------------------------------------------------------
+
+
+def reduction(call: Call) -> Sequence[Axes] | None:
+    """A sum, mean or maximum over some axes."""
+    axes = call.input()
+    dims = call.arg(1, "dim")
+    if dims is None or isinstance(dims, bool) or dims == []:
+        gone = set(range(len(axes)))
+    else:
+        gone = {axis_index(dim, len(axes)) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
+    kept = tuple(axis for i, axis in enumerate(axes) if i not in gone)
+    held = tuple(() if i in gone else axis for i, axis in enumerate(axes))
+    return [held if output.dim() == len(axes) else kept for output in call.outputs]
+
+
+def matrix_product(call: Call) -> Sequence[Axes]:
+    """``mm`` and ``addmm``: rows of the first factor, columns of the second."""
+    a, b = (call.axes_of(t) for t in call.args[-2:]) if call.op != "addmm" else (call.input(1), call.input(2))
+    return [(a[0], b[1])]
+
+
+def batched_product(call: Call) -> Sequence[Axes]:
+    """``bmm`` and ``baddbmm``."""
+    first = 1 if call.op == "baddbmm" else 0
+    a, b = call.input(first), call.input(first + 1)
+    return [(combine(a[0], b[0]), a[1], b[2])]
+
+
+def matrix_vector(call: Call) -> Sequence[Axes]:
+    """``mv`` and ``addmv``."""
+    return [call.input(1 if call.op == "addmv" else 0)[:1]]
+
+
+def linear(call: Call) -> Sequence[Axes]:
+    """``x @ weight.T + bias`` where it was not decomposed."""
+    return [(*call.input()[:-1], call.input(1)[0])]
+
+
+def matmul(call: Call) -> Sequence[Axes] | None:
+    """``matmul`` where it was not decomposed."""
+    a, b = call.input(), call.input(1)
+    if len(a) < 2 or len(b) < 2:
+        return None
+    rank = call.outputs[0].dim()
+    return [(*broadcast_axes([a[:-2], b[:-2]], rank - 2), a[-2], b[-1])]
+
+
+def convolution(call: Call) -> Sequence[Axes]:
+    """Batch kept, channels new; a spatial axis keeps its order: whole at stride 1, its outer digit where patches tile it."""
+    axes, weight = call.input(), call.input(1)
+    stride, transposed = call.arg(3, "stride"), call.arg(6, "transposed", False)
+    sizes = sizes_of(call.outputs[0])
+    strides = [stride[min(i, len(stride) - 1)] for i in range(len(axes) - 2)]
+    spatial: list[Axis] = []
+    for i, axis in enumerate(axes[2:], start=2):
+        step = strides[i - 2]
+        kept = None
+        if not transposed:
+            whole = slice_axis(axis, 0, sizes[i] * step)
+            halves = None if whole is None else split_axis(whole, sizes[i])
+            kept = axis if same(axis_size(axis), sizes[i]) else None if halves is None else halves[0]
+        spatial.append(call.new_axis(sizes[i], axis=i) if kept is None else kept)
+    channels = weight[1] if transposed else weight[0]
+    return [(axes[0], channels if same(axis_size(channels), sizes[1]) else call.new_axis(sizes[1], axis=1), *spatial)]
+
+
+def attention(call: Call) -> Sequence[Axes]:
+    """``scaled_dot_product_attention`` in any of its kernels, and this package's own op."""
+    query, value = call.input(0), call.input(2)
+    results = [(*query[:-1], value[-1])]
+    for output in call.outputs[1:]:
+        results.append(query[:-1] if output.dim() == len(query) - 1 else call.new_axes(output))
+    return results
+
+
+# --- joining and indexing ------------------------------------------------------------------------------------------------------
+
+
+def cat(call: Call) -> Sequence[Axes]:
+    """Concatenation along one axis; the others are the same axis in every part."""
+    parts = [call.axes_of(t) for t in call.arg(0, "tensors") if t.dim() > 1 or not same(sizes_of(t)[0] if t.dim() else 1, 0)]
+    rank = call.outputs[0].dim()
+    dim = axis_index(call.arg(1, "dim", 0), rank)
+    joined = [concat([axes[i] for axes in parts]) if i == dim else _common([axes[i] for axes in parts]) for i in range(rank)]
+    return [tuple(joined)]
+
+
+def stack(call: Call) -> Sequence[Axes]:
+    """Concatenation along a new axis."""
+    parts = [call.axes_of(t) for t in call.arg(0, "tensors")]
+    rank = call.outputs[0].dim()
+    dim = axis_index(call.arg(1, "dim", 0), rank)
+    common = [_common([axes[i] for axes in parts]) for i in range(rank - 1)]
+    return [(*common[:dim], call.new_axis(len(parts), axis=dim), *common[dim:])]
+
+
+def _common(axes: Sequence[Axis]) -> Axis:
+    result: Axis = ()
+    for axis in axes:
+        result = combine(result, axis)
+    return result
+
+
+def pad(call: Call) -> Sequence[Axes]:
+    """Constant padding before and after some of the last axes."""
+    axes = list(call.input())
+    amounts = [size_expression(n) for n in call.arg(1, "pad")]
+    for i in range(len(amounts) // 2):
+        dim, (before, after) = len(axes) - 1 - i, amounts[2 * i : 2 * i + 2]
+        if all(isinstance(n, int) and n >= 0 for n in (before, after)):
+            axes[dim] = concat(
+                [call.new_axis(n, axis=dim) if n != 1 else axis_of(Source(OP, call.op, dim, 1, call.place)) for n in (before,) if n]
+                + [axes[dim]]
+                + [call.new_axis(n, axis=dim) for n in (after,) if n]
+            )
+    sizes = sizes_of(call.outputs[0])
+    return [
+        tuple(
+            axis if same(axis_size(axis), size) else call.new_axis(size, axis=i)
+            for i, (axis, size) in enumerate(zip(axes, sizes, strict=True))
+        )
+    ]
+
+
+def repeat(call: Call) -> Sequence[Axes]:
+    """The whole tensor several times along some axes."""
+    sizes = sizes_of(call.outputs[0])
+    axes = call.input()
+    padded = (*(() for _ in range(len(sizes) - len(axes))), *axes)
+    result = []
+    for i, (axis, size) in enumerate(zip(padded, sizes, strict=True)):
+        times = quotient(size, axis_size(axis))
+        result.append(
+            axis if times is not None and same(times, 1) else (*call.new_axis(times or size, BROADCAST, i), *(axis if times else ()))
+        )
+    return [tuple(result)]
+
+
+def gather_rows(call: Call) -> Sequence[Axes] | None:
+    """``index_select`` and ``embedding``: rows in the order of an index tensor, so the result runs along the index."""
+    if call.op == "embedding":
+        return [(*call.input(1), *call.input(0)[1:])]
+    axes = call.input()
+    dim = axis_index(call.arg(1, "dim"), len(axes))
+    return _taken(call, axes, dim, call.arg(2, "index"))
+
+
+def index(call: Call) -> Sequence[Axes] | None:
+    """``x[index_tensor]`` with one index tensor that is not a mask."""
+    used = [(dim, by) for dim, by in enumerate(call.arg(1, "indices")) if by is not None]
+    if len(used) != 1 or used[0][1].dtype in _MASK_DTYPES:
+        return None
+    return _taken(call, call.input(), *used[0])
+
+
+def _taken(call: Call, axes: Axes, dim: int, by: Tensor) -> Sequence[Axes] | None:
+    """Axes after the elements of one axis were taken in the order of an index.
+
+    What is taken of a table runs along the index; what is taken of an input has lost its order.
+    """
+    ordered = not any(INPUT in factor.kinds for factor in leaves(axes[dim]))
+    along = call.axes_of(by) if ordered else tuple(call.new_axis(size, axis=dim + i) for i, size in enumerate(sizes_of(by)))
+    result = (*axes[:dim], *along, *axes[dim + 1 :])
+    return [result] if len(result) == call.outputs[0].dim() else None
+
+
+def reordered(call: Call) -> Sequence[Axes]:
+    """``flip``, ``roll``, ``sort`` along some axes: those lose their order, the others keep it."""
+    axes = call.input()
+    dims = call.arg(2, "dims") if call.op == "roll" else call.arg(1, "dims", call.arg(1, "dim", -1))
+    moved = {axis_index(dim, len(axes)) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])} or set(range(len(axes)))
+    sizes = sizes_of(call.outputs[0])
+    return [tuple(call.new_axis(sizes[i], axis=i) if i in moved else axis for i, axis in enumerate(axes))] * len(call.outputs)
+
+
+_MASK_DTYPES = (torch.bool, torch.uint8)
+
+
+def _table(*groups: tuple[Rule, str]) -> dict[str, Rule]:
+    return {name: rule for rule, names in groups for name in names.split()}
+
+
+RULES: dict[str, Rule] = _table(
+    (view, "view _unsafe_view reshape _reshape_alias squeeze unsqueeze"),
+    (expand, "expand"),
+    (permute, "permute"),
+    (transpose, "transpose"),
+    (matrix_transpose, "t"),
+    (slice_, "slice"),
+    (select, "select"),
+    (split, "split split_with_sizes"),
+    (unbind, "unbind"),
+    (
+        unchanged,
+        "clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy native_layer_norm native_group_norm native_batch_norm"
+        " _fused_rms_norm rms_norm _softmax _log_softmax _safe_softmax cumsum native_dropout",
+    ),
+    (
+        created,
+        "empty empty_like empty_strided empty_permuted new_empty new_empty_strided new_zeros new_ones new_full zeros zeros_like"
+        " ones ones_like full full_like scalar_tensor rand rand_like randn randn_like randint eye linspace",
+    ),
+    (arange, "arange"),
+    (view_as_complex, "view_as_complex"),
+    (view_as_real, "view_as_real"),
+    (reduction, "sum mean amax amin var var_mean std std_mean any all prod argmax argmin logsumexp linalg_vector_norm norm max min"),
+    (matrix_product, "mm addmm"),
+    (batched_product, "bmm baddbmm"),
+    (matrix_vector, "mv addmv"),
+    (linear, "linear"),
+    (matmul, "matmul"),
+    (convolution, "convolution"),
+    (
+        attention,
+        "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"
+        " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"
+        " _scaled_dot_product_attention_math attention attention_cpu",
+    ),
+    (cat, "cat"),
+    (stack, "stack"),
+    (pad, "constant_pad_nd"),
+    (repeat, "repeat"),
+    (gather_rows, "index_select embedding"),
+    (index, "index"),
+    (reordered, "flip roll sort"),
+)
+"""Rule by op name.  Ops with torch's ``pointwise`` tag need no entry."""

@@ -1,0 +1,263 @@
+"""Runs a Dynamo graph node by node on fake tensors and follows the axes of every tensor through the ATen ops inside.
+
+One small set of rules thus serves every spelling: methods, functions, einops, slice assignment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lvsa_compile import compat
+from lvsa_compile.passes.trace_layout.axes import (
+    INPUT,
+    OP,
+    PARAMETER,
+    Axis,
+    Source,
+    axis_of,
+    axis_size,
+    combine,
+    concat,
+    regroup,
+    same,
+    slice_axis,
+)
+from lvsa_compile.passes.trace_layout.call import Axes, Call, sizes_of
+from lvsa_compile.passes.trace_layout.rules import RULES, pointwise
+from lvsa_compile.passes.trace_layout.view_rules import slice_bounds
+
+_REGROUPING = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "alias", "detach"])
+_FILLS = frozenset(("fill_", "zero_"))
+_RESHAPED_IN_PLACE = frozenset(("squeeze_", "unsqueeze_", "transpose_", "t_"))
+
+
+@dataclass(frozen=True)
+class _View:
+    """How a view's axes are seen from the tensor it was taken of, so that writing to the view reaches that tensor."""
+
+    parent: Tensor
+    parent_axes: Callable[[Axes], Axes]
+
+
+class AxisTracker(compat.TorchDispatchMode):
+    """Knows the axes of every fake tensor made while it is active."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.place = ""
+        self._axes: dict[int, tuple[Tensor, Axes]] = {}
+        self._views: dict[int, _View] = {}
+
+    def axes_of(self, tensor: Tensor) -> Axes:
+        """Axes of a tensor; one never seen starts a trail of its own."""
+        known = self._axes.get(id(tensor))
+        if known is None:
+            place = self.place
+            return tuple(axis_of(Source(OP, "unseen", i, size, place)) for i, size in enumerate(sizes_of(tensor)))
+        return known[1]
+
+    def set_axes(self, tensor: Tensor, axes: Axes) -> None:
+        """Says what a tensor's axes are; the tensor is kept alive so that its identity stays its own."""
+        self._axes[id(tensor)] = (tensor, axes)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Runs the op, then notes the axes of what it returned or wrote."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if isinstance(func, compat.OpOverload):
+            self._note(func, args, kwargs, result)
+        return result
+
+    def _note(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        op = func._schema.name.split("::")[1]
+        outputs = tuple(t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor))
+        if not outputs:
+            return
+        in_place = op.endswith("_") and not op.endswith("__") and bool(args) and outputs[0] is args[0]
+        call = Call(op.rstrip("_") if op in _RESHAPED_IN_PLACE else op, args, kwargs, outputs, self.axes_of, self.place)
+        if in_place and op not in _RESHAPED_IN_PLACE:
+            self._write(args[0], self._written_axes(func, call))
+            return
+        for output, axes in zip(outputs, self._output_axes(func, call), strict=True):
+            self.set_axes(output, axes)
+        self._note_views(call)
+
+    def _output_axes(self, func: compat.OpOverload, call: Call) -> list[Axes]:
+        rule = RULES.get(call.op)
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = pointwise
+        found = rule(call) if rule is not None else None
+        if found is None:
+            return [call.new_axes(output) for output in call.outputs]
+        return [
+            axes if len(axes) == output.dim() and all(map(same, map(axis_size, axes), sizes_of(output))) else call.new_axes(output)
+            for output, axes in zip(call.outputs, found, strict=True)
+        ]
+
+    def _written_axes(self, func: compat.OpOverload, call: Call) -> Axes:
+        """Axes of a tensor after an op wrote to it in place."""
+        target = call.args[0]
+        if call.op == "copy_":
+            return _prefer(call.axes_of(call.args[1]), call.axes_of(target))
+        if call.op in _FILLS:
+            return call.axes_of(target)
+        return pointwise(call)[0] if torch.Tag.pointwise in func.tags else call.new_axes(target)
+
+    def _write(self, target: Tensor, axes: Axes) -> None:
+        self.set_axes(target, axes)
+        view = self._views.get(id(target))
+        if view is not None:
+            self._write(view.parent, view.parent_axes(axes))
+
+    def _note_views(self, call: Call) -> None:
+        """Remembers, for views, how a write to them changes the tensor they were taken of."""
+        parent = call.args[0] if call.args and isinstance(call.args[0], Tensor) else None
+        if parent is None:
+            return
+        for position, output in enumerate(call.outputs):
+            back = self._way_back(call, parent, position)
+            if back is not None:
+                self._views[id(output)] = _View(parent, back)
+
+    def _way_back(self, call: Call, parent: Tensor, position: int) -> Callable[[Axes], Axes] | None:
+        rank = parent.dim()
+        if call.op in _REGROUPING:
+            return lambda child: regroup(child, sizes_of(parent)) or self.axes_of(parent)
+        if call.op in ("permute", "transpose", "t"):
+            order = _order(call, rank)
+            return lambda child: tuple(child[order.index(axis)] for axis in range(rank))
+        if call.op in ("slice", "split", "split_with_sizes"):
+            dim = call.arg(1 if call.op == "slice" else 2, "dim", 0) % rank
+            if call.op == "slice":
+                if call.arg(4, "step", 1) != 1:
+                    return lambda child: self._overwritten(parent, child, dim, None)
+                bounds = slice_bounds(sizes_of(parent)[dim], call.arg(2, "start"), call.arg(3, "end"))
+            else:
+                low = sum(sizes_of(output)[dim] for output in call.outputs[:position])
+                bounds = (low, low + sizes_of(call.outputs[position])[dim])
+            return lambda child: self._overwritten(parent, child, dim, bounds)
+        if call.op in ("select", "unbind"):
+            dim = call.arg(1, "dim", 0) % rank
+            return lambda child: self._overwritten(parent, (*child[:dim], (), *child[dim:]), dim, None)
+        return None
+
+    def _overwritten(self, parent: Tensor, child: Axes, dim: int, bounds: tuple[Any, Any] | None) -> Axes:
+        """Axes of ``parent`` after a part along ``dim`` got the axes ``child``; ``bounds`` None: a part that keeps no order."""
+        before = self.axes_of(parent)
+        after = list(_prefer(child, before, skip=dim))
+        after[dim] = before[dim]
+        if bounds is not None:
+            size = axis_size(before[dim])
+            left, right = slice_axis(before[dim], 0, bounds[0]), slice_axis(before[dim], bounds[1], size)
+            pieces: list[Axis | None] = [() if same(bounds[0], 0) else left, child[dim], () if same(bounds[1], size) else right]
+            present = [p for p, empty in zip(pieces, (same(bounds[0], 0), False, same(bounds[1], size)), strict=True) if not empty]
+            known = [p for p in present if p is not None]
+            if len(known) == len(present):
+                after[dim] = concat(known)
+        return tuple(after)
+
+
+def _prefer(first: Axes, second: Axes, skip: int | None = None) -> Axes:
+    """Axes of ``second`` after ``first`` was written over it, broadcast from the last axis."""
+    padded = (*(() for _ in range(len(second) - len(first))), *first)
+    return tuple(b if i == skip or not a else combine(a, b) for i, (a, b) in enumerate(zip(padded, second, strict=True)))
+
+
+def _order(call: Call, rank: int) -> list[int]:
+    if call.op == "permute":
+        return [dim % rank for dim in call.arg(1, "dims")]
+    order = list(range(rank))
+    a, b = (call.arg(1, "dim0", 0) % rank, call.arg(2, "dim1", 1) % rank) if call.op == "transpose" else (0, rank - 1)
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+class LayoutInterpreter(fx.Interpreter):
+    """Runs the graph under an ``AxisTracker`` and keeps the axes of the tensors that are asked for.
+
+    ``watched`` maps a node to the argument nodes whose axes are wanted as they are just before it runs.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, tracker: AxisTracker, watched: Mapping[fx.Node, tuple[fx.Node, ...]]) -> None:
+        super().__init__(graph_module)
+        self.tracker, self.watched = tracker, watched
+        self.found: dict[fx.Node, dict[fx.Node, Axes]] = {}
+        self.output_axes: list[Axes] = []
+        self.failed: dict[fx.Node, str] = {}
+        self._autocasts: list[Any] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs one node; a node that cannot run on fakes gives what Dynamo recorded for it, and starts new trails."""
+        if n in self.watched:
+            self.found[n] = {arg: self.tracker.axes_of(self.env[arg]) for arg in self.watched[n] if isinstance(self.env.get(arg), Tensor)}
+        if n.op == "output":
+            self.output_axes = [self.tracker.axes_of(self.env[arg]) for arg in n.all_input_nodes if isinstance(self.env.get(arg), Tensor)]
+        self.tracker.place = n.name
+        try:
+            result = super().run_node(n)
+        except Exception as error:
+            if n.op in ("placeholder", "output") or "example_value" not in n.meta:
+                raise
+            self.failed[n] = f"{type(error).__name__}: {error}"
+            return n.meta["example_value"]
+        if getattr(n.target, "__name__", "") == "_enter_autocast":
+            self._autocasts.append(result)
+        elif getattr(n.target, "__name__", "") == "_exit_autocast":
+            self._autocasts.pop()
+        return result
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The fake tensor of an input under a new name, so that nothing done here can change the original's metadata."""
+        node = next(n for n in self.graph.nodes if n.op == "placeholder" and n.target == target)
+        value = node.meta.get("example_value")
+        if not isinstance(value, Tensor):
+            return value
+        alias = value.detach()
+        kind, name = input_kind(node)
+        self.tracker.set_axes(
+            alias, tuple(axis_of(Source(kind, name, i, size, node.name, value.dim())) for i, size in enumerate(sizes_of(value)))
+        )
+        return alias
+
+    @contextlib.contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Modes the graph may switch while it runs are put back afterwards, even if a node fails."""
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            try:
+                yield
+            finally:
+                for autocast in reversed(self._autocasts):
+                    autocast.__exit__(None, None, None)
+
+
+def input_kind(node: fx.Node) -> tuple[str, str]:
+    """INPUT or PARAMETER, and a short name, for a placeholder of a Dynamo graph."""
+    source = compat.placeholder_source(node) or node.name
+    if "_parameters" in source or "_buffers" in source or "_modules" in source:
+        return PARAMETER, node.name
+    quoted = source.replace('"', "'").split("'")
+    names = [part for part in quoted[1::2] if part not in ("self", "kwargs", "args")]
+    subscript = quoted[-1].strip("[]").replace("][", ".") if quoted[-1].strip("[]").isdigit() else ""
+    name = names[-1] if names else node.name
+    return INPUT, f"{name}[{subscript}]" if subscript else name
+
+
+def run_on_fakes(graph_module: fx.GraphModule, watched: Mapping[fx.Node, tuple[fx.Node, ...]]) -> LayoutInterpreter | None:
+    """Follows the axes of a whole graph; None where the graph has no fake tensors to run on."""
+    fake_mode = compat.fake_mode_of_graph(graph_module.graph)
+    if fake_mode is None:
+        return None
+    tracker = AxisTracker()
+    interpreter = LayoutInterpreter(graph_module, tracker, watched)
+    inputs = [None for node in graph_module.graph.nodes if node.op == "placeholder"]
+    with compat.tracing_on_fakes(fake_mode), interpreter.surroundings(), tracker:
+        interpreter.run(*inputs, enable_io_processing=False)
+    return interpreter

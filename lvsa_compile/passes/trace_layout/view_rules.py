@@ -1,0 +1,119 @@
+"""Rules of ops that look at the same elements under other axes: reshape, permute, slice, split and their kin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lvsa_compile.compat import size_expression
+from lvsa_compile.passes.trace_layout.axes import BROADCAST, Size, axis_size, regroup, same, slice_axis
+from lvsa_compile.passes.trace_layout.call import Axes, Call, axis_index, sizes_of, with_axis
+
+
+def view(call: Call) -> Sequence[Axes] | None:
+    """Reshape, squeeze, unsqueeze: the same factors under other boundaries."""
+    grouped = regroup(call.input(), sizes_of(call.outputs[0]))
+    if grouped is not None:
+        return [grouped]
+    return [_regroup_where_possible(call)]
+
+
+def _regroup_where_possible(call: Call) -> Axes:
+    """Axes before and after a boundary inside a factor keep their trail; the ones that straddle it start a new one."""
+    sizes = sizes_of(call.outputs[0])
+    axes = list(call.input())
+    lead = 0
+    while lead < min(len(axes), len(sizes)) and same(axis_size(axes[lead]), sizes[lead]):
+        lead += 1
+    tail = 0
+    while tail < min(len(axes), len(sizes)) - lead and same(axis_size(axes[-1 - tail]), sizes[-1 - tail]):
+        tail += 1
+    middle = tuple(call.new_axis(size, axis=lead + i) for i, size in enumerate(sizes[lead : len(sizes) - tail]))
+    return (*axes[:lead], *middle, *axes[len(axes) - tail :])
+
+
+def expand(call: Call) -> Sequence[Axes]:
+    """Repeats along axes of size 1."""
+    sizes = sizes_of(call.outputs[0])
+    axes = call.input()
+    padded = (*(() for _ in range(len(sizes) - len(axes))), *axes)
+    return [
+        tuple(
+            axis if same(axis_size(axis), size) else call.new_axis(size, BROADCAST, i)
+            for i, (axis, size) in enumerate(zip(padded, sizes, strict=True))
+        )
+    ]
+
+
+def permute(call: Call) -> Sequence[Axes]:
+    """Axes in another order."""
+    axes = call.input()
+    return [tuple(axes[axis_index(dim, len(axes))] for dim in call.arg(1, "dims"))]
+
+
+def transpose(call: Call) -> Sequence[Axes]:
+    """Two axes swapped."""
+    axes = list(call.input())
+    a, b = (axis_index(call.arg(i, n, d), len(axes)) for i, n, d in ((1, "dim0", 0), (2, "dim1", 1)))
+    axes[a], axes[b] = axes[b], axes[a]
+    return [tuple(axes)]
+
+
+def matrix_transpose(call: Call) -> Sequence[Axes]:
+    """``t()``: both axes of a matrix swapped."""
+    return [call.input()[::-1]]
+
+
+def slice_bounds(size: Size, start: Any, stop: Any) -> tuple[Size, Size]:
+    """Python slice bounds on an axis of ``size`` as offsets from its start; symbolic bounds are taken as they are."""
+    start, stop = (size_expression(n) if n is not None else None for n in (start, stop))
+    low = 0 if start is None else start
+    high = size if stop is None or (isinstance(stop, int) and stop >= 1 << 62) else stop
+    if isinstance(low, int) and low < 0:
+        low = size + low
+    if isinstance(high, int) and high < 0:
+        high = size + high
+    if isinstance(size, int) and isinstance(low, int) and isinstance(high, int):
+        low, high = max(0, min(low, size)), max(0, min(high, size))
+        high = max(low, high)
+    return low, high
+
+
+def slice_(call: Call) -> Sequence[Axes]:
+    """``x[start:stop:step]`` along one axis."""
+    axes = call.input()
+    dim = axis_index(call.arg(1, "dim", 0), len(axes))
+    wanted = sizes_of(call.outputs[0])[dim]
+    low, high = slice_bounds(axis_size(axes[dim]), call.arg(2, "start"), call.arg(3, "end"))
+    piece = slice_axis(axes[dim], low, high) if call.arg(4, "step", 1) == 1 else None
+    if piece is None or not same(axis_size(piece), wanted):
+        piece = call.new_axis(wanted, axis=dim)
+    return [with_axis(axes, dim, piece)]
+
+
+def select(call: Call) -> Sequence[Axes]:
+    """One element of an axis: the axis is gone."""
+    axes = call.input()
+    dim = axis_index(call.arg(1, "dim"), len(axes))
+    return [(*axes[:dim], *axes[dim + 1 :])]
+
+
+def split(call: Call) -> Sequence[Axes]:
+    """Consecutive pieces of one axis."""
+    axes = call.input()
+    dim = axis_index(call.arg(2, "dim", 0), len(axes))
+    results: list[Axes] = []
+    offset: Size = 0
+    for output in call.outputs:
+        size = sizes_of(output)[dim]
+        piece = slice_axis(axes[dim], offset, offset + size)
+        results.append(with_axis(axes, dim, call.new_axis(size, axis=dim) if piece is None else piece))
+        offset = offset + size
+    return results
+
+
+def unbind(call: Call) -> Sequence[Axes]:
+    """All elements of one axis apart."""
+    axes = call.input()
+    dim = axis_index(call.arg(1, "dim", 0), len(axes))
+    return [(*axes[:dim], *axes[dim + 1 :])] * len(call.outputs)

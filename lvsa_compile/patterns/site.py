@@ -1,0 +1,35 @@
+"""The record of an attention site, whatever form it had in the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from lvsa_compile.reasons import Miss
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Attention ``softmax(query @ key.T * scale + mask) @ value`` at one node, all of ``[B, heads, tokens, head_dim]``.
+
+    ``scale`` is a float, a graph node, or None for ``1 / sqrt(head_dim)``.
+    """
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None = None
+    causal: bool = False
+    dropout: Any = 0.0
+    scale: Any = None
+
+
+@dataclass(frozen=True)
+class DenseSite:
+    """Attention that was recognised and is left as it is."""
+
+    node: fx.Node
+    miss: Miss

@@ -1,0 +1,35 @@
+"""The callable Dynamo gets back: asks the clock for the step, then calls the compiled graph with its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lvsa_compile.clock import Clock, clock_of
+from lvsa_compile.passes.compilation import ExtraInput, TimestepInput
+
+
+def with_clock(
+    compiled: Callable[..., Any],
+    extra_inputs: Sequence[ExtraInput],
+    timestep: TimestepInput | None,
+    owner_position: int | None,
+    rotate: bool,
+) -> Callable[..., Any]:
+    """Wraps a compiled graph so that each call gets the appended inputs.
+
+    The clock belongs to the parameter at ``owner_position`` of the call, since Dynamo runs one graph for all models of a class; a
+    graph without parameters has a clock of its own.
+    """
+    own_clock = Clock()
+    values = tuple(extra.value for extra in extra_inputs)
+    phases = tuple(extra.phases if rotate else 0 for extra in extra_inputs)
+
+    def run(*args: Any) -> Any:
+        clock = own_clock if owner_position is None else clock_of(args[owner_position])
+        if rotate and timestep is not None:
+            clock.tick(args[timestep.position])
+        appended = [clock.phase(count, value.device) if count else value for value, count in zip(values, phases, strict=True)]
+        return compiled(*args, *appended)
+
+    return run

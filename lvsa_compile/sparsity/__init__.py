@@ -1,0 +1,1 @@
+"""What may attend to what: integers only, no graph and no kernel."""

@@ -1,0 +1,87 @@
+"""From frames to tokens: the table of key ranges that the attention op reads.
+
+A *query block* is a run of query rows that share their keys: one latent frame, or a whole text or conditioning segment.  Its keys
+are a few contiguous ranges ``[start, end)`` of the key sequence, in tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lvsa_compile.sparsity.frame_pattern import FramePattern
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class VideoSpan:
+    """Where the video lies in a sequence: ``prefix`` tokens, ``frames * tokens_per_frame`` video tokens, ``suffix`` tokens."""
+
+    prefix: int
+    frames: int
+    tokens_per_frame: int
+    suffix: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole sequence."""
+        return self.prefix + self.frames * self.tokens_per_frame + self.suffix
+
+
+@dataclass(frozen=True)
+class KeyRangeTable:
+    """All phases of a pattern over one query and one key sequence.
+
+    ``query_bounds`` holds ``query_blocks + 1`` row numbers; ``key_ranges[phase][query_block]`` the ranges of that block, each list
+    padded with empty ranges to the longest, so that the table is a rectangle ``[phases, query_blocks, ranges, 2]``.
+    """
+
+    query_bounds: tuple[int, ...]
+    key_ranges: tuple[tuple[tuple[Range, ...], ...], ...]
+
+    @property
+    def phases(self) -> int:
+        """Rows of the table a denoising step chooses from."""
+        return len(self.key_ranges)
+
+
+@functools.lru_cache(maxsize=64)
+def key_range_table(pattern: FramePattern, query: VideoSpan, key: VideoSpan, rotate: bool = True) -> KeyRangeTable:
+    """The table of ``pattern`` for video at ``query`` in the query and at ``key`` in the key sequence.
+
+    Tokens outside the video are attended by every row, and their rows attend everything (arXiv 2605.31057, joint attention).
+    """
+    bounds = [0]
+    blocks: list[int | None] = []  # the latent frame of each query block, None for a block that attends everything
+    for length, frame in [(query.prefix, None), *((query.tokens_per_frame, f) for f in range(query.frames)), (query.suffix, None)]:
+        if length:
+            bounds.append(bounds[-1] + length)
+            blocks.append(frame)
+    everything: tuple[Range, ...] = ((0, key.length),)
+    phases = [
+        [everything if f is None else _token_ranges(pattern.attended(f, phase), key) for f in blocks]
+        for phase in range(pattern.phases if rotate else 1)
+    ]
+    widest = max(len(ranges) for phase in phases for ranges in phase)
+    padded = tuple(tuple((*ranges, *((0, 0),) * (widest - len(ranges))) for ranges in phase) for phase in phases)
+    return KeyRangeTable(tuple(bounds), padded)
+
+
+def _token_ranges(frames: list[int], key: VideoSpan) -> tuple[Range, ...]:
+    """Token ranges of the sorted ``frames`` and of everything around the video, touching ranges joined."""
+    size, video_end = key.tokens_per_frame, key.prefix + key.frames * key.tokens_per_frame
+    pieces = [(0, key.prefix), *((key.prefix + f * size, key.prefix + (f + 1) * size) for f in frames), (video_end, key.length)]
+    return join_ranges([piece for piece in pieces if piece[0] < piece[1]])
+
+
+def join_ranges(ranges: Sequence[Range]) -> tuple[Range, ...]:
+    """Sorted ranges with touching neighbours made one."""
+    joined: list[Range] = []
+    for start, end in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return tuple(joined)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lvsa_compile import FramePattern
+from lvsa_compile.lowering.select import lowerings
+from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
+
+OPERATORS = {lowering.name: lowering.operator for lowering in lowerings()}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def tables(pattern: FramePattern, span: VideoSpan) -> tuple[torch.Tensor, torch.Tensor]:
+    table = key_range_table(pattern, span, span)
+    return torch.tensor(table.query_bounds, dtype=torch.int32), torch.tensor(table.key_ranges, dtype=torch.int32)
+
+
+def tensors(batch, heads, key_heads, length, head_dim, dtype=torch.float32, order="BSHD"):
+    shapes = [(batch, length, n, head_dim) for n in (heads, key_heads, key_heads)]
+    made = [torch.randn(shape, dtype=torch.float64).to(dtype).transpose(1, 2) for shape in shapes]
+    return [t.contiguous() if order == "BHSD" else t for t in made]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@settings(max_examples=40)
+@given(
+    frames=st.integers(2, 14),
+    tokens=st.integers(1, 9),
+    prefix=st.integers(0, 5),
+    suffix=st.integers(0, 5),
+    window=st.integers(0, 3),
+    first=st.integers(1, 2),
+    reference=st.integers(2, 8),
+    expand=st.booleans(),
+    group=st.sampled_from([1, 2]),
+    step=st.integers(0, 9),
+    scale=st.sampled_from([None, 0.3]),
+)
+def test_every_lowering_is_masked_attention(name, frames, tokens, prefix, suffix, window, first, reference, expand, group, step, scale):
+    pattern = FramePattern(frames, window, first, reference, expand_window=expand)
+    span = VideoSpan(prefix, frames, tokens, suffix)
+    query, key, value = tensors(2, 2, 2 // group, span.length, 8, torch.float64)
+    phase = torch.tensor(step % pattern.phases, dtype=torch.int32)
+    output, log_sum_exp = OPERATORS[name](query, key, value, *tables(pattern, span), phase, scale=scale)
+    mask = oracle.token_mask(
+        frames, tokens, step, prefix=prefix, suffix=suffix, window=window, first=first, reference=reference, expand=expand
+    )
+    expected, expected_lse = oracle.dense(query, key, value, mask, scale)
+    assert (output - expected).abs().max() < 1e-12
+    assert (log_sum_exp - expected_lse).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_dtypes_and_head_dims(name, dtype, head_dim):
+    pattern, span = FramePattern(9, 1, 1, 4), VideoSpan(3, 9, 8, 2)
+    query, key, value = tensors(2, 2, 2, span.length, head_dim, dtype)
+    output, log_sum_exp = OPERATORS[name](query, key, value, *tables(pattern, span), torch.tensor(1, dtype=torch.int32))
+    mask = oracle.token_mask(9, 8, 1, prefix=3, suffix=2, window=1, reference=4)
+    expected, expected_lse = oracle.dense(query, key, value, mask)
+    assert output.dtype == dtype
+    assert (output.double() - expected).abs().max() < TOLERANCE[dtype]
+    assert (log_sum_exp.double() - expected_lse).abs().max() < max(TOLERANCE[dtype], 2e-6)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_key_ranges_of_any_shape(name):
+    """Not only LVSA's tables: rows that share nothing, gaps, a block that attends everything in the middle."""
+    bounds = torch.tensor([0, 3, 5, 9], dtype=torch.int32)
+    ranges = torch.tensor([[[[0, 2], [6, 7]], [[0, 9], [0, 0]], [[3, 4], [8, 9]]]], dtype=torch.int32)
+    query, key, value = tensors(1, 2, 2, 9, 16, torch.float64)
+    mask = torch.zeros(9, 9, dtype=torch.bool)
+    mask[0:3, [0, 1, 6]] = True
+    mask[3:5] = True
+    mask[5:9, [3, 8]] = True
+    output, log_sum_exp = OPERATORS[name](query, key, value, bounds, ranges, torch.tensor(0, dtype=torch.int32))
+    expected, expected_lse = oracle.dense(query, key, value, mask)
+    assert (output - expected).abs().max() < 1e-12
+    assert (log_sum_exp - expected_lse).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3), (0, 1, 3, 2), (3, 2, 1, 0)])
+def test_any_memory_order_gives_right_values_in_sdpas_strides(name, axes):
+    """A view after attention that works with SDPA must work with the op."""
+    pattern, span = FramePattern(9, 1, 1, 4), VideoSpan(0, 9, 4, 0)
+    size = (2, 3, 36, 16)
+    query, key, value = (torch.randn([size[a] for a in axes]).permute([axes.index(a) for a in range(4)]) for _ in range(3))
+    output, _ = OPERATORS[name](query, key, value, *tables(pattern, span), torch.tensor(0, dtype=torch.int32))
+    expected, _ = oracle.dense(query, key, value, oracle.token_mask(9, 4, 0, window=1, reference=4))
+    assert (output - expected).abs().max() < 2e-6
+    assert output.stride() == torch.nn.functional.scaled_dot_product_attention(query, key, value).stride()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_autocast_computes_in_the_autocast_dtype_as_sdpa_does(name):
+    pattern, span = FramePattern(9, 1, 1, 4), VideoSpan(0, 9, 4, 0)
+    query, key, value = tensors(1, 2, 2, 36, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = OPERATORS[name](query, key.bfloat16(), value, *tables(pattern, span), torch.tensor(0, dtype=torch.int32))
+        assert output.dtype == torch.nn.functional.scaled_dot_product_attention(query, key, value).dtype == torch.bfloat16
+        doubles = [t.double() for t in (query, key, value)]
+        assert OPERATORS[name](*doubles, *tables(pattern, span), torch.tensor(0, dtype=torch.int32))[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name):
+    pattern, span = FramePattern(9, 1, 1, 4), VideoSpan(2, 9, 4, 1)
+    query, key, value = tensors(1, 2, 1, 39, 16)
+    torch.library.opcheck(OPERATORS[name], (query, key, value, *tables(pattern, span), torch.tensor(0, dtype=torch.int32)), {"scale": 0.2})

@@ -1,0 +1,209 @@
+"""Look-alikes and sites that must stay dense, each with its own true reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
+from torch import nn
+
+import lvsa_compile
+
+
+def explained(model: nn.Module, *inputs, **options) -> list:
+    """Runs the compiled model, checks that it is the eager one, and returns the sites of its report."""
+    model = randomise(model)
+    with torch.no_grad():
+        output, answer = torch.compile(model, backend="lvsa", options={**EXACT, "inner": "eager", **options})(*inputs), model(*inputs)
+    assert torch.equal(output, answer)
+    return [site for report in lvsa_compile.reports() for site in report.sites]
+
+
+def block(function):
+    return VideoDiT(function)
+
+
+def spatial(model, tokens, grid, text):
+    frames, places = grid[0], grid[1] * grid[2]
+    return model.attention(tokens.unflatten(1, (frames, places)).flatten(0, 1)).unflatten(0, (-1, frames)).flatten(1, 2)
+
+
+def temporal(model, tokens, grid, text):
+    frames = grid[0]
+    rows = tokens.unflatten(1, (frames, -1)).transpose(1, 2).flatten(0, 1)
+    return model.attention(rows).unflatten(0, (tokens.shape[0], -1)).transpose(1, 2).flatten(1, 2)
+
+
+def reversed_frames(model, tokens, grid, text):
+    return model.attention(tokens.unflatten(1, (grid[0], -1)).flip(1).flatten(1, 2))
+
+
+def places_first(model, tokens, grid, text):
+    return (
+        model.attention(tokens.unflatten(1, (grid[0], -1)).transpose(1, 2).flatten(1, 2))
+        .unflatten(1, (-1, grid[0]))
+        .transpose(1, 2)
+        .flatten(1, 2)
+    )
+
+
+def halves_swapped(model, tokens, grid, text):
+    half = (grid[0] // 2) * grid[1] * grid[2]
+    return model.attention(torch.cat([tokens[:, half:], tokens[:, :half]], 1))
+
+
+def shuffled(model, tokens, grid, text):
+    return model.attention(tokens[:, torch.randperm(tokens.shape[1], generator=torch.Generator().manual_seed(0))])
+
+
+def masked(model, tokens, grid, text):
+    return model.attention(tokens, attn_mask=torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool))
+
+
+def video_twice(model, tokens, grid, text):
+    return model.attention(torch.cat([tokens, tokens * 2], 1))[:, : tokens.shape[1]]
+
+
+def text_only(model, tokens, grid, text):
+    return tokens + model.attention(text).mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason", "text"),
+    [
+        (lambda m, x, g, t: x + m.attention(x, t), "cross_attention", "query video 9×3×4, key text 7"),
+        (text_only, "not_video", "query text 7, key text 7"),
+        (spatial, "spatial_or_temporal", "tokens: image 12"),
+        (temporal, "spatial_or_temporal", "tokens: image 9"),
+        (reversed_frames, "layout_unknown", "layout unknown at flip, File "),
+        (shuffled, "layout_unknown", "layout unknown at index, File "),
+        (places_first, "frames_not_contiguous", "108 tokens of latents are not whole frames in order"),
+        (halves_swapped, "frames_not_contiguous", "60 tokens of latents are not whole frames in order"),
+        (masked, "mask_not_expressible", "attn_mask is torch.bool [108, 108]"),
+        (lambda m, x, g, t: m.attention(x, is_causal=True), "causal", "The site is causal token by token."),
+        (lambda m, x, g, t: m.attention(x, dropout_p=1e-9), "dropout", "dropout_p=1e-09"),
+        (video_twice, "several_videos", "query video 9×3×4 | video 9×3×4"),
+    ],
+)
+def test_dense_with_the_true_reason(function, reason, text):
+    if reason == "dropout":
+        torch.manual_seed(0)
+        model = randomise(block(function))
+        with torch.no_grad():
+            torch.compile(model, backend="lvsa", options={**EXACT, "inner": "eager"})(*dit_inputs())
+        (site,) = lvsa_compile.reports()[0].sites
+    else:
+        (site,) = explained(block(function), *dit_inputs())
+    assert (site.decision, site.reason) == ("dense", reason)
+    assert text in site.detail
+
+
+def test_the_op_and_the_line_where_the_trail_was_lost_are_named():
+    (site,) = explained(block(reversed_frames), *dit_inputs())
+    assert "test_left_dense.py" in site.detail
+    assert "reversed_frames" in site.detail
+    assert site.remedy == "Please report the op that is named; a rule for it makes the site sparse."
+
+
+def test_text_as_long_as_the_video_is_still_text():
+    """A length is never evidence."""
+    joint = block(lambda m, x, g, t: x + m.attention(x, t))
+    (site,) = explained(joint, *dit_inputs(text=9 * 3 * 4))
+    assert site.reason == "cross_attention"
+    torch._dynamo.reset()
+    (site,) = explained(block(text_only), *dit_inputs(text=9 * 3 * 4))
+    assert site.reason == "not_video"
+
+
+def test_one_frame_is_an_image():
+    (site,) = explained(block(None), *dit_inputs(frames=1))
+    assert site.reason == "single_frame"
+
+
+def test_a_video_that_is_not_the_one_generated():
+    """A reference video that attends to itself: its grid never reaches the output."""
+
+    class WithReference(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = VideoDiT(lambda m, x, grid, text: x + text)
+            self.reference = VideoDiT()
+
+        def forward(self, latents, timestep, text, reference):
+            style = self.reference(reference, timestep, text).mean((1, 2, 3, 4))
+            return self.inner(latents, timestep, style[:, None, None])
+
+    (site,) = explained(WithReference(), *dit_inputs(), dit_inputs(7)[0])
+    assert site.reason == "other_video"
+
+
+def test_an_image_model_with_frames_nowhere():
+    class ImageDiT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch, self.attention = nn.Conv2d(4, 16, 2, 2), VideoDiT().attention
+
+        def forward(self, image, timestep):
+            x = self.patch(image)
+            return self.attention(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+    (site,) = explained(ImageDiT(), torch.randn(2, 4, 12, 8), torch.ones(2))
+    assert site.reason == "not_video"
+
+
+def test_attention_in_a_nested_subgraph():
+    def checkpointed(model, tokens, grid, text):
+        return tokens + torch.utils.checkpoint.checkpoint(model.attention, tokens, use_reentrant=False)
+
+    (site,) = explained(block(checkpointed), *dit_inputs())
+    assert site.reason == "inside_subgraph"
+    assert site.remedy == "Switch gradient checkpointing and nested compile regions off for inference."
+
+
+def test_attention_that_is_sparse_already():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def flex(model, tokens, grid, text):
+        heads = tokens.unflatten(-1, (2, -1)).transpose(1, 2)
+        return flex_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+    def own(model, tokens, grid, text):
+        heads = tokens.unflatten(-1, (2, -1)).transpose(1, 2)
+        return lvsa_compile.sparse_attention(heads, heads, heads, grid=tuple(grid)).transpose(1, 2).flatten(2)
+
+    for function in (flex, own):
+        torch._dynamo.reset()
+        (site,) = explained(block(function), *dit_inputs())
+        assert site.reason == "already_sparse"
+
+
+def test_a_model_without_attention():
+    assert explained(nn.Linear(4, 4), torch.randn(2, 4)) == []
+    assert "no attention in this graph" in str(lvsa_compile.reports()[0])
+
+
+def test_query_and_key_of_two_grids_of_equal_size():
+    """Same sizes, another source: two different videos."""
+
+    class TwoVideos(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = VideoDiT(lambda m, x, grid, text: x + m.attention(x, text))
+            self.patch = nn.Conv3d(4, 16, (1, 2, 2), (1, 2, 2))
+
+        def forward(self, latents, timestep, text, pose):
+            return self.inner(latents, timestep, self.patch(pose).flatten(2).transpose(1, 2))
+
+    (site,) = explained(TwoVideos(), *dit_inputs(), dit_inputs()[0] * 2)
+    assert (site.decision, site.reason) == ("dense", "other_video")
+    assert "query video 9×3×4, key conditioning 9×3×4" in site.detail
+
+
+def test_functional_attention_with_odd_shapes_is_left_alone():
+    def three_axes(model, tokens, grid, text):
+        return F.scaled_dot_product_attention(tokens, tokens, tokens)
+
+    (site,) = explained(block(three_axes), *dit_inputs())
+    assert site.reason == "shape_not_supported"
+    assert "query [1, 108, 16] torch.float32" in site.detail
