@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lvsa_compile.clock import reset, step
-    from lvsa_compile.errors import LvsaError, OptionError
+    from lvsa_compile.errors import LvsaError, LvsaWarning, OptionError
+    from lvsa_compile.explaining import explain
     from lvsa_compile.functional import sparse_attention
     from lvsa_compile.options import make_options
-    from lvsa_compile.report.records import Report, reports
+    from lvsa_compile.report.records import Report
+    from lvsa_compile.report.store import reports
     from lvsa_compile.sparsity.frame_pattern import FramePattern
 
 __version__ = "0.1.0"
@@ -21,16 +23,30 @@ __version__ = "0.1.0"
 _HOMES = {
     "FramePattern": "sparsity.frame_pattern",
     "LvsaError": "errors",
+    "LvsaWarning": "errors",
     "OptionError": "errors",
     "Report": "report.records",
+    "explain": "explaining",
     "make_options": "options",
-    "reports": "report.records",
+    "reports": "report.store",
     "reset": "clock",
     "sparse_attention": "functional",
     "step": "clock",
 }
 
-__all__ = ["FramePattern", "LvsaError", "OptionError", "Report", "make_options", "reports", "reset", "sparse_attention", "step"]
+__all__ = [
+    "FramePattern",
+    "LvsaError",
+    "LvsaWarning",
+    "OptionError",
+    "Report",
+    "explain",
+    "make_options",
+    "reports",
+    "reset",
+    "sparse_attention",
+    "step",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,8 @@ import torch
 from torch import fx
 
 from lvsa_compile import compat
+from lvsa_compile.errors import LvsaWarning
+from lvsa_compile.lowering import verification
 from lvsa_compile.options import Options, parse_options
 from lvsa_compile.passes.compilation import Compilation, Pass, example_value
 from lvsa_compile.passes.decide import decide
@@ -28,25 +30,25 @@ from lvsa_compile.passes.trace_layout.trace import trace_layout
 from lvsa_compile.passes.trace_layout.tracer import input_kind
 from lvsa_compile.passes.verify import verify
 from lvsa_compile.reasons import TRAINING
-from lvsa_compile.report.records import Report, forget, keep, report_of
+from lvsa_compile.report.records import Report, report_of
+from lvsa_compile.report.store import forget, keep
 from lvsa_compile.runtime import with_clock
 
 log = logging.getLogger(__name__)
 
-PIPELINE: tuple[Pass, ...] = (
+ANALYSIS: tuple[Pass, ...] = (
     find_attention,  # every attention in the graph, in whatever form
     trace_layout,  # what each token axis is made of, followed from the inputs
     find_horizon,  # how many frames the model was trained on
     find_timestep,  # which input tells the denoising step
     decide,  # per site: sparse with a plan, or dense with one reason
+)
+PIPELINE: tuple[Pass, ...] = (
+    *ANALYSIS,
     rewrite,  # lvsa::attention at the sparse sites, tables and phase as inputs
     lower,  # each site's op becomes the op of its lowering
     verify,  # what the inner compiler and the run-time call rely on
 )
-
-
-class LvsaWarning(UserWarning):
-    """Something a user of the backend most likely did not mean."""
 
 
 def lvsa(
@@ -58,23 +60,21 @@ def lvsa(
         OptionError: an option has a value it cannot have, or does not exist.
     """
     parsed = parse_options(options, mode)
-    compilation = Compilation(compat.copy_graph(graph_module), parsed, compile_id=compat.compile_id())
-    for number, step in enumerate(PIPELINE):
-        compilation = _run_pass(number, step, compilation)
-    report = report_of(compilation)
-    _publish(report, compilation)
+    compilation = _run(PIPELINE, Compilation(compat.copy_graph(graph_module), parsed, compile_id=compat.compile_id()))
+    _publish(report_of(compilation), compilation)
     if not compilation.sparse:
         return _compile_inner(graph_module, example_inputs, parsed, stamp="")
 
     fake_mode = compat.tracing_fake_mode()
     appended = [compat.fake_like(extra.value, fake_mode) for extra in compilation.extra_inputs]
     compiled = _compile_inner(compilation.graph_module, [*example_inputs, *appended], parsed, stamp=_cache_stamp())
-    return with_clock(compiled, compilation.extra_inputs, compilation.timestep, _owner_position(graph_module), parsed.rotate)
+    return with_clock(compiled, compilation.extra_inputs, compilation.timestep, _owner_position(graph_module))
 
 
 def _reset() -> None:
     """What ``torch._dynamo.reset()`` does here."""
     forget()
+    verification.forget()
     _warned.clear()
     compat.reset_cuda_graphs()
 
@@ -82,16 +82,21 @@ def _reset() -> None:
 lvsa.reset = _reset  # type: ignore[attr-defined]
 
 
-def _run_pass(number: int, step: Pass, compilation: Compilation) -> Compilation:
-    """Runs one pass; with LVSA_DUMP_DIR set, writes the graph before the first pass and after each one that changed it."""
-    name = getattr(step, "__name__", str(step))
-    if number == 0:
-        _dump(compilation, "0-before")
-    started = time.perf_counter()
-    result = step(compilation)
-    log.debug("pass %s took %.3f s", name, time.perf_counter() - started)
-    _dump(result, f"{number + 1}-{name}")
-    return result
+def analyse(graph_module: fx.GraphModule, options: Options) -> Compilation:
+    """What the backend would decide for a graph, without rewriting or compiling anything."""
+    return _run(ANALYSIS, Compilation(compat.copy_graph(graph_module), options, compile_id=compat.compile_id()))
+
+
+def _run(passes: Sequence[Pass], compilation: Compilation) -> Compilation:
+    """Runs passes in order; with LVSA_DUMP_DIR set, writes the graph before the first and after each one."""
+    _dump(compilation, "0-before")
+    for number, step in enumerate(passes, start=1):
+        name = getattr(step, "__name__", str(step))
+        started = time.perf_counter()
+        compilation = step(compilation)
+        log.debug("pass %s took %.3f s", name, time.perf_counter() - started)
+        _dump(compilation, f"{number}-{name}")
+    return compilation
 
 
 def _dump(compilation: Compilation, stage: str) -> None:
@@ -141,7 +146,7 @@ _warned: set[str] = set()
 
 def _publish(report: Report, compilation: Compilation) -> None:
     """Keeps the report, logs its line, counts, and warns of what was most likely not meant."""
-    keep(report)
+    keep(report, compat.compiled_entry())
     log.info("%s", report.summary)
     log.debug("%s", report)
     counts = compat.counters()

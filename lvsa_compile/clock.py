@@ -40,6 +40,11 @@ def step(index: int) -> Iterator[None]:
         _explicit_step.reset(token)
 
 
+def explicit_step() -> int | None:
+    """The step of the innermost ``step`` context, or None."""
+    return _explicit_step.get()
+
+
 class Clock:
     """The denoising step of one model object.
 
@@ -52,7 +57,7 @@ class Clock:
         self._last: Tensor | None = None  # newest timestep value; NaN before the first
         self._direction: Tensor | None = None  # -1 or 1 once two values are known, else 0
         self._step: Tensor | None = None
-        self._phases: dict[tuple[int, torch.device, int], Tensor] = {}
+        self._phases: dict[tuple[int, int, torch.device, int], Tensor] = {}
 
     def reset(self) -> None:
         """The next timestep begins a new video."""
@@ -75,21 +80,24 @@ class Clock:
             self._direction.copy_(torch.where(begins, 0.0, torch.where(self._direction == 0, move, self._direction)))
             self._last.copy_(value)
 
-    def phase(self, phases: int, device: torch.device) -> Tensor:
-        """The current step modulo ``phases`` as an int32 scalar on ``device``, always the same tensor for the same thread."""
-        key = (phases, device, threading.get_ident())
-        explicit = _explicit_step.get()
+    def phase(self, phases: int, device: torch.device, dense_steps: int = 0) -> Tensor:
+        """The current step modulo ``phases`` as an int32 scalar on ``device``; ``phases`` itself in the first ``dense_steps`` steps.
+
+        Always the same tensor for the same thread, as CUDA graphs need it.
+        """
+        key = (phases, dense_steps, device, threading.get_ident())
+        explicit = explicit_step()
         with self._lock, torch.inference_mode(False), torch.no_grad():
             phase = self._phases.get(key)
             if phase is None:
                 phase = self._phases[key] = torch.zeros((), dtype=torch.int32, device=device)
-            if explicit is not None:
-                phase.fill_(explicit % phases)
-            elif self._step is None:
-                phase.zero_()
-            else:
-                phase.copy_(torch.remainder(self._step, phases), non_blocking=True)
-            return phase
+            if explicit is not None or self._step is None:
+                step = explicit or 0
+                return phase.fill_(phases if step < dense_steps else step % phases)
+            rotated = torch.remainder(self._step, phases)
+            if dense_steps:
+                rotated = torch.where(self._step < dense_steps, phases, rotated)
+            return phase.copy_(rotated, non_blocking=True)
 
 
 _clocks: WeakIdKeyDictionary = WeakIdKeyDictionary()

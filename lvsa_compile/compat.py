@@ -8,6 +8,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import inspect
+import itertools
+import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -138,8 +142,6 @@ def _stamp_class() -> Callable[[str], Any]:
 
 def reset_cuda_graphs() -> None:
     """What Inductor's own backend does on ``torch._dynamo.reset()``, where CUDA graphs were used."""
-    import sys
-
     if trees := sys.modules.get("torch._inductor.cudagraph_trees"):
         trees.reset_cudagraph_trees()
 
@@ -150,6 +152,35 @@ def lookup_backend(name: str) -> Callable[..., Any]:
 
     found: Callable[..., Any] = lookup(name)
     return found
+
+
+def trace_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile(function, backend)`` that leaves no trace on what ``function`` calls.
+
+    The outermost code object is new at every call, and where torch can keep a call's compiles in a cache of their own, it does, so
+    that graph breaks inside a model take nothing from the model's own compile budget.
+    """
+    name = f"<lvsa explain {next(_apart)}>"
+    scope: dict[str, Any] = {"function": function}
+    exec(compile("def call(*args, **kwargs):\n    return function(*args, **kwargs)\n", name, "exec"), scope)
+    isolated = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    compiled: Callable[..., Any] = torch.compile(scope["call"], backend=backend, dynamic=False, **isolated)  # type: ignore[call-overload]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        import torch._dynamo.pgo as pgo
+
+        remembered = dict(pgo.get_code_state())  # sizes seen, by which later compiles choose what is dynamic
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            state = pgo.get_code_state()
+            for code in [code for code in state if code not in remembered]:
+                del state[code]
+
+    return run
+
+
+_apart = itertools.count()
 
 
 # --- the compile in progress ---------------------------------------------------------------------------------------------------
@@ -213,6 +244,12 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
         if hasattr(graph_module, name):
             object.__setattr__(copied, name, getattr(graph_module, name))
     return copied
+
+
+def source_line(node: fx.Node) -> str:
+    """File, line and function a node was traced from; the node's name where Dynamo gave none."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    return lines[-1] if lines else f"node {node.name}"
 
 
 def placeholder_source(node: fx.Node) -> str | None:
@@ -307,12 +344,33 @@ def module_path(node: fx.Node) -> str:
     return ".".join(_path_parts(list(stack.values())[-1][0])[1:]) if stack else ""
 
 
+def compiled_entry() -> Any:
+    """The function the user called, compiled, to which the graph being compiled belongs; None if unknown.
+
+    After a graph break the pieces of a model are compiled one by one, all below the same entry.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    entry = None
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith("eval_frame.py"):
+            entry = frame.f_locals.get("fn", entry)
+        frame = frame.f_back
+    return entry
+
+
+def root_module() -> Any:
+    """The module the user compiled, else the one whose forward is being compiled, or None."""
+    scope, entry = root_scope(), compiled_entry()
+    function = scope.get("function")  # what ``trace_apart`` calls
+    found = (entry, getattr(entry, "__self__", None), function, getattr(function, "__self__", None), scope.get("self"))
+    return next((module for module in found if isinstance(module, torch.nn.Module)), None)
+
+
 def modules_around(node: fx.Node) -> list[tuple[str, Any]]:
     """Class names of the modules a node was traced in, outermost first, each with the module itself where it can be reached."""
     scope = root_scope()
     found: list[tuple[str, Any]] = []
-    root = scope.get("self")
-    if isinstance(root, torch.nn.Module):
+    if (root := root_module()) is not None:
         found.append((type(root).__name__, root))
     for path, module_class in (node.meta.get("nn_module_stack") or {}).values():
         name = getattr(module_class, "__name__", str(module_class).rsplit(".", 1)[-1])
@@ -326,13 +384,14 @@ def _path_parts(path: str) -> list[str]:
 
     parts = re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)", path)
     names = ["".join(part) for part in parts]
-    return [name for name in names if name not in ("__dict__", "_modules")]
+    return [name for name in names if name not in ("__dict__", "_modules", "__self__")]
 
 
 def _reach(scope: Mapping[str, Any], path: str) -> Any:
     """The module at a path in the scope of the function being compiled, or None."""
     names = _path_parts(path)
     current = scope.get(names[0]) if names else None
+    current = getattr(current, "__self__", current)
     for name in names[1:]:
         children = getattr(current, "_modules", {})
         current = children[name] if name in children else getattr(current, name, None)

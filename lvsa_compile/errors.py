@@ -14,6 +14,10 @@ class LvsaError(Exception):
     """Base of all errors this package raises on purpose."""
 
 
+class LvsaWarning(UserWarning):
+    """Something a user of the backend most likely did not mean."""
+
+
 class OptionError(LvsaError, ValueError):
     """An option has a value it cannot have."""
 
@@ -72,6 +76,35 @@ class GradientError(LvsaError, RuntimeError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.function,)
+
+
+class AttachError(LvsaError, TypeError):
+    """A pipeline that cannot tell its models the denoising step."""
+
+    def __init__(self, pipeline: str) -> None:
+        super().__init__(
+            f"attach({pipeline}): no model of it has a cache_context, through which diffusers sends the denoising step. Leave attach out; "
+            "the clock reads the step from the timestep."
+        )
+        self.pipeline = pipeline
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.pipeline,)
+
+
+class ExplainError(LvsaError, RuntimeError):
+    """A model could not be explained on the meta device."""
+
+    def __init__(self, line: str, problem: str) -> None:
+        first = problem.strip().splitlines()[0] if problem.strip() else "unknown error"
+        super().__init__(
+            f"explain(device='meta') stopped at {line}: {first} A model that reads values cannot run without them; leave device out, "
+            "so that the forward runs where the model is."
+        )
+        self.line, self.problem = line, problem
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.line, self.problem)
 
 
 class LoweringUnavailableError(LvsaError, RuntimeError):

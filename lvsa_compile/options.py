@@ -18,10 +18,13 @@ Check = Callable[[Any], "tuple[str, str] | None"]
 """Returns what is wrong with a value and the remedy, or None."""
 
 
-def _whole(least: int) -> Check:
+def _whole(least: int, frames: bool = True) -> Check:
     def check(value: Any) -> tuple[str, str] | None:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            return f"not a whole number of at least {least}", f"All lengths are in latent frames; give {least} or more."
+            return (
+                f"not a whole number of at least {least}",
+                f"{'All lengths are in latent frames; give' if frames else 'Give'} {least} or more.",
+            )
         return None
 
     return check
@@ -42,6 +45,12 @@ def _one_of(*choices: str) -> Check:
 
 def _flag(value: Any) -> tuple[str, str] | None:
     return None if isinstance(value, bool) else ("not True or False", "Give True or False.")
+
+
+def _indices(value: Any) -> tuple[str, str] | None:
+    if isinstance(value, (list, tuple)) and all(_whole(0)(index) is None for index in value):
+        return None
+    return "not a list of whole numbers from 0", "Give the indices of video attention sites, such as [0, 1]."
 
 
 def _lowering(value: Any) -> tuple[str, str] | None:
@@ -89,6 +98,15 @@ class Options:
         "What a site gets whose pattern is expected not to be faster: 'sparse' keeps the pattern, 'dense' leaves it.",
         _one_of("sparse", "dense"),
     )
+    dense_steps: int = _option(0, "How many denoising steps at the start attend densely.", _whole(0, frames=False))
+    dense_layers: tuple[int, ...] = _option((), "Video attention sites left dense, by their place in the model's order, from 0.", _indices)
+    max_sites: int | None = _option(
+        None, "Rewrite at most this many sites, in the model's order; for finding the one that matters.", _optional(_whole(0, frames=False))
+    )
+    lower_padding_masks: bool = _option(True, "Whether a mask that only hides padding becomes a valid length.", _flag)
+    verify: bool = _option(
+        False, "Compute each sparse site a second time by its meaning in float32 and report the worst error; slow.", _flag
+    )
     lowering: str = _option("auto", "How the pattern is computed; 'auto' chooses per site by device and shape.", _lowering)
     inner: str = _option("inductor", "Compiler of the rewritten graph.", _one_of("inductor", "aot_eager", "eager"))
     mode: str | None = _option(
@@ -110,8 +128,21 @@ class Options:
                         f"this is Inductor's, and inner={self.inner!r} does not use Inductor",
                         "Drop it, or use inner='inductor'.",
                     )
+        if self.verify and self.uses_cuda_graphs:
+            raise OptionError(
+                "verify", True, "CUDA graphs replay without running the comparison", "Drop mode and triton.cudagraphs while verifying."
+            )
         if self.reference_frames is not None:
             self.frame_pattern(1, self.reference_frames)  # combinations that no frame could use are an error now, not at the first forward
+
+    @property
+    def uses_cuda_graphs(self) -> bool:
+        """Whether these options ask Inductor for CUDA graphs."""
+        return self.mode in ("reduce-overhead", "max-autotune") or bool(dict(self.inductor).get("triton.cudagraphs"))
+
+    def changed(self) -> dict[str, Any]:
+        """The options that are not at their defaults, Inductor's own too."""
+        return {f.name: getattr(self, f.name) for f in option_fields() if getattr(self, f.name) != f.default} | dict(self.inductor)
 
     def frame_pattern(self, frames: int, reference_frames: int) -> FramePattern:
         """The pattern these options give to a video of ``frames`` latent frames."""
@@ -155,6 +186,8 @@ def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> O
             raise UnknownOptionError(name, value, names | set(compat.inductor_options()) if "." in name else names)
     if mode is not None:
         ours.setdefault("mode", mode)
+    if isinstance(ours.get("dense_layers"), list):
+        ours["dense_layers"] = tuple(ours["dense_layers"])
     return Options(**ours, inductor=tuple(inductors))
 
 

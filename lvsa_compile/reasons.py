@@ -37,19 +37,21 @@ CROSS_ATTENTION: Final = Reason(
     "cross_attention", "Video attends to something that is not video, or the other way round; LVSA leaves that dense."
 )
 NOT_VIDEO: Final = Reason("not_video", "No token of the query or of the key comes from the video: text, audio or image attention.")
+NO_GRID: Final = Reason(
+    "no_grid",
+    "No input of this graph shows the frames, rows and columns of a video.",
+    "For a part of a video model: compile the whole model rather than its blocks, and without graph breaks. Otherwise nothing to do.",
+)
 SPATIAL_OR_TEMPORAL: Final = Reason(
     "spatial_or_temporal", "The site attends within each frame or along time at each place; there is no frame-by-frame pattern to thin out."
 )
 SINGLE_FRAME: Final = Reason("single_frame", "The video has one latent frame.")
-PATTERN_FULL: Final = Reason(
-    "pattern_full",
-    "At this length every frame attends every frame at every phase, so nothing can be skipped.",
-    "Nothing to do at or below the training horizon. To thin out shorter videos lower reference_frames or set key_frame_interval.",
-)
-HORIZON_UNKNOWN: Final = Reason(
-    "horizon_unknown",
-    "The training horizon of this model is not in the table.",
-    "Pass options={'reference_frames': N}, N being the latent frames the model was trained on.",
+OTHER_VIDEO: Final = Reason("other_video", "Query and key hold different videos, or the video is not the one the model generates.")
+ALREADY_SPARSE: Final = Reason("already_sparse", "The model brings its own sparse attention here.")
+INSIDE_SUBGRAPH: Final = Reason(
+    "inside_subgraph",
+    "The site is inside a nested subgraph (checkpoint or nested compile region).",
+    "Switch gradient checkpointing and nested compile regions off for inference.",
 )
 LAYOUT_UNKNOWN: Final = Reason(
     "layout_unknown",
@@ -59,33 +61,38 @@ LAYOUT_UNKNOWN: Final = Reason(
 FRAMES_NOT_CONTIGUOUS: Final = Reason(
     "frames_not_contiguous", "The tokens of a latent frame do not lie together, or frames are out of order."
 )
-OTHER_VIDEO: Final = Reason("other_video", "Query and key hold different videos, or the video is not the one the model generates.")
 SEVERAL_VIDEOS: Final = Reason("several_videos", "The sequence holds more than one stretch of the generated video.")
-MASK_NOT_EXPRESSIBLE: Final = Reason(
-    "mask_not_expressible",
-    "The site has an attention mask that key ranges cannot express; a mask is never dropped.",
-    "Where the mask is all true, do not pass it.",
-)
-CAUSAL: Final = Reason("causal", "The site is causal token by token.")
-DROPOUT: Final = Reason("dropout", "The site drops attention weights at random.", "Call model.eval() before compiling.")
 TRAINING: Final = Reason(
     "training",
     "Gradients are required; LVSA is an inference method.",
     "Run the model under torch.no_grad() or torch.inference_mode(). Where training is meant, nothing is lost: attention is dense.",
 )
-INSIDE_SUBGRAPH: Final = Reason(
-    "inside_subgraph",
-    "The site is inside a nested subgraph (checkpoint or nested compile region).",
-    "Switch gradient checkpointing and nested compile regions off for inference.",
+DROPOUT: Final = Reason("dropout", "The site drops attention weights at random.", "Call model.eval() before compiling.")
+CAUSAL: Final = Reason("causal", "The site is causal token by token.")
+MASK_NOT_EXPRESSIBLE: Final = Reason(
+    "mask_not_expressible",
+    "The site has an attention mask that key ranges cannot express; a mask is never dropped.",
+    "Where the mask is all true, do not pass it.",
 )
-ALREADY_SPARSE: Final = Reason("already_sparse", "The model brings its own sparse attention here.")
 SHAPE_NOT_SUPPORTED: Final = Reason("shape_not_supported", "Query, key and value are not [batch, heads, tokens, head_dim] of equal batch.")
+HORIZON_UNKNOWN: Final = Reason(
+    "horizon_unknown",
+    "The training horizon of this model is not in the table.",
+    "Pass options={'reference_frames': N}, N being the latent frames the model was trained on.",
+)
 SIZE_NOT_KNOWN: Final = Reason(
     "size_not_known",
     "The number of frames or tokens is known only while the model runs.",
     "Compile without dynamic=True, or without fullgraph=True.",
 )
+PATTERN_FULL: Final = Reason(
+    "pattern_full",
+    "At this length every frame attends every frame at every phase, so nothing can be skipped.",
+    "Nothing to do at or below the training horizon. To thin out shorter videos lower reference_frames or set key_frame_interval.",
+)
 NO_LOWERING: Final = Reason("no_lowering", "No lowering can serve the site.", "Set options={'lowering': 'auto'}.")
+DENSE_LAYER: Final = Reason("dense_layer", "The option dense_layers names this site.", "Take its index out of dense_layers.")
+MAX_SITES: Final = Reason("max_sites", "The option max_sites allows no more sites.", "Raise max_sites, or leave it out.")
 NOT_FASTER: Final = Reason(
     "not_faster",
     "Sparse attention is not expected to be faster here and when_slower='dense' was asked for.",
@@ -93,4 +100,4 @@ NOT_FASTER: Final = Reason(
 )
 
 REASONS: Final = tuple(value for value in globals().values() if isinstance(value, Reason))
-"""All reasons, in the order of this file."""
+"""All reasons, from the furthest from being sparse to the nearest; the report shows the nearest miss first."""

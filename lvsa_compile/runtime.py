@@ -10,11 +10,7 @@ from lvsa_compile.passes.compilation import ExtraInput, TimestepInput
 
 
 def with_clock(
-    compiled: Callable[..., Any],
-    extra_inputs: Sequence[ExtraInput],
-    timestep: TimestepInput | None,
-    owner_position: int | None,
-    rotate: bool,
+    compiled: Callable[..., Any], extra_inputs: Sequence[ExtraInput], timestep: TimestepInput | None, owner_position: int | None
 ) -> Callable[..., Any]:
     """Wraps a compiled graph so that each call gets the appended inputs.
 
@@ -22,14 +18,15 @@ def with_clock(
     graph without parameters has a clock of its own.
     """
     own_clock = Clock()
-    values = tuple(extra.value for extra in extra_inputs)
-    phases = tuple(extra.phases if rotate else 0 for extra in extra_inputs)
+    turning = any(extra.phases > 1 or extra.dense_steps for extra in extra_inputs)
+
+    def appended(clock: Clock, extra: ExtraInput) -> Any:
+        return clock.phase(extra.phases, extra.value.device, extra.dense_steps) if extra.phases else extra.value
 
     def run(*args: Any) -> Any:
         clock = own_clock if owner_position is None else clock_of(args[owner_position])
-        if rotate and timestep is not None:
+        if turning and timestep is not None:
             clock.tick(args[timestep.position])
-        appended = [clock.phase(count, value.device) if count else value for value, count in zip(values, phases, strict=True)]
-        return compiled(*args, *appended)
+        return compiled(*args, *(appended(clock, extra) for extra in extra_inputs))
 
     return run

@@ -148,8 +148,8 @@ def test_an_image_model_with_frames_nowhere():
             x = self.patch(image)
             return self.attention(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
 
-    (site,) = explained(ImageDiT(), torch.randn(2, 4, 12, 8), torch.ones(2))
-    assert site.reason == "not_video"
+    (site,) = explained(ImageDiT(), torch.randn(1, 4, 12, 8), torch.ones(1))
+    assert site.reason == "no_grid"
 
 
 def test_attention_in_a_nested_subgraph():

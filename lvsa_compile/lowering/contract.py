@@ -32,12 +32,14 @@ class AttentionCall:
 class Lowering:
     """One way of computing the attention op.
 
-    ``operator`` has the schema of ``lvsa::attention``; ``refuses`` returns why it cannot serve a call, or None; ``speedup`` estimates
-    how many times faster than dense attention it is.  Among those that do not refuse, the lowest ``priority`` is chosen.
+    ``operator`` has the schema of ``lvsa::attention``; ``unavailable`` returns why it cannot run on a device, or None; ``refuses``
+    why it cannot serve a call, or None; ``speedup`` estimates how many times faster than dense attention it is.  Among those that
+    serve a call the lowest ``priority`` is chosen.
     """
 
     name: str
     priority: int
     operator: compat.OpOverload
+    unavailable: Callable[[torch.device], str | None]
     refuses: Callable[[AttentionCall], str | None]
     speedup: Callable[[AttentionCall], float]

@@ -123,9 +123,11 @@ def _chosen(ranges: list[Range], mask: Mask) -> list[Range]:
     return list(itertools.compress(ranges, mask))
 
 
+def _unavailable(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else f"it runs on the CPU, not on {device.type}"
+
+
 def _refuses(call: AttentionCall) -> str | None:
-    if call.device.type != "cpu":
-        return f"tensors are on {call.device.type}"
     if call.dtype not in _DTYPES:
         return f"the CPU flash kernel does not take {call.dtype}"
     if call.head_dim != call.value_dim:
@@ -142,4 +144,11 @@ def _speedup(call: AttentionCall) -> float:
     return dense / sparse
 
 
-LOWERING = Lowering("cpu", priority=10, operator=define_attention_op("attention_cpu", attention_cpu), refuses=_refuses, speedup=_speedup)
+LOWERING = Lowering(
+    "cpu",
+    priority=10,
+    operator=define_attention_op("attention_cpu", attention_cpu),
+    unavailable=_unavailable,
+    refuses=_refuses,
+    speedup=_speedup,
+)

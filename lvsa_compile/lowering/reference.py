@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from lvsa_compile.lowering.attention_op import ATTENTION
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
+
+
+def _unavailable(device: torch.device) -> str | None:
+    return None
 
 
 def _refuses(call: AttentionCall) -> str | None:
@@ -15,4 +21,4 @@ def _speedup(call: AttentionCall) -> float:
     return 0.5
 
 
-LOWERING = Lowering("reference", priority=100, operator=ATTENTION, refuses=_refuses, speedup=_speedup)
+LOWERING = Lowering("reference", priority=100, operator=ATTENTION, unavailable=_unavailable, refuses=_refuses, speedup=_speedup)

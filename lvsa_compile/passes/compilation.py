@@ -30,6 +30,7 @@ class Decision:
 
     name: str
     node: fx.Node
+    site: AttentionSite | None = None
     layout: str = ""
     plan: SparsePlan | None = None
     miss: Miss | None = None
@@ -45,11 +46,15 @@ class Horizon:
 
 @dataclass(frozen=True)
 class ExtraInput:
-    """An input appended to the graph: a constant ``value``, or the phase of a pattern with ``phases`` rows, ``value`` its kind."""
+    """An input appended to the graph: a constant ``value``, or the phase of a pattern with ``phases`` rows.
+
+    For a phase, the row after the last serves the first ``dense_steps`` steps, and ``value`` only shows dtype and device.
+    """
 
     name: str
     value: Tensor
     phases: int = 0
+    dense_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Compilation:
     compile_id: str = "-"
     sites: tuple[AttentionSite | DenseSite, ...] = ()
     layouts: dict[fx.Node, tuple[TokenLayout, TokenLayout]] = field(default_factory=dict)
+    has_video: bool = False
     trace_failure: str = ""
     horizon: Horizon | None = None
     timestep: TimestepInput | None = None

@@ -21,21 +21,31 @@ from lvsa_compile.sparsity.key_ranges import VideoSpan
 
 def decide(compilation: Compilation) -> Compilation:
     """Fills in ``decisions``, one per site, and ``specialised``, the symbolic sizes that had to be fixed."""
-    decisions, specialised = [], list(compilation.specialised)
+    options = compilation.options
+    decisions: list[Decision] = []
+    specialised = list(compilation.specialised)
+    video_sites = sparse_sites = 0
     for site in compilation.sites:
         layouts = compilation.layouts.get(site.node)
         outcome = site.miss if isinstance(site, DenseSite) else _decide(site, layouts, compilation, specialised)
-        name = compat.module_path(site.node) or site.node.name
-        decisions.append(
-            Decision(
-                name,
-                site.node,
-                layout=_shown(layouts),
-                plan=outcome if isinstance(outcome, SparsePlan) else None,
-                miss=outcome if isinstance(outcome, Miss) else None,
-            )
-        )
+        if isinstance(outcome, SparsePlan):
+            if video_sites in options.dense_layers:
+                outcome = reasons.DENSE_LAYER.because(f"video site {video_sites} is in dense_layers={list(options.dense_layers)}")
+            elif options.max_sites is not None and sparse_sites >= options.max_sites:
+                outcome = reasons.MAX_SITES.because(f"max_sites={options.max_sites}")
+            else:
+                sparse_sites += 1
+            video_sites += 1
+        decisions.append(_decision(site, layouts, outcome))
     return dataclasses.replace(compilation, decisions=tuple(decisions), specialised=tuple(dict.fromkeys(specialised)))
+
+
+def _decision(site: AttentionSite | DenseSite, layouts: tuple[TokenLayout, TokenLayout] | None, outcome: SparsePlan | Miss) -> Decision:
+    name, shown = compat.module_path(site.node) or site.node.name, _shown(layouts)
+    attention = site if isinstance(site, AttentionSite) else None
+    if isinstance(outcome, SparsePlan):
+        return Decision(name, site.node, attention, shown, plan=outcome)
+    return Decision(name, site.node, attention, shown, miss=outcome)
 
 
 def _shown(layouts: tuple[TokenLayout, TokenLayout] | None) -> str:
@@ -54,8 +64,8 @@ def _decide(
     if not (isinstance(site.dropout, (int, float)) and site.dropout == 0.0):
         return reasons.DROPOUT.because(f"dropout_p={site.dropout}")
     if layouts is None:
-        return reasons.LAYOUT_UNKNOWN.because(compilation.trace_failure or _line(site.node))
-    miss = _why_not_video(site.node, *layouts)
+        return reasons.LAYOUT_UNKNOWN.because(compilation.trace_failure or compat.source_line(site.node))
+    miss = _why_not_video(site.node, *layouts, compilation.has_video)
     if miss is not None:
         return miss
     if site.causal:
@@ -100,7 +110,7 @@ def _plan(compilation: Compilation, call_with: Callable[[FramePattern], Attentio
     return SparsePlan(call, choice)
 
 
-def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout) -> Miss | None:
+def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout, has_video: bool) -> Miss | None:
     """Why the site is not self-attention over the generated video, or None."""
     query_videos, key_videos = query.of_kind(VIDEO), key.of_kind(VIDEO)
     for segment in (*query.segments, *key.segments):
@@ -117,6 +127,8 @@ def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout) -> Miss 
             return reasons.SINGLE_FRAME.because(f"query {query}")
         if query.shows_pictures:
             return reasons.OTHER_VIDEO.because(f"query {query}, key {key}; a conditioning video's grid does not reach the model's output")
+        if not has_video:
+            return reasons.NO_GRID.because(f"query {query}, key {key}; no input of this graph shows a video grid")
         return reasons.NOT_VIDEO.because(f"query {query}, key {key}")
     if len(query_videos) > 1 or len(key_videos) > 1:
         return reasons.SEVERAL_VIDEOS.because(f"query {query}, key {key}")
@@ -130,13 +142,9 @@ def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout) -> Miss 
 
 def _lost(node: fx.Node, lost: Segment) -> Miss:
     place = next((n for n in node.graph.nodes if n.name == lost.lost_at), None)
-    return reasons.LAYOUT_UNKNOWN.because(f"layout unknown at {lost.source}, {_line(place) if place is not None else lost.lost_at}")
-
-
-def _line(node: fx.Node) -> str:
-    """Source file and line a node was traced from."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
-    return lines[-1] if lines else f"node {node.name}"
+    return reasons.LAYOUT_UNKNOWN.because(
+        f"layout unknown at {lost.source}, {compat.source_line(place) if place is not None else lost.lost_at}"
+    )
 
 
 def _sizes(tensor: Tensor) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from lvsa_compile import compat
 from lvsa_compile.lowering.attention_op import ATTENTION, accumulation_dtype
+from lvsa_compile.lowering.verification import VERIFIED
 from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput, SparsePlan, example_value
 from lvsa_compile.patterns.site import AttentionSite
 from lvsa_compile.sparsity.key_ranges import KeyRangeTable, key_range_table
@@ -22,9 +23,7 @@ def rewrite(compilation: Compilation) -> Compilation:
         return compilation
     inputs = _ExtraInputs(compilation.graph_module)
     sites = {site.node: site for site in compilation.sites if isinstance(site, AttentionSite)}
-    renamed = {
-        decision.node: _rewrite_site(sites[decision.node], decision, compilation.options.rotate, inputs) for decision in compilation.sparse
-    }
+    renamed = {decision.node: _rewrite_site(sites[decision.node], decision, compilation, inputs) for decision in compilation.sparse}
     decisions = tuple(dataclasses.replace(d, node=renamed.get(d.node, d.node)) for d in compilation.decisions)
     compilation.graph_module.recompile()
     return dataclasses.replace(compilation, decisions=decisions, extra_inputs=tuple(inputs.made))
@@ -53,36 +52,44 @@ class _ExtraInputs:
         """Nodes of ``query_bounds`` and ``key_ranges``."""
         return self._node("query_bounds", table.query_bounds, device), self._node("key_ranges", table.key_ranges, device)
 
-    def phase(self, phases: int, device: torch.device) -> fx.Node:
-        """Node of the phase of all patterns with ``phases`` rows."""
-        return self._node("phase", 0, device, phases)
+    def phase(self, phases: int, dense_steps: int, device: torch.device) -> fx.Node:
+        """Node of the phase of all patterns with ``phases`` rows, after ``dense_steps`` dense ones."""
+        return self._node("phase", 0, device, phases, dense_steps)
 
-    def _node(self, kind: str, content: Any, device: torch.device, phases: int = 0) -> fx.Node:
+    def _node(self, kind: str, content: Any, device: torch.device, phases: int = 0, dense_steps: int = 0) -> fx.Node:
         key = (kind, content, device, phases)
         if key not in self._nodes:
-            extra = ExtraInput(f"lvsa_{kind}_{len(self.made)}", torch.tensor(content, dtype=torch.int32, device=device), phases)
+            extra = ExtraInput(
+                f"lvsa_{kind}_{len(self.made)}", torch.tensor(content, dtype=torch.int32, device=device), phases, dense_steps
+            )
             self._last = compat.add_tensor_input(self._graph_module, self._last, extra.name, extra.value, self._fake_mode)
             self._nodes[key] = self._last
             self.made.append(extra)
         return self._nodes[key]
 
 
-def _rewrite_site(site: AttentionSite, decision: Decision, rotate: bool, inputs: _ExtraInputs) -> fx.Node:
+def _rewrite_site(site: AttentionSite, decision: Decision, compilation: Compilation, inputs: _ExtraInputs) -> fx.Node:
     """Puts the op in place of the site's node and returns the op's node."""
     plan: SparsePlan | None = decision.plan
     assert plan is not None
     call, node = plan.call, site.node
-    table = key_range_table(call.pattern, call.query, call.key, rotate)
+    options = compilation.options
+    table = key_range_table(call.pattern, call.query, call.key, options.rotate, dense_row=options.dense_steps > 0)
     bounds, ranges = inputs.tables(table, call.device)
-    phase = inputs.phase(table.phases, call.device)
+    phase = inputs.phase(call.pattern.phases if options.rotate else 1, options.dense_steps, call.device)
     result = example_value(node)
     with node.graph.inserting_before(node):
         attention = node.graph.call_function(ATTENTION, (site.query, site.key, site.value, bounds, ranges, phase), {"scale": site.scale})
         output = node.graph.call_function(operator.getitem, (attention, 0))
+        if options.verify:
+            arguments = (*attention.args, site.scale, compilation.compile_id, decision.name)
+            verified = node.graph.call_function(VERIFIED, (output, *arguments))
     kept: dict[str, Any] = {name: node.meta[name] for name in ("stack_trace", "nn_module_stack", "source_fn_stack") if name in node.meta}
     attention.meta = {**kept, "example_value": (result, _log_sum_exp_like(result))}
     output.meta = {**kept, "example_value": result}
-    node.replace_all_uses_with(output)
+    if options.verify:
+        verified.meta = dict(output.meta)
+    node.replace_all_uses_with(verified if options.verify else output)
     node.graph.erase_node(node)
     return attention
 

@@ -1,20 +1,32 @@
-"""The report of one compile: a record per attention site, and where horizon and step came from."""
+"""The report of a compile: a record per attention site, and where horizon and step came from."""
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
+import dataclasses
+import importlib.metadata
+import platform
+from dataclasses import dataclass, field
+from typing import Any
 
-from lvsa_compile.passes.compilation import Compilation, Decision
+import torch
+
+from lvsa_compile import compat
+from lvsa_compile.clock import explicit_step
+from lvsa_compile.lowering import verification
+from lvsa_compile.passes.compilation import Compilation, Decision, example_value
+from lvsa_compile.reasons import REASONS
 
 SPARSE, DENSE = "sparse", "dense"
+_CLOSENESS = {reason.code: place for place, reason in enumerate(REASONS)}
 
 
 @dataclass(frozen=True)
 class SiteReport:
     """One attention site: ``decision`` is "sparse" or "dense", and a dense site has a ``reason`` from the closed list.
 
-    ``layout`` shows the token sequence, ``density`` is the attended share of frame pairs, mean over the phases.
+    ``name`` is the path of its module, ``source`` the file and line; ``layout`` shows the token sequence; ``density`` is the attended
+    share of frame pairs, mean over the phases; shapes are ``[batch, heads, tokens, head_dim]``; ``worst_error`` is what
+    ``options={"verify": True}`` has seen so far, and ``tolerance`` what rounding explains in the site's dtype.
     """
 
     name: str
@@ -22,29 +34,50 @@ class SiteReport:
     reason: str = ""
     detail: str = ""
     remedy: str = ""
+    source: str = ""
     layout: str = ""
     density: float = 1.0
     lowering: str = ""
     passed_over: tuple[tuple[str, str], ...] = ()
+    query_shape: str = ""
+    key_shape: str = ""
+    worst_error: float | None = None
+    tolerance: float = 0.0
 
     def __str__(self) -> str:
-        layout = f"  [{self.layout}]" if self.layout else ""
+        layout = f"  [{self.layout}]" if self.layout and self.layout not in self.detail else ""
         if self.decision == SPARSE:
-            return f"{self.name}: sparse, density {self.density:.3f}, lowering {self.lowering}{layout}"
+            error = f", worst error {self.worst_error:.1e}" if self.worst_error is not None else ""
+            if self.worst_error is not None and self.worst_error > self.tolerance:
+                error += f", ABOVE the tolerance {self.tolerance:.0e}"
+            return f"{self.name}: sparse, density {self.density:.3f}, lowering {self.lowering}{error}{layout}"
         remedy = f"  Remedy: {self.remedy}" if self.remedy else ""
-        return f"{self.name}: dense, {self.reason}: {self.detail}{layout if self.layout not in self.detail else ''}{remedy}"
+        return f"{self.name}: dense, {self.reason}: {self.detail}{layout}{remedy}"
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One graph of a forward: Dynamo makes several where the model breaks."""
+
+    compile_id: str
+    sites: tuple[SiteReport, ...]
+    clock: str = ""
+    specialised: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one compile decided.  ``print(report)`` gives a line per site."""
+    """What was decided for the graphs of one forward.  ``print(report)`` gives a line per site."""
 
     model: str
-    compile_id: str
-    sites: tuple[SiteReport, ...]
+    graphs: tuple[GraphReport, ...]
     horizon: str = ""
-    clock: str = ""
-    specialised: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[SiteReport, ...]:
+        """The sites of all graphs."""
+        return tuple(site for graph in self.graphs for site in graph.sites)
 
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
@@ -52,79 +85,123 @@ class Report:
         return tuple(site for site in self.sites if site.decision == SPARSE)
 
     @property
+    def nearest_miss(self) -> SiteReport | None:
+        """Of the dense sites the one that came closest to being sparse; None where something is sparse or nothing was found."""
+        if self.sparse_sites or not self.sites:
+            return None
+        return max(self.sites, key=lambda site: _CLOSENESS[site.reason])
+
+    @property
     def summary(self) -> str:
         """One line: how many sites are sparse, and why the others are not."""
+        ids = ", ".join(graph.compile_id for graph in self.graphs)
+        start = f"lvsa {self.model or 'graph'} [{ids}]: "
         if not self.sites:
-            return f"lvsa {self.model or 'graph'} [{self.compile_id}]: no attention in this graph"
+            return start + f"no attention in {'this graph' if len(self.graphs) == 1 else 'these graphs'}"
         counts: dict[str, int] = {}
         for site in self.sites:
-            if site.decision == DENSE:
+            if site.reason:
                 counts[site.reason] = counts.get(site.reason, 0) + 1
         dense = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        return f"lvsa {self.model or 'graph'} [{self.compile_id}]: {len(self.sparse_sites)} of {len(self.sites)} attention sites sparse" + (
-            f"; dense: {dense}" if dense else ""
-        )
+        return start + f"{len(self.sparse_sites)} of {len(self.sites)} attention sites sparse" + (f"; dense: {dense}" if dense else "")
 
     def __str__(self) -> str:
         lines = [self.summary]
+        if miss := self.nearest_miss:
+            lines += [f"  nearest miss: {miss}", *([f"    at {miss.source}"] if miss.source else [])]
         if self.sparse_sites:
-            lines += [f"  horizon: {self.horizon}", f"  denoising step: {self.clock}"]
-        lines += [f"  specialised: {what}" for what in self.specialised]
-        return "\n".join([*lines, *(f"  {site}" for site in self.sites)])
+            lines.append(f"  horizon: {self.horizon}")
+        for graph in self.graphs:
+            if len(self.graphs) > 1:
+                lines.append(f"  graph {graph.compile_id}: {len(graph.sites) or 'no'} attention sites")
+            if any(site.decision == SPARSE for site in graph.sites):
+                lines.append(f"  denoising step: {graph.clock}")
+            lines += [f"  specialised: {what}" for what in graph.specialised]
+            lines += [f"  {site}" for site in graph.sites]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, ready for JSON."""
+        return {**dataclasses.asdict(self), "summary": self.summary, "versions": versions()}
+
+    def to_html(self, path: str) -> None:
+        """Writes the report as one self-contained page; everything printed is escaped."""
+        from lvsa_compile.report.page import write_page
+
+        write_page(self, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions a report is read with."""
+    return {"lvsa-compile": importlib.metadata.version("lvsa-compile"), "torch": torch.__version__, "python": platform.python_version()}
 
 
 def report_of(compilation: Compilation) -> Report:
-    """The report of a finished compile."""
-    horizon, timestep = compilation.horizon, compilation.timestep
-    if not compilation.options.rotate:
+    """The report of one graph."""
+    horizon, timestep, options = compilation.horizon, compilation.timestep, compilation.options
+    if not options.rotate:
         clock = "rotate=False, the anchor grid stands still"
+    elif explicit_step() is not None:
+        clock = "lvsa_compile.step(i), as given when this was compiled"
     elif timestep is not None:
         clock = f"value of input {timestep.name!r}"
     else:
         clock = "no timestep input found; step 0 unless lvsa_compile.step(i) says otherwise"
+    graph = GraphReport(
+        compilation.compile_id, tuple(_site(decision) for decision in compilation.decisions), clock, compilation.specialised
+    )
     return Report(
-        model=compilation.model,
-        compile_id=compilation.compile_id,
-        sites=tuple(_site(decision) for decision in compilation.decisions),
-        horizon=f"{horizon.frames} latent frames ({horizon.found_in})" if horizon is not None else "unknown",
-        clock=clock,
-        specialised=compilation.specialised,
+        compilation.model,
+        (graph,),
+        f"{horizon.frames} latent frames ({horizon.found_in})" if horizon is not None else "unknown",
+        options.changed(),
     )
 
 
 def _site(decision: Decision) -> SiteReport:
+    site = decision.site
+    shapes = [_shape(node) for node in ((site.query, site.key) if site is not None else ())] or ["", ""]
     if decision.plan is not None:
         plan = decision.plan
         return SiteReport(
             decision.name,
             SPARSE,
+            source=compat.source_line(decision.node),
             layout=decision.layout,
             density=plan.call.pattern.density,
             lowering=plan.choice.lowering.name,
             passed_over=plan.choice.passed_over,
+            query_shape=shapes[0],
+            key_shape=shapes[1],
         )
     assert decision.miss is not None
     reason = decision.miss.reason
-    return SiteReport(decision.name, DENSE, reason.code, decision.miss.detail or reason.meaning, reason.remedy, decision.layout)
+    return SiteReport(
+        decision.name,
+        DENSE,
+        reason.code,
+        decision.miss.detail or reason.meaning,
+        reason.remedy,
+        compat.source_line(decision.node),
+        decision.layout,
+        query_shape=shapes[0],
+        key_shape=shapes[1],
+    )
 
 
-_reports: list[Report] = []
-_lock = threading.Lock()
+def _shape(node: Any) -> str:
+    value = example_value(node)
+    return str([str(size) for size in value.shape]).replace("'", "") if isinstance(value, torch.Tensor) else ""
 
 
-def keep(report: Report) -> None:
-    """Adds a report to those that ``reports()`` returns."""
-    with _lock:
-        _reports.append(report)
+def with_errors_seen(report: Report) -> Report:
+    """The report with the worst error that verification has seen at each site so far."""
+    graphs = tuple(
+        dataclasses.replace(graph, sites=tuple(_with_error(site, graph.compile_id) for site in graph.sites)) for graph in report.graphs
+    )
+    return dataclasses.replace(report, graphs=graphs)
 
 
-def reports() -> list[Report]:
-    """Reports of all compiles of this process since the last ``torch._dynamo.reset()``, oldest first."""
-    with _lock:
-        return list(_reports)
-
-
-def forget() -> None:
-    """Drops all reports."""
-    with _lock:
-        _reports.clear()
+def _with_error(site: SiteReport, compile_id: str) -> SiteReport:
+    seen = verification.seen(compile_id, site.name)
+    return site if seen is None else dataclasses.replace(site, worst_error=seen[0], tolerance=seen[1])

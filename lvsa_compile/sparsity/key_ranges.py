@@ -48,9 +48,10 @@ class KeyRangeTable:
 
 
 @functools.lru_cache(maxsize=64)
-def key_range_table(pattern: FramePattern, query: VideoSpan, key: VideoSpan, rotate: bool = True) -> KeyRangeTable:
+def key_range_table(pattern: FramePattern, query: VideoSpan, key: VideoSpan, rotate: bool = True, dense_row: bool = False) -> KeyRangeTable:
     """The table of ``pattern`` for video at ``query`` in the query and at ``key`` in the key sequence.
 
+    ``rotate=False`` keeps phase 0 alone; ``dense_row`` adds a row after the last phase in which every block attends everything.
     Tokens outside the video are attended by every row, and their rows attend everything (arXiv 2605.31057, joint attention).
     """
     bounds = [0]
@@ -64,6 +65,8 @@ def key_range_table(pattern: FramePattern, query: VideoSpan, key: VideoSpan, rot
         [everything if f is None else _token_ranges(pattern.attended(f, phase), key) for f in blocks]
         for phase in range(pattern.phases if rotate else 1)
     ]
+    if dense_row:
+        phases.append([everything] * len(blocks))
     widest = max(len(ranges) for phase in phases for ranges in phase)
     padded = tuple(tuple((*ranges, *((0, 0),) * (widest - len(ranges))) for ranges in phase) for phase in phases)
     return KeyRangeTable(tuple(bounds), padded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.passes.trace_layout.axes import Axis
@@ -11,6 +12,8 @@ from lvsa_compile.passes.trace_layout.token_layout import token_layout, video_in
 from lvsa_compile.passes.trace_layout.tracer import run_on_fakes
 from lvsa_compile.patterns.site import AttentionSite
 
+log = logging.getLogger(__name__)
+
 
 def trace_layout(compilation: Compilation) -> Compilation:
     """Fills in ``layouts``: for each site's node the layouts of query and key, where both have a batch and a token axis."""
@@ -18,7 +21,11 @@ def trace_layout(compilation: Compilation) -> Compilation:
     if not sites:
         return compilation
     watched = {site.node: (site.query, site.key, site.value) for site in sites}
-    traced = run_on_fakes(compilation.graph_module, watched)
+    try:
+        traced = run_on_fakes(compilation.graph_module, watched)
+    except Exception as error:  # a graph that cannot be traced is dense and says so; it must not fail to compile
+        log.debug("tracing failed", exc_info=True)
+        return dataclasses.replace(compilation, trace_failure=f"tracing failed: {type(error).__name__}: {error}")
     if traced is None:
         return dataclasses.replace(compilation, trace_failure="the graph came without fake tensors to run on")
     targets = video_inputs(axis for axes in traced.output_axes for axis in axes)
@@ -30,7 +37,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
         query, key = (token_layout(a[-2], _outside_tokens(a), targets) if a is not None and len(a) >= 3 else None for a in axes)
         if query is not None and key is not None:
             layouts[site.node] = (query, key)
-    return dataclasses.replace(compilation, layouts=layouts)
+    return dataclasses.replace(compilation, layouts=layouts, has_video=bool(targets))
 
 
 def _outside_tokens(axes: Axes) -> Axis:

@@ -1,0 +1,161 @@
+"""The ``lvsa`` command: explain a model, look at the machine, draw a pattern."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lvsa_compile.errors import LvsaError
+from lvsa_compile.sparsity.frame_pattern import FramePattern
+
+app = typer.Typer(help="Long Video Sparse Attention for torch.compile.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.command()
+def explain(
+    target: Annotated[str, typer.Argument(help="FILE.py or FILE.py:FUNCTION; the function (default: build) returns (model, kwargs).")],
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE of a backend option, as often as needed.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run one forward; 'meta' needs neither memory nor time.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page.")] = None,
+) -> None:
+    """What the backend would do with a model, and why, without compiling it."""
+    from lvsa_compile.explaining import explain as explain_model
+
+    model, inputs = _load(target)
+    report = explain_model(model, options=_options(option or []), device=device, **inputs)
+    if html is not None:
+        report.to_html(str(html))
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        Console().print(Text(str(report)), soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, and each lowering: usable, or why not."""
+    import torch
+
+    from lvsa_compile.lowering.select import lowerings
+    from lvsa_compile.report.records import versions
+
+    console = Console()
+    facts = Table("what", "found")
+    for name, version in versions().items():
+        facts.add_row(name, version)
+    for package in ("triton", "diffusers", "flashinfer", "torch_npu"):
+        facts.add_row(package, _version(package))
+    facts.add_row("machine", platform.platform())
+    console.print(facts)
+
+    table = Table("lowering", *(devices := _devices()))
+    for lowering in lowerings():
+        refusals = [lowering.unavailable(torch.device(device)) for device in devices]
+        table.add_row(lowering.name, *("usable" if refusal is None else refusal for refusal in refusals))
+    console.print(table)
+
+
+@app.command()
+def pattern(
+    frames: Annotated[int, typer.Option(help="Latent frames of the video.")],
+    window: Annotated[int, typer.Option(help="Half-width of the window, in latent frames.")] = 3,
+    first_frames: Annotated[int, typer.Option(help="Frames at the start that all attend.")] = 1,
+    reference_frames: Annotated[int, typer.Option(help="Training horizon in latent frames.")] = 21,
+    key_frame_interval: Annotated[int | None, typer.Option(help="Distance of periodic anchors; by default chosen.")] = None,
+    steps: Annotated[int, typer.Option(help="How many denoising steps of the rotation to show.")] = 3,
+) -> None:
+    """Draws which frame attends which, and how the anchors move from step to step."""
+    shown = FramePattern(frames, window, first_frames, reference_frames, key_frame_interval=key_frame_interval)
+    console = Console()
+    console.print(
+        f"{frames} latent frames, window {window}, anchors every {shown.interval or '–'} frames, density {shown.density:.3f}"
+        + (", full: nothing to skip" if shown.is_full else "")
+    )
+    for step in range(min(steps, shown.phases)):
+        anchors = shown.anchors(step)
+        console.print(Text(f"\nstep {step}: █ anchor, ▒ window, · skipped; a row is a query frame"))
+        for frame in _sampled(frames, max(console.height - 6, 8)):
+            attended = set(shown.attended(frame, step))
+            cells = ("█" if key in anchors else "▒" if key in attended else "·" for key in _sampled(frames, console.width - 6))
+            console.print(Text(f"{frame:4d} " + "".join(cells)), no_wrap=True, crop=True)
+
+
+def _sampled(count: int, room: int) -> list[int]:
+    """All of ``range(count)`` where there is room, else evenly spaced members of it."""
+    return list(range(count)) if count <= room else [i * count // room for i in range(room)]
+
+
+def _load(target: str) -> tuple[Any, dict[str, Any]]:
+    """Model and keyword arguments from ``FILE.py[:FUNCTION]``."""
+    name, _, function = target.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        raise typer.BadParameter(
+            f"{name!r} is no file. Give the path of a Python file, and after a colon the function that builds the model."
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
+    build = getattr(module, function or "build", None)
+    if not callable(build):
+        raise typer.BadParameter(
+            f"{name!r} has no function {function or 'build'!r}. Name one that returns (model, kwargs), as in {name}:my_function."
+        )
+    built = build()
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[1], dict)):
+        raise typer.BadParameter(
+            f"{function or 'build'}() returned {type(built).__name__}. It must return (model, kwargs), kwargs being a dict."
+        )
+    return built
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    """``["window=2", "rotate=false"]`` as a dict; values are read as JSON where they are JSON."""
+    options: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--option {item!r} has no value. Write NAME=VALUE, as in window=2.")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def _version(package: str) -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(package.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[str]:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ["cpu", *([accelerator.type] if accelerator is not None else [])]
+
+
+def main() -> None:
+    """Runs the command; an error of this package is one line, not a traceback."""
+    try:
+        app()
+    except LvsaError as error:
+        Console(stderr=True).print(Text(f"lvsa: {error}"), soft_wrap=True)
+        raise SystemExit(2) from None

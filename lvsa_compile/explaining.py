@@ -1,0 +1,87 @@
+"""``explain``: what the backend would do with a model, without spending its compile budget."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lvsa_compile import compat
+from lvsa_compile.backend import analyse
+from lvsa_compile.errors import ExplainError
+from lvsa_compile.options import parse_options
+from lvsa_compile.report.records import Report, report_of
+from lvsa_compile.report.store import merged
+
+
+def explain(
+    model: Any, *args: Any, options: Mapping[str, Any] | None = None, device: str | torch.device | None = None, **kwargs: Any
+) -> Report:
+    """What ``torch.compile(model, backend="lvsa", options=options)`` would do with these inputs.
+
+    Runs one eager forward without gradients.  Dynamo is not reset, no compile slot of the model is used, and no report, counter or
+    clock changes.
+
+    Args:
+        model: a module or function, compiled already or not.
+        *args: the inputs of one forward.
+        options: as for ``torch.compile``.
+        device: where to run; "meta" needs neither memory nor time, and works for models whose control flow reads no values.
+        **kwargs: the inputs of one forward.
+
+    Raises:
+        OptionError: an option has a value it cannot have.
+        ExplainError: the model reads a value on the meta device; names the line.
+    """
+    parsed = parse_options(options)
+    graphs: list[Report] = []
+
+    def note(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(report_of(analyse(graph_module, parsed)))
+        return graph_module.forward
+
+    model = getattr(model, "_orig_mod", model)
+    if device is not None:
+        model, args, kwargs = _moved((model, args, kwargs), torch.device(device))
+    function = model._call_impl if isinstance(model, nn.Module) else model  # past a compiled call that the module may have
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            compat.trace_apart(function, note)(*args, **kwargs)
+        except Exception as error:
+            if device is not None and torch.device(device).type == "meta":
+                raise ExplainError(_user_line(error), str(error)) from error
+            raise
+    if not graphs:
+        return Report(type(model).__name__, ())
+    return merged(graphs)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A deep copy on ``device``; a tensor already there is shared, and on the meta device nothing takes memory."""
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(value):
+        moved = tensor.detach().to(device)
+        memo[id(tensor)] = nn.Parameter(moved, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+    return copy.deepcopy(value, memo)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, nn.Module):
+        return [*value.parameters(), *value.buffers()]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost line of the error that is not torch's own."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename and "lvsa" not in frame.filename
+    ]
+    return f'File "{frames[-1].filename}", line {frames[-1].lineno}, in {frames[-1].name}' if frames else "an unknown line"

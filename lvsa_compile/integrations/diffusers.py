@@ -1,0 +1,58 @@
+"""Denoising steps from diffusers: optional, since the clock reads timesteps by itself.
+
+A diffusers pipeline tells its transformer the step through ``cache_context(name, step_index=...)``, where it does; ``attach`` hands
+that index to ``lvsa_compile.step``.  Where a pipeline sends no index, the clock goes on reading timesteps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from lvsa_compile.clock import step
+from lvsa_compile.errors import AttachError
+
+_MARK = "_lvsa_attached"
+
+
+def attach(pipe: Any) -> Any:
+    """Makes every transformer of a pipeline take its denoising step from the pipeline; returns the pipeline.
+
+    Raises:
+        AttachError: the pipeline has no model with a ``cache_context``.
+    """
+    models = _models(pipe)
+    if not models:
+        raise AttachError(type(pipe).__name__)
+    for model in models:
+        if _MARK not in vars(model):
+            object.__setattr__(model, "cache_context", _with_step(model.cache_context))
+            object.__setattr__(model, _MARK, True)
+    return pipe
+
+
+def detach(pipe: Any) -> Any:
+    """Undoes ``attach``; returns the pipeline."""
+    for model in _models(pipe):
+        if vars(model).pop(_MARK, False):
+            vars(model).pop("cache_context", None)
+    return pipe
+
+
+def _models(pipe: Any) -> list[nn.Module]:
+    """The models of a pipeline that have a ``cache_context``, as they are under ``torch.compile``."""
+    found = (getattr(part, "_orig_mod", part) for part in getattr(pipe, "components", {}).values())
+    return [model for model in found if isinstance(model, nn.Module) and hasattr(model, "cache_context")]
+
+
+def _with_step(cache_context: Any) -> Any:
+    @contextlib.contextmanager
+    def context(*args: Any, **information: Any) -> Iterator[Any]:
+        index = information.get("step_index")
+        with cache_context(*args, **information) as inner, contextlib.nullcontext() if index is None else step(int(index)):
+            yield inner
+
+    return context

@@ -1,0 +1,56 @@
+"""The reports of this process: the graphs of one forward are one report."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+from lvsa_compile.report.records import Report, with_errors_seen
+
+
+@dataclasses.dataclass
+class _Kept:
+    report: Report
+    entry: tuple[int, int]
+
+
+_kept: list[_Kept] = []
+_lock = threading.Lock()
+
+
+def keep(report: Report, compiled: object) -> None:
+    """Adds the report of a graph; ``compiled`` is the compiled function the user called, None if unknown.
+
+    A graph joins the last report of the same function and thread whose code was not compiled there before: those are the pieces of
+    one forward.  The same code again is a new forward, with other sizes.
+    """
+    entry = (threading.get_ident(), id(compiled))
+    with _lock:
+        last = next((kept for kept in reversed(_kept) if kept.entry == entry), None) if compiled is not None else None
+        if last is not None and not _codes(last.report) & _codes(report):
+            last.report = merged([last.report, report])
+        else:
+            _kept.append(_Kept(report, entry))
+
+
+def _codes(report: Report) -> set[str]:
+    """The code objects a report's graphs were compiled from, by torch's numbers."""
+    return {graph.compile_id.split("/")[0] for graph in report.graphs}
+
+
+def merged(parts: list[Report]) -> Report:
+    """The reports of several graphs of one forward as one."""
+    known = [part for part in parts if part.model and part.sites] or parts
+    return dataclasses.replace(known[0], graphs=tuple(graph for part in parts for graph in part.graphs))
+
+
+def reports() -> list[Report]:
+    """One report per model and forward that was compiled since the last ``torch._dynamo.reset()``, oldest first."""
+    with _lock:
+        return [with_errors_seen(kept.report) for kept in _kept]
+
+
+def forget() -> None:
+    """Drops all reports."""
+    with _lock:
+        _kept.clear()

@@ -1,0 +1,95 @@
+"""Options that choose steps, layers and sites, and verification."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_backend import close, expected, graphs
+from tiny_models import EXACT, VideoDiT, dit_inputs, randomise, timesteps, wan, wan_inputs
+
+import lvsa_compile
+from lvsa_compile.errors import OptionError
+from lvsa_compile.lowering import verification
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def test_dense_steps_come_first_and_do_not_recompile():
+    model, inputs = wan(), wan_inputs()
+    compiled = torch.compile(model, backend="lvsa", options={**EXACT, "dense_steps": 2})
+    dense = model(**inputs)[0]
+    for _video in range(2):
+        for step, timestep in enumerate(timesteps(6)):
+            inputs["timestep"] = torch.tensor([timestep])
+            answer = model(**inputs)[0] if step < 2 else expected(model, inputs, step)
+            assert close(compiled(**inputs)[0], answer), step
+    assert graphs() == 1
+    with lvsa_compile.step(0):
+        assert close(compiled(**inputs)[0], model(**inputs)[0])
+    with lvsa_compile.step(2):
+        assert close(compiled(**inputs)[0], expected(model, inputs, 2))
+    assert not close(dense, expected(model, wan_inputs(), 0))
+
+
+def test_dense_steps_without_rotation():
+    model, inputs = wan(), wan_inputs()
+    compiled = torch.compile(model, backend="lvsa", options={**EXACT, "dense_steps": 1, "rotate": False})
+    for step, timestep in enumerate(timesteps(3)):
+        inputs["timestep"] = torch.tensor([timestep])
+        assert close(compiled(**inputs)[0], model(**inputs)[0] if step < 1 else expected(model, inputs, 0))
+
+
+@pytest.mark.parametrize(("options", "decisions", "reason"), [
+    ({"dense_layers": [1]}, ["sparse", "dense", "sparse"], "dense_layer"),
+    ({"dense_layers": (0, 2)}, ["dense", "sparse", "dense"], "dense_layer"),
+    ({"max_sites": 1}, ["sparse", "dense", "dense"], "max_sites"),
+    ({"max_sites": 0}, ["dense", "dense", "dense"], "max_sites"),
+])  # fmt: skip
+def test_layers_and_sites_can_be_left_out(options, decisions, reason):
+    torch.compile(wan(num_layers=3), backend="lvsa", options={**EXACT, **options})(**wan_inputs())
+    sites = [site for site in lvsa_compile.reports()[0].sites if site.reason != "cross_attention"]
+    assert [site.decision for site in sites] == decisions
+    assert {site.reason for site in sites if site.decision == "dense"} == {reason}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verify_reports_the_worst_error_of_each_site(dtype):
+    model, inputs = randomise(VideoDiT()).to(dtype), [t.to(dtype) for t in dit_inputs()]
+    compiled = torch.compile(model, backend="lvsa", options={**EXACT, "verify": True})
+    plain = torch.compile(model, backend="lvsa", options=EXACT)
+    assert torch.equal(compiled(*inputs), plain(*inputs))
+    (site,) = lvsa_compile.reports()[0].sparse_sites
+    assert 0 <= site.worst_error <= verification.TOLERANCE[dtype]
+    assert f"worst error {site.worst_error:.1e}" in str(lvsa_compile.reports()[0])
+    assert lvsa_compile.reports()[1].sparse_sites[0].worst_error is None
+
+
+def test_verify_sees_a_wrong_lowering(monkeypatch):
+    from lvsa_compile.lowering import cpu
+
+    right = cpu._merge_into
+    monkeypatch.setattr(cpu, "_merge_into", lambda output, lse, part, part_lse: right(output, lse, part, part_lse + 1))
+    torch.compile(randomise(VideoDiT()), backend="lvsa", options={**EXACT, "verify": True})(*dit_inputs())
+    (site,) = lvsa_compile.reports()[0].sparse_sites
+    assert site.worst_error > 100 * verification.TOLERANCE[torch.float32]
+    assert "ABOVE the tolerance" in str(site)
+
+
+@pytest.mark.parametrize(("given", "text"), [
+    ({"verify": True, "mode": "reduce-overhead"},
+     "option verify=True: CUDA graphs replay without running the comparison. Drop mode and triton.cudagraphs while verifying."),
+    ({"verify": True, "triton.cudagraphs": True},
+     "option verify=True: CUDA graphs replay without running the comparison. Drop mode and triton.cudagraphs while verifying."),
+    ({"dense_layers": 3},
+     "option dense_layers=3: not a list of whole numbers from 0. Give the indices of video attention sites, such as [0, 1]."),
+    ({"dense_steps": -1}, "option dense_steps=-1: not a whole number of at least 0. Give 0 or more."),
+    ({"max_sites": 1.5}, "option max_sites=1.5: not a whole number of at least 0. Give 0 or more."),
+])  # fmt: skip
+def test_bad_values(given, text):
+    with pytest.raises(OptionError) as raised:
+        lvsa_compile.make_options(**given)
+    assert str(raised.value) == text
