@@ -82,9 +82,9 @@ def _reset() -> None:
 lvsa.reset = _reset  # type: ignore[attr-defined]
 
 
-def analyse(graph_module: fx.GraphModule, options: Options) -> Compilation:
-    """What the backend would decide for a graph, without rewriting or compiling anything."""
-    return _run(ANALYSIS, Compilation(compat.copy_graph(graph_module), options, compile_id=compat.compile_id()))
+def analyse(graph_module: fx.GraphModule, options: Options, device: torch.device | None = None) -> Compilation:
+    """What the backend would decide for a graph that is to run on ``device``, without rewriting or compiling anything."""
+    return _run(ANALYSIS, Compilation(compat.copy_graph(graph_module), options, device, compile_id=compat.compile_id()))
 
 
 def _run(passes: Sequence[Pass], compilation: Compilation) -> Compilation:

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -100,18 +100,28 @@ class Clock:
             return phase.copy_(rotated, non_blocking=True)
 
 
-_clocks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_clocks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of parameters and of the modules that own them
 _clocks_lock = threading.Lock()
 _everywhere: weakref.WeakSet[Clock] = weakref.WeakSet()
 
 
-def clock_of(owner: object) -> Clock:
-    """The clock of the model that owns ``owner``, a parameter; Dynamo shares one graph between models of a class."""
+def clock_of(parameter: object, model: Callable[[], object | None] = lambda: None) -> Clock:
+    """The clock of the model that owns ``parameter``; Dynamo shares one graph between models of a class.
+
+    ``model`` finds the compiled model of the call in progress.  It is asked once per parameter, so that all graphs of a model, which
+    have different parameters, share its clock.
+    """
     with _clocks_lock:
-        clock: Clock | None = _clocks.get(owner)
+        clock: Clock | None = _clocks.get(parameter)
         if clock is None:
-            clock = _clocks[owner] = Clock()
-            _everywhere.add(clock)
+            owner = model()
+            clock = _clocks.get(owner) if owner is not None else None
+            if clock is None:
+                clock = Clock()
+                _everywhere.add(clock)
+            _clocks[parameter] = clock
+            if owner is not None:
+                _clocks[owner] = clock
         return clock
 
 

@@ -45,6 +45,12 @@ def register_autocast(library: torch.library.Library, name: str, device: str, op
     library.impl(name, autocast, AUTOCAST_KEYS[device])
 
 
+def returns_views(operator: OpOverload) -> bool:
+    """Whether an op's results share memory with an argument that it does not write to."""
+    returned = operator._schema.returns
+    return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
+
+
 def cpu_flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     """The CPU kernel behind ``scaled_dot_product_attention``, with its log-sum-exp ``[B, heads, Sq]``.
 
@@ -222,7 +228,7 @@ def root_scope() -> dict[str, Any]:
 
     try:
         output = InstructionTranslator.current_tx().output
-    except AttributeError:  # no compile in progress: current_tx is unset
+    except AttributeError:  # no compile in progress: current_tx is unset, or None
         return {}
     return {**output.global_scope, **output.local_scope}
 

@@ -41,10 +41,11 @@ def explain(
     graphs: list[Report] = []
 
     def note(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(report_of(analyse(graph_module, parsed)))
+        graphs.append(report_of(analyse(graph_module, parsed, home)))
         return graph_module.forward
 
     model = getattr(model, "_orig_mod", model)
+    home = next((tensor.device for tensor in _tensors((model, args, kwargs))), None)
     if device is not None:
         model, args, kwargs = _moved((model, args, kwargs), torch.device(device))
     function = model._call_impl if isinstance(model, nn.Module) else model  # past a compiled call that the module may have

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lvsa_compile import compat
 from lvsa_compile.clock import Clock, clock_of
 from lvsa_compile.passes.compilation import ExtraInput, TimestepInput
 
@@ -24,7 +25,7 @@ def with_clock(
         return clock.phase(extra.phases, extra.value.device, extra.dense_steps) if extra.phases else extra.value
 
     def run(*args: Any) -> Any:
-        clock = own_clock if owner_position is None else clock_of(args[owner_position])
+        clock = own_clock if owner_position is None else clock_of(args[owner_position], compat.root_module)
         if turning and timestep is not None:
             clock.tick(args[timestep.position])
         return compiled(*args, *(appended(clock, extra) for extra in extra_inputs))

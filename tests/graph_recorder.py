@@ -41,7 +41,7 @@ def shown(axis: Axis) -> str:
 def _digit(digit: Digit) -> str:
     source = digit.source
     if source.kind != "input":
-        return source.kind if source.kind != "op" else f"?{source.name}"
+        return source.kind if source.kind != "lost" else f"?{source.name}"
     text = f"{source.name}.{source.axis}"
     if digit.stride != 1 or digit.size * digit.stride != source.size:
         text += f"/{digit.stride}" if digit.stride != 1 else ""

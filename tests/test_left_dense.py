@@ -207,3 +207,102 @@ def test_functional_attention_with_odd_shapes_is_left_alone():
     (site,) = explained(block(three_axes), *dit_inputs())
     assert site.reason == "shape_not_supported"
     assert "query [1, 108, 16] torch.float32" in site.detail
+
+
+# --- orders that writing in place can hide: each was once wrong -----------------------------------------------------------------
+
+
+def reordered_in_place(model, tokens, grid, text):
+    joint = torch.cat([text, tokens], 1)
+    joint[:, 7:] = joint[:, 7:].unflatten(1, (grid[0], -1)).transpose(1, 2).flatten(1, 2)
+    return model.attention(joint)[:, 7:]
+
+
+def rolled_in_place(model, tokens, grid, text):
+    tokens = tokens.clone()
+    tokens[:] = tokens.roll(24, 1)
+    return model.attention(tokens)
+
+
+def frames_reversed_by_a_loop(model, tokens, grid, text):
+    frames = tokens.unflatten(1, (grid[0], -1))
+    out = frames.clone()
+    for f in range(grid[0]):
+        out[:, f] = frames[:, grid[0] - 1 - f]
+    return model.attention(out.flatten(1, 2))
+
+
+def interleaved(model, tokens, grid, text):
+    out = tokens.clone()
+    half = tokens.shape[1] // 2
+    out[:, 0::2], out[:, 1::2] = tokens[:, :half], tokens[:, half:]
+    return model.attention(out)
+
+
+def view_taken_before_the_write(model, tokens, grid, text):
+    out = tokens.clone()
+    view = out.unflatten(1, (grid[0], -1))
+    out.copy_(tokens.flip(1))
+    return model.attention(view.flatten(1, 2))
+
+
+@pytest.mark.parametrize(
+    "function", [reordered_in_place, rolled_in_place, frames_reversed_by_a_loop, interleaved, view_taken_before_the_write]
+)
+def test_reordering_by_writing_is_seen(function):
+    (site,) = explained(block(function), *dit_inputs())
+    assert (site.decision, site.reason in ("layout_unknown", "frames_not_contiguous")) == ("dense", True)
+
+
+def test_a_lost_order_is_not_found_again_in_another_input():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = VideoDiT()
+
+        def forward(self, latents, timestep, text, mask_video):
+            return self.inner(latents[:, :, torch.arange(8, -1, -1)] * mask_video, timestep, text)
+
+    (site,) = explained(Masked(), *dit_inputs(), torch.ones(1, 4, 9, 6, 8))
+    assert (site.decision, site.reason) == ("dense", "layout_unknown")
+
+
+class Grid(nn.Module):
+    """Attention over the tokens that ``tokens`` makes of any latent, and back."""
+
+    def __init__(self, tokens, back):
+        super().__init__()
+        self.attention, self.tokens, self.back = VideoDiT(width=8).attention, tokens, back
+
+    def forward(self, latents, timestep):
+        return self.back(self.attention(self.tokens(latents)), latents.shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "back"),
+    [
+        ((1, 9, 5, 3, 4, 8), lambda x: x.transpose(1, 2).flatten(0, 1).flatten(1, 3),  # [B, views, F, H, W, C], across views
+         lambda x, s: x.unflatten(0, (s[0], s[2])).unflatten(2, (s[1], s[3], s[4])).transpose(1, 2)),
+        ((9, 8, 3, 4), lambda x: x.permute(0, 2, 3, 1).flatten(0, 2)[None], lambda x, s: x[0].unflatten(0, (s[0], s[2], s[3]))),  # 9 images
+        ((1, 18, 3, 4, 8), lambda x: x.unflatten(1, (9, 2)).transpose(1, 2).flatten(0, 1).flatten(1, 3),  # every second frame
+         lambda x, s: x.unflatten(0, (s[0], 2)).unflatten(2, (9, 3, 4)).transpose(1, 2).flatten(1, 2)),
+    ],
+)  # fmt: skip
+def test_axes_that_are_no_frames(shape, tokens, back):
+    (site,) = explained(Grid(tokens, back), torch.randn(shape), torch.ones(1))
+    assert site.decision == "dense"
+
+
+def test_packed_tokens_whose_first_count_is_no_frame():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = VideoDiT().attention
+
+        def forward(self, tokens, timestep):
+            grid_h, grid_w, grid_f = torch.arange(9), torch.arange(4), torch.arange(3)
+            table = torch.stack(torch.meshgrid(grid_h, grid_w, grid_f, indexing="ij")).flatten(1).float().sum(0)
+            return self.attention(tokens * (1 + table[:, None] / 100))
+
+    (site,) = explained(Packed(), torch.randn(1, 108, 16), torch.ones(1))
+    assert site.decision == "dense"

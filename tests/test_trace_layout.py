@@ -105,7 +105,7 @@ def test_combine_refines_an_opaque_axis_by_a_product():
 def test_slices_that_touch_join_again_and_empty_ones_vanish():
     axis = axis_of(Source("input", "x", 0, 9))
     assert concat([slice_axis(axis, 0, 4), slice_axis(axis, 4, 9)]) == axis
-    assert concat([axis, axis_of(Source("op", "zeros", 0, 0))]) == axis
+    assert concat([axis, axis_of(Source("created", "zeros", 0, 0))]) == axis
     assert isinstance(concat([slice_axis(axis, 4, 9), slice_axis(axis, 0, 4)])[0], Concat)
 
 
@@ -146,7 +146,7 @@ def part_written_over(x, text):
         (lambda x: x.reshape(2, 24, 8)[:, 6:18], ["x.0", "x.1[1:3]*x.2", "x.3"]),
         (lambda x: einops.rearrange(x, "b f (h p) c -> (b f) (p h) c", p=3), ["x.0*x.1", "x.2%3*x.2/3", "x.3"]),
         (lambda x: x.chunk(2, 1)[1], ["x.0", "x.1[2:4]", "x.2", "x.3"]),
-        (lambda x: torch.cat(x.split([1, 3], 1), 1), ["x.0", "(1 | x.1[1:4])", "x.2", "x.3"]),
+        (lambda x: torch.cat(x.split([1, 3], 1), 1), ["x.0", "x.1", "x.2", "x.3"]),
         (lambda x: torch.cat(x.split([2, 2], 1), 1), ["x.0", "x.1", "x.2", "x.3"]),
         (lambda x: x.unbind(1)[2], ["x.0", "x.2", "x.3"]),
         (lambda x: x.mean(1), ["x.0", "x.2", "x.3"]),
@@ -156,20 +156,17 @@ def part_written_over(x, text):
         (lambda x: x.softmax(2), ["x.0", "x.1", "x.2", "x.3"]),
         (lambda x: x.to(torch.bfloat16).contiguous() + 1, ["x.0", "x.1", "x.2", "x.3"]),
         (lambda x: x[:, None].expand(2, 3, 4, 6, 8).flatten(1, 2), ["x.0", "broadcast*x.1", "x.2", "x.3"]),
-        (
-            lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)))).flatten(3),
-            ["x.0", "x.1", "x.2", "x.3/2*?view_as_real"],
-        ),
+        (lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)))).flatten(3), ["x.0", "x.1", "x.2", "x.3/2*created"]),
         (lambda x: x.flip(1), ["x.0", "?flip", "x.2", "x.3"]),
         (lambda x: x.roll(1, 1), ["x.0", "?roll", "x.2", "x.3"]),
         (lambda x: x[:, torch.tensor([2, 1, 0, 3])], ["x.0", "?index", "x.2", "x.3"]),
-        (lambda x: F.pad(x, (0, 0, 0, 2)), ["x.0", "x.1", "(x.2 | ?constant_pad_nd)", "x.3"]),
-        (lambda x: torch.einsum("bfhc,dc->bfhd", x, torch.ones(3, 8)), ["x.0", "x.1", "x.2", "?ones"]),
-        (lambda x: F.conv2d(x, torch.ones(5, 4, 2, 2), stride=2), ["x.0", "?ones", "x.2/2", "x.3/2"]),
-        (lambda x: F.conv2d(x, torch.ones(5, 4, 3, 3), padding=1), ["x.0", "?ones", "x.2", "x.3"]),
-        (lambda x: F.conv2d(x, torch.ones(5, 4, 4, 4), stride=2, padding=1), ["x.0", "?ones", "x.2/2", "x.3/2"]),
+        (lambda x: F.pad(x, (0, 0, 0, 2)), ["x.0", "x.1", "(x.2 | created)", "x.3"]),
+        (lambda x: torch.einsum("bfhc,dc->bfhd", x, torch.ones(3, 8)), ["x.0", "x.1", "x.2", "created"]),
+        (lambda x: F.conv2d(x, torch.ones(5, 4, 2, 2), stride=2), ["x.0", "created", "x.2/2", "x.3/2"]),
+        (lambda x: F.conv2d(x, torch.ones(5, 4, 3, 3), padding=1), ["x.0", "created", "x.2", "x.3"]),
+        (lambda x: F.conv2d(x, torch.ones(5, 4, 4, 4), stride=2, padding=1), ["x.0", "created", "x.2/2", "x.3/2"]),
         (lambda x: F.scaled_dot_product_attention(x, x, x), ["x.0", "x.1", "x.2", "x.3"]),
-        (written_over, ["x.0", "x.1", "x.2", "?empty_like"]),
+        (written_over, ["x.0", "x.1", "x.2", "?setitem"]),
     ],
 )
 def test_each_rule_alone(function, expected):

@@ -78,7 +78,7 @@ class VideoDiT(nn.Module):
         x = self.patch(latents)
         grid = x.shape[2:]
         tokens = x.flatten(2).transpose(1, 2)
-        frequencies = torch.arange(8) * 0.1
+        frequencies = torch.arange(8, device=timestep.device) * 0.1
         angles = timestep.float()[:, None] * frequencies
         tokens = tokens + self.time(torch.cat([angles.cos(), angles.sin()], -1))[:, None]
         tokens = self.block(self, tokens, grid, text)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from lvsa_compile.lowering.contract import AttentionCall
@@ -67,10 +68,11 @@ class TimestepInput:
 
 @dataclass(frozen=True)
 class Compilation:
-    """The state of one compile."""
+    """The state of one compile; ``device`` is where the model will run if that is not where it is traced."""
 
     graph_module: fx.GraphModule
     options: Options
+    device: torch.device | None = None
     model: str = ""
     compile_id: str = "-"
     sites: tuple[AttentionSite | DenseSite, ...] = ()

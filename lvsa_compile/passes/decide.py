@@ -85,8 +85,10 @@ def _decide(
     sizes = [compat.size_hint(size) for size in (*query.shape, key.shape[1], value.shape[3])]
     batch, query_heads, _, head_dim, key_heads, value_dim = sizes
 
+    device = compilation.device or query.device
+
     def call(pattern: FramePattern) -> AttentionCall:
-        return AttentionCall(query.device, dtype, batch, query_heads, key_heads, head_dim, value_dim, query_span, key_span, pattern)
+        return AttentionCall(device, dtype, batch, query_heads, key_heads, head_dim, value_dim, query_span, key_span, pattern)
 
     return _plan(compilation, call, query_span.frames)
 
@@ -118,9 +120,9 @@ def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout, has_vide
             return _lost(node, segment)
         if segment.kind == SCRAMBLED:
             return reasons.FRAMES_NOT_CONTIGUOUS.because(f"{segment.size} tokens of {segment.source} are not whole frames in order")
+    if query.batch_video:
+        return reasons.SPATIAL_OR_TEMPORAL.because(f"batch counts frames or places of the video; tokens: {query}")
     if not query_videos or not key_videos:
-        if query.batch_video:
-            return reasons.SPATIAL_OR_TEMPORAL.because(f"batch counts frames or places of the video; tokens: {query}")
         if query.shows_pictures != key.shows_pictures:
             return reasons.CROSS_ATTENTION.because(f"query {query}, key {key}")
         if query.of_kind(IMAGE) and key.of_kind(IMAGE):

@@ -17,37 +17,14 @@ _NAMES = tuple(
 )
 """Names that say "timestep", the surest first."""
 
+_OTHERS = re.compile(r"fps|rate|guidance|scale|strength|shift|motion|size|crop|aesthetic")
+"""Names of other numbers that models embed as sinusoids."""
+
+_PLAIN, _UNLIKELY = 10, 100
+
 _CARRY_ON = frozenset(
-    [
-        "float",
-        "to",
-        "type",
-        "type_as",
-        "expand",
-        "unsqueeze",
-        "squeeze",
-        "view",
-        "reshape",
-        "flatten",
-        "repeat",
-        "mul",
-        "truediv",
-        "div",
-        "getitem",
-        "neg",
-        "add",
-        "sub",
-        "half",
-        "double",
-        "bfloat16",
-        "ravel",
-        "contiguous",
-        "clone",
-        "outer",
-        "einsum",
-        "reciprocal",
-        "sigmoid",
-    ]
+    "float to type type_as expand unsqueeze squeeze view reshape flatten repeat mul truediv div "
+    "getitem neg add sub half double bfloat16 ravel contiguous clone outer einsum reciprocal sigmoid".split()
 )
 """Ops on the way from a timestep to the sine and cosine of its embedding."""
 
@@ -62,14 +39,23 @@ def find_timestep(compilation: Compilation) -> Compilation:
         for kind, name in [input_kind(node)]
         if kind == INPUT
     ]
-    for pattern in _NAMES:
-        for position, _, name in candidates:
-            if pattern.fullmatch(name.split("[")[0].lower()):
-                return dataclasses.replace(compilation, timestep=TimestepInput(position, name))
-    for position, node, name in candidates:
-        if example_value(node).dim() <= 2 and _is_embedded_as_sinusoid(node):
-            return dataclasses.replace(compilation, timestep=TimestepInput(position, name))
-    return compilation
+    ranked = sorted((_rank(node, name), position, name) for position, node, name in candidates)
+    if not ranked or ranked[0][0] >= _UNLIKELY:
+        return compilation
+    _, position, name = ranked[0]
+    return dataclasses.replace(compilation, timestep=TimestepInput(position, name))
+
+
+def _rank(node: fx.Node, name: str) -> int:
+    """How likely an input is the timestep, the lowest rank first: by its name, among equals by what becomes of it."""
+    short = name.split("[")[0].lower()
+    named = next((rank for rank, pattern in enumerate(_NAMES) if pattern.fullmatch(short)), None)
+    if named == 0:
+        return 0
+    embedded = example_value(node).dim() <= 2 and not _OTHERS.search(short) and _is_embedded_as_sinusoid(node)
+    if embedded:
+        return 1 if named is None else named
+    return _UNLIKELY if named is None else _PLAIN + named
 
 
 def _is_embedded_as_sinusoid(node: fx.Node) -> bool:
@@ -78,7 +64,7 @@ def _is_embedded_as_sinusoid(node: fx.Node) -> bool:
     return any(
         _op(user) == "linear"
         for wave in waves
-        for user in _reached(wave, frozenset(["cat", "to", "type", "type_as", "getitem", "stack", "flatten", "float", "view"]))
+        for user in _reached(wave, frozenset("cat to type type_as getitem stack flatten float view".split()))
     )
 
 

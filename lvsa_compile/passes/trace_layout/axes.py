@@ -15,16 +15,17 @@ import sympy
 Size = Any
 """An int or a sympy expression, in elements."""
 
-INPUT, ARANGE, PARAMETER, OP, BROADCAST = "input", "arange", "parameter", "op", "broadcast"
+INPUT, ARANGE, PARAMETER = "input", "arange", "parameter"
+LOST, CREATED, BROADCAST = "lost", "created", "broadcast"
 
 
 @dataclass(frozen=True)
 class Source:
     """One axis of a tensor the trail starts from.
 
-    ``kind`` is INPUT (a graph input), PARAMETER (a weight or buffer), ARANGE, OP (made by an op that says nothing about it) or
-    BROADCAST (repeats); ``name`` is the input's name or the op's; ``place`` the graph node it is or was made at; ``rank`` the
-    number of axes of the whole tensor.
+    ``kind`` is INPUT (a graph input), PARAMETER (a weight or buffer), ARANGE, LOST (an op of which no rule says how it orders what
+    came from an input), CREATED (made from nothing, or from weights and counts alone) or BROADCAST (repeats); ``name`` is the
+    input's name or the op's; ``place`` the graph node it is or was made at; ``rank`` the number of axes of the whole tensor.
     """
 
     kind: str
@@ -190,6 +191,8 @@ def slice_axis(axis: Axis, start: Size, stop: Size) -> Axis | None:
     """Elements ``[start, stop)`` of an axis, or None where they are no product of digits."""
     if same(start, 0) and same(stop, axis_size(axis)):
         return axis
+    if same(start, stop):
+        return axis_of(Source(CREATED, "empty", 0, 0))
     if not axis:
         return None
     first, rest = axis[0], axis[1:]
@@ -198,8 +201,8 @@ def slice_axis(axis: Axis, start: Size, stop: Size) -> Axis | None:
     if low is None or high is None:
         return None
     if isinstance(first, Factor):
-        if same(high, low + 1):
-            return rest
+        if same(high, low + 1) and first.kinds != {INPUT}:
+            return rest  # a place of an input's axis is kept, so that slices can be joined again; others only stand in the way
         digits = frozenset(Digit(d.source, high - low, d.stride, d.start + low) for d in first.digits)
         return (Factor(high - low, digits), *rest)
     parts: list[Axis] = []
@@ -253,6 +256,8 @@ def combine(a: Axis, b: Axis) -> Axis:
         return a
     if not a:
         return b
+    if same(axis_size(a), 1) != same(axis_size(b), 1):
+        return b if same(axis_size(a), 1) else a
     refined = _refine(list(a), list(b))
     if refined is not None:
         return refined
@@ -264,6 +269,10 @@ def _refine(a: list[Factor | Concat], b: list[Factor | Concat]) -> Axis | None:
     result: list[Factor | Concat] = []
     while a and b:
         x, y = a.pop(0), b.pop(0)
+        if same(x.size, 1) != same(y.size, 1):  # one place of an axis: kept, so that slices can be joined again
+            result.append(x if same(x.size, 1) else y)
+            (b if same(x.size, 1) else a).insert(0, y if same(x.size, 1) else x)
+            continue
         if not same(x.size, y.size):
             if quotient(x.size, y.size) is not None:
                 split = split_factor(x, y.size)
@@ -278,7 +287,8 @@ def _refine(a: list[Factor | Concat], b: list[Factor | Concat]) -> Axis | None:
             if not same(x.size, y.size):
                 return None
         result.extend(_combine_factors(x, y))
-    return tuple(result) if not a and not b else None
+    left = [*a, *b]
+    return (*result, *left) if all(same(factor.size, 1) for factor in left) else None
 
 
 def _combine_factors(a: Factor | Concat, b: Factor | Concat) -> Axis:
@@ -291,12 +301,13 @@ def _combine_factors(a: Factor | Concat, b: Factor | Concat) -> Axis:
     if isinstance(b, Concat):
         return (b,)
     telling = frozenset(d for d in a.digits | b.digits if d.source.kind in (INPUT, ARANGE))
-    if telling:  # what an op, a weight or a repeat adds says nothing more, and would grow with every layer
-        return (Factor(a.size, telling),)
+    lost = sorted((d for d in a.digits | b.digits if d.source.kind == LOST), key=lambda d: (d.source.place, d.source.name, d.source.axis))
+    if telling or lost:  # a lost order stays lost; weights and repeats say nothing more, and would grow with every layer
+        return (Factor(a.size, telling | frozenset(lost[:1])),)
     return (a,) if _knowledge((a,)) >= _knowledge((b,)) else (b,)
 
 
-_RANK = {INPUT: 4, ARANGE: 3, PARAMETER: 2, OP: 1, BROADCAST: 0}
+_RANK = {LOST: 5, INPUT: 4, ARANGE: 3, PARAMETER: 2, CREATED: 1, BROADCAST: 0}
 
 
 def _knowledge(axis: Axis) -> tuple[int, int]:

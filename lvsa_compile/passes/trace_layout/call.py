@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from lvsa_compile.compat import size_expression
-from lvsa_compile.passes.trace_layout.axes import OP, Axis, Size, Source, axis_of
+from lvsa_compile.passes.trace_layout.axes import CREATED, INPUT, LOST, Axis, Size, Source, axis_of, leaves
 
 Axes = tuple[Axis, ...]
 """The axes of one tensor."""
@@ -34,11 +35,18 @@ class Call:
         """Axes of a tensor argument."""
         return self.axes_of(self.args[index])
 
-    def new_axis(self, size: Size, kind: str = OP, axis: int = 0) -> Axis:
-        """An axis whose trail starts at this call."""
-        return axis_of(Source(kind, self.op, axis, size, self.place))
+    @cached_property
+    def reads_inputs(self) -> bool:
+        """Whether any tensor argument comes from an input of the graph, rather than from weights and counts alone."""
+        tensors = [t for value in (*self.args, *self.kwargs.values()) for t in (value if isinstance(value, (list, tuple)) else (value,))]
+        axes = [axis for tensor in tensors if isinstance(tensor, Tensor) for axis in self.axes_of(tensor)]
+        return any(factor.kinds & {INPUT, LOST} for axis in axes for factor in leaves(axis))
 
-    def new_axes(self, output: Tensor, kind: str = OP) -> Axes:
+    def new_axis(self, size: Size, kind: str = "", axis: int = 0) -> Axis:
+        """An axis whose trail starts at this call; by default LOST where it may reorder what came from an input, else CREATED."""
+        return axis_of(Source(kind or (LOST if self.reads_inputs else CREATED), self.op, axis, size, self.place))
+
+    def new_axes(self, output: Tensor, kind: str = "") -> Axes:
         """Axes that all start at this call."""
         return tuple(self.new_axis(size, kind, axis) for axis, size in enumerate(sizes_of(output)))
 

@@ -15,8 +15,9 @@ from lvsa_compile.compat import size_expression
 from lvsa_compile.passes.trace_layout.axes import (
     ARANGE,
     BROADCAST,
+    CREATED,
     INPUT,
-    OP,
+    LOST,
     Axis,
     Source,
     axis_of,
@@ -61,7 +62,7 @@ def unchanged(call: Call) -> Sequence[Axes] | None:
 
 def created(call: Call) -> Sequence[Axes]:
     """A tensor made from nothing."""
-    return [call.new_axes(output) for output in call.outputs]
+    return [call.new_axes(output, CREATED) for output in call.outputs]
 
 
 def arange(call: Call) -> Sequence[Axes]:
@@ -76,7 +77,7 @@ def view_as_complex(call: Call) -> Sequence[Axes]:
 
 def view_as_real(call: Call) -> Sequence[Axes]:
     """Complex numbers become a last axis of pairs."""
-    return [(*call.input(), call.new_axis(2, axis=len(call.input())))]
+    return [(*call.input(), call.new_axis(2, CREATED, len(call.input())))]
 
 
 # --- sums and products ---------------------------------------------------------------------------------------------------------
@@ -137,7 +138,10 @@ def convolution(call: Call) -> Sequence[Axes]:
     for i, axis in enumerate(axes[2:], start=2):
         step = strides[i - 2]
         kept = None
-        if not transposed:
+        if transposed:
+            grown = quotient(sizes[i], axis_size(axis))
+            kept = None if grown is None or not same(grown, step) else (*axis, *call.new_axis(grown, CREATED, i))
+        else:
             whole = slice_axis(axis, 0, sizes[i] * step)
             halves = None if whole is None else split_axis(whole, sizes[i])
             kept = axis if same(axis_size(axis), sizes[i]) else None if halves is None else halves[0]
@@ -191,9 +195,7 @@ def pad(call: Call) -> Sequence[Axes]:
         dim, (before, after) = len(axes) - 1 - i, amounts[2 * i : 2 * i + 2]
         if all(isinstance(n, int) and n >= 0 for n in (before, after)):
             axes[dim] = concat(
-                [call.new_axis(n, axis=dim) if n != 1 else axis_of(Source(OP, call.op, dim, 1, call.place)) for n in (before,) if n]
-                + [axes[dim]]
-                + [call.new_axis(n, axis=dim) for n in (after,) if n]
+                [call.new_axis(before, CREATED, dim)] * bool(before) + [axes[dim]] + [call.new_axis(after, CREATED, dim)] * bool(after)
             )
     sizes = sizes_of(call.outputs[0])
     return [
@@ -240,7 +242,7 @@ def _taken(call: Call, axes: Axes, dim: int, by: Tensor) -> Sequence[Axes] | Non
 
     What is taken of a table runs along the index; what is taken of an input has lost its order.
     """
-    ordered = not any(INPUT in factor.kinds for factor in leaves(axes[dim]))
+    ordered = not any(factor.kinds & {INPUT, LOST} for factor in leaves(axes[dim]))
     along = call.axes_of(by) if ordered else tuple(call.new_axis(size, axis=dim + i) for i, size in enumerate(sizes_of(by)))
     result = (*axes[:dim], *along, *axes[dim + 1 :])
     return [result] if len(result) == call.outputs[0].dim() else None

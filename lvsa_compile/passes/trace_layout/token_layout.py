@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lvsa_compile.passes.trace_layout.axes import ARANGE, INPUT, OP, Axis, Concat, Digit, Factor, Size, Source, axis_size, leaves, same
+from lvsa_compile.passes.trace_layout.axes import ARANGE, INPUT, LOST, Axis, Concat, Digit, Factor, Size, Source, axis_size, leaves, same
 
 VIDEO, OTHER, CONDITIONING, IMAGE, SCRAMBLED, UNKNOWN = "video", "other", "conditioning", "image", "scrambled", "unknown"
 
@@ -69,9 +70,19 @@ def video_inputs(outputs: Iterable[Axis]) -> frozenset[str]:
     return frozenset(place for place, digits in reached.items() if len(digits) >= 3)
 
 
+def grid_places(tokens: Axis) -> frozenset[str]:
+    """Places of the inputs that show a video grid along a token axis, whether they are the target or not."""
+    found = set()
+    for part in _parts(tokens):
+        factors = [factor for factor in part if isinstance(factor, Factor)]
+        if len(factors) == len(part):
+            found |= {place for place in _places(factors) if _grid_of(factors, place) is not None}
+    return frozenset(found)
+
+
 def token_layout(tokens: Axis, batch: Axis, targets: frozenset[str]) -> TokenLayout:
     """Reads the layout of a token axis; ``targets`` are the places of the inputs that hold the generated video."""
-    along_video = any(d.source.kind == INPUT and d.source.rank >= 5 and d.source.axis > 0 for f in leaves(batch) for d in f.digits)
+    along_video = any(d.source.kind == INPUT and d.source.rank >= 4 and d.source.axis > 0 for f in leaves(batch) for d in f.digits)
     return TokenLayout(tuple(_segment(part, targets) for part in _parts(tokens)), along_video)
 
 
@@ -85,57 +96,84 @@ def _parts(tokens: Axis) -> list[Axis]:
 def _segment(axis: Axis, targets: frozenset[str]) -> Segment:
     size = axis_size(axis)
     factors = [factor for factor in axis if isinstance(factor, Factor)]
-    digits = [digit for factor in leaves(axis) for digit in factor.digits]
-    name = min((d.source.name for d in digits if d.source.kind in (INPUT, ARANGE)), default="tokens")
-    if len(factors) < len(axis):
-        return Segment(SCRAMBLED, size, name)  # a concatenation inside frames
-    for place in sorted({d.source.place for d in digits if d.source.kind == INPUT}, key=lambda p: (p not in targets, p)):
-        own = [[d for d in factor.digits if d.source.place == place] for factor in factors]
-        source = next(d.source for found in own for d in found)
-        grid = _latent_grid(factors, own) or _packed_grid(factors, own)
-        if grid is not None:
-            return Segment(VIDEO if place in targets else CONDITIONING, size, source.name, grid)
-        if source.rank >= 5 and all(own):
-            axes = {digits[0].source.axis for digits in own}
-            return Segment(IMAGE if len(axes) < 3 else SCRAMBLED, size, source.name)
-    lost = next((d.source for d in digits if d.source.kind == OP), None)
+    digits = sorted((digit for factor in leaves(axis) for digit in factor.digits), key=lambda d: (d.source.place, d.source.axis))
+    name = next((d.source.name for d in digits if d.source.kind in (INPUT, ARANGE)), "tokens")
+    lost = next((d.source for d in digits if d.source.kind == LOST), None)
     if lost is not None:
         return Segment(UNKNOWN, size, lost.name, lost_at=lost.place)
+    if len(factors) < len(axis):
+        return Segment(SCRAMBLED, size, name)  # a concatenation inside frames
+    for place in sorted(_places(factors), key=lambda p: (p not in targets, p)):
+        grid = _grid_of(factors, place)
+        if grid is not None:
+            sources = {d.source for d in factors[0].digits if d.source.kind == INPUT and (d.source.place in targets) == (place in targets)}
+            grid = dataclasses.replace(grid, frame_sources=frozenset(sources))
+            return Segment(VIDEO if place in targets else CONDITIONING, size, _source(factors, place).name, grid)
+    for place in _places(factors):
+        own = [[d for d in factor.digits if d.source.place == place] for factor in factors if not same(factor.size, 1)]
+        source, axes = _source(factors, place), {d.source.axis for found in own for d in found}
+        if all(own) and source.rank >= (4 if len(axes) >= 3 else 5):
+            return Segment(SCRAMBLED if len(axes) >= 3 else IMAGE, size, source.name)
     return Segment(OTHER, size, name)
 
 
-def _latent_grid(factors: list[Factor], own: list[list[Digit]]) -> Grid | None:
+def _places(factors: list[Factor]) -> list[str]:
+    """Places of the inputs the factors run along."""
+    return sorted({d.source.place for factor in factors for d in factor.digits if d.source.kind == INPUT})
+
+
+def _source(factors: list[Factor], place: str) -> Source:
+    return next(d.source for factor in factors for d in factor.digits if d.source.place == place)
+
+
+def _grid_of(factors: list[Factor], place: str) -> Grid | None:
+    """The video grid that an input shows along the factors, or None."""
+    factors = [factor for factor in factors if not same(factor.size, 1)]
+    own = [[d for d in factor.digits if d.source.place == place] for factor in factors]
+    if any(len(digits) != 1 for digits in own):  # none, or two axes of one input at once, which is no grid
+        return None
+    return _latent_grid(factors, [digits[0] for digits in own]) or _packed_grid(factors, [digits[0] for digits in own])
+
+
+def _latent_grid(factors: list[Factor], own: list[Digit]) -> Grid | None:
     """A latent input with axes for frames, height and width, in that order in every layout (BCFHW, BFCHW, BFHWC, lists).
 
     The frame axis comes first in the sequence, whole and in order; inside a frame any order of places will do.
     """
-    if any(not digits for digits in own):
+    axes = sorted({digit.source.axis for digit in own})
+    if len(axes) != 3:
         return None
-    axes = sorted({digits[0].source.axis for digits in own})
-    frame = own[0][0]
-    first = [digits for digits in own if digits[0].source.axis == axes[0]]
-    side_by_side = len(axes) == 3 and axes[2] - axes[1] == 1 and axes[1] - axes[0] <= 2  # at most the channels lie between
+    frame = own[0]
+    side_by_side = axes[2] - axes[1] == 1 and axes[1] - axes[0] <= 2  # at most the channels lie between
+    alone = sum(digit.source.axis == axes[0] for digit in own) == 1
     whole = same(frame.start, 0) and same(frame.size * frame.stride, frame.source.size)
-    if not (side_by_side and frame.source.axis == axes[0] and len(first) == 1 and whole):
+    if not (side_by_side and axes[0] >= 1 and frame.source.axis == axes[0] and alone and whole):
         return None
-    return _grid(factors, frozenset((frame.source,)))
+    return _grid(factors)
 
 
-def _packed_grid(factors: list[Factor], own: list[list[Digit]]) -> Grid | None:
-    """Packed tokens multiplied with a rope table that was built from three counts: of frames, of rows and of columns."""
-    if len(factors) != 3 or any(not digits for digits in own):
+def _packed_grid(factors: list[Factor], own: list[Digit]) -> Grid | None:
+    """Packed tokens multiplied with a rope table that was built from three counts: of frames, of rows and of columns.
+
+    Frames are the slowest of the three, as every packed model has it; a count whose name says otherwise contradicts.
+    """
+    if len(factors) != 3:
         return None
     counts = [{d.source for d in factor.digits if d.source.kind == ARANGE and same(d.size, d.source.size)} for factor in factors]
     if not all(counts) or counts[0] & counts[1] or counts[1] & counts[2] or counts[0] & counts[2]:
         return None
-    sizes, packed = [factor.size for factor in factors], own[0][0].source
-    strides = [digits[0].stride for digits in own]
-    in_order = same(strides[2], 1) and same(strides[1], sizes[2]) and same(strides[0], sizes[1] * sizes[2])
-    if not (in_order and same(sizes[0] * strides[0], packed.size)):
+    if any(set(source.name.lower().split("_")) & _NOT_FRAMES for source in counts[0]):
         return None
-    return _grid(factors, frozenset((packed, *counts[0])))
+    sizes, packed = [factor.size for factor in factors], own[0].source
+    in_order = same(own[2].stride, 1) and same(own[1].stride, sizes[2]) and same(own[0].stride, sizes[1] * sizes[2])
+    if not (in_order and same(sizes[0] * own[0].stride, packed.size)):
+        return None
+    return _grid(factors)
 
 
-def _grid(factors: list[Factor], frame_sources: frozenset[Source]) -> Grid:
+_NOT_FRAMES = frozenset(("h", "w", "x", "y", "height", "width", "row", "rows", "col", "cols", "column", "columns"))
+
+
+def _grid(factors: list[Factor]) -> Grid:
     shape = tuple(factor.size for factor in factors)
-    return Grid(frame_sources, shape[0], axis_size(tuple(factors[1:])), shape)
+    return Grid(frozenset(), shape[0], axis_size(tuple(factors[1:])), shape)

@@ -8,7 +8,7 @@ import logging
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.passes.trace_layout.axes import Axis
 from lvsa_compile.passes.trace_layout.call import Axes
-from lvsa_compile.passes.trace_layout.token_layout import token_layout, video_inputs
+from lvsa_compile.passes.trace_layout.token_layout import grid_places, token_layout, video_inputs
 from lvsa_compile.passes.trace_layout.tracer import run_on_fakes
 from lvsa_compile.patterns.site import AttentionSite
 
@@ -28,15 +28,20 @@ def trace_layout(compilation: Compilation) -> Compilation:
         return dataclasses.replace(compilation, trace_failure=f"tracing failed: {type(error).__name__}: {error}")
     if traced is None:
         return dataclasses.replace(compilation, trace_failure="the graph came without fake tensors to run on")
-    targets = video_inputs(axis for axes in traced.output_axes for axis in axes)
-
-    layouts = {}
+    pairs = {}
     for site in sites:
-        found = traced.found.get(site.node, {})
-        axes = [found.get(node) for node in (site.query, site.key)]
-        query, key = (token_layout(a[-2], _outside_tokens(a), targets) if a is not None and len(a) >= 3 else None for a in axes)
-        if query is not None and key is not None:
-            layouts[site.node] = (query, key)
+        query, key = (traced.found.get(site.node, {}).get(node, ()) for node in (site.query, site.key))
+        if len(query) >= 3 and len(key) >= 3:
+            pairs[site.node] = (query, key)
+    targets = video_inputs(axis for axes in traced.output_axes for axis in axes)
+    if not targets:  # the way to the outputs was lost; where one video alone is attended, it is the one
+        shown = [grid_places(axes[-2]) for pair in pairs.values() for axes in pair]
+        candidates = frozenset().union(*shown)
+        targets = candidates if all(not places or places == candidates for places in shown) else frozenset()
+    layouts = {
+        node: (token_layout(query[-2], _outside_tokens(query), targets), token_layout(key[-2], _outside_tokens(key), targets))
+        for node, (query, key) in pairs.items()
+    }
     return dataclasses.replace(compilation, layouts=layouts, has_video=bool(targets))
 
 

@@ -6,7 +6,7 @@ One small set of rules thus serves every spelling: methods, functions, einops, s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,34 +15,38 @@ from torch import Tensor, fx
 
 from lvsa_compile import compat
 from lvsa_compile.passes.trace_layout.axes import (
+    ARANGE,
+    CREATED,
     INPUT,
-    OP,
+    LOST,
     PARAMETER,
     Axis,
+    Factor,
     Source,
     axis_of,
     axis_size,
-    combine,
     concat,
+    leaves,
     regroup,
     same,
     slice_axis,
 )
 from lvsa_compile.passes.trace_layout.call import Axes, Call, sizes_of
 from lvsa_compile.passes.trace_layout.rules import RULES, pointwise
-from lvsa_compile.passes.trace_layout.view_rules import slice_bounds
+from lvsa_compile.passes.trace_layout.view_rules import expand, slice_bounds
 
-_REGROUPING = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "alias", "detach"])
+_REGROUPING = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "alias", "detach"))
 _FILLS = frozenset(("fill_", "zero_"))
 _RESHAPED_IN_PLACE = frozenset(("squeeze_", "unsqueeze_", "transpose_", "t_"))
 
 
 @dataclass(frozen=True)
-class _View:
-    """How a view's axes are seen from the tensor it was taken of, so that writing to the view reaches that tensor."""
+class _ViewCall:
+    """A call that made views of ``parent``: run its rule again when ``parent`` is written to."""
 
+    func: compat.OpOverload
+    call: Call
     parent: Tensor
-    parent_axes: Callable[[Axes], Axes]
 
 
 class AxisTracker(compat.TorchDispatchMode):
@@ -54,14 +58,15 @@ class AxisTracker(compat.TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.place = ""
         self._axes: dict[int, tuple[Tensor, Axes]] = {}
-        self._views: dict[int, _View] = {}
+        self._made_by: dict[int, tuple[_ViewCall, int]] = {}
+        self._views_of: dict[int, list[_ViewCall]] = {}
 
     def axes_of(self, tensor: Tensor) -> Axes:
-        """Axes of a tensor; one never seen starts a trail of its own."""
+        """Axes of a tensor; one never seen is a constant of the model."""
         known = self._axes.get(id(tensor))
         if known is None:
             place = self.place
-            return tuple(axis_of(Source(OP, "unseen", i, size, place)) for i, size in enumerate(sizes_of(tensor)))
+            return tuple(axis_of(Source(CREATED, "constant", i, size, place)) for i, size in enumerate(sizes_of(tensor)))
         return known[1]
 
     def set_axes(self, tensor: Tensor, axes: Axes) -> None:
@@ -88,7 +93,10 @@ class AxisTracker(compat.TorchDispatchMode):
             return
         for output, axes in zip(outputs, self._output_axes(func, call), strict=True):
             self.set_axes(output, axes)
-        self._note_views(call)
+        if compat.returns_views(func) and isinstance(args[0], Tensor):
+            view = _ViewCall(func, call, args[0])
+            self._views_of.setdefault(id(args[0]), []).append(view)
+            self._made_by.update((id(output), (view, position)) for position, output in enumerate(outputs))
 
     def _output_axes(self, func: compat.OpOverload, call: Call) -> list[Axes]:
         rule = RULES.get(call.op)
@@ -106,69 +114,90 @@ class AxisTracker(compat.TorchDispatchMode):
         """Axes of a tensor after an op wrote to it in place."""
         target = call.args[0]
         if call.op == "copy_":
-            return _prefer(call.axes_of(call.args[1]), call.axes_of(target))
+            return expand(Call("expand", (call.args[1],), {}, (target,), self.axes_of, self.place))[0]
         if call.op in _FILLS:
-            return call.axes_of(target)
+            return self.axes_of(target)
         return pointwise(call)[0] if torch.Tag.pointwise in func.tags else call.new_axes(target)
 
     def _write(self, target: Tensor, axes: Axes) -> None:
+        """Notes what a tensor was overwritten with, in every tensor that shares its memory."""
         self.set_axes(target, axes)
-        view = self._views.get(id(target))
-        if view is not None:
-            self._write(view.parent, view.parent_axes(axes))
+        made_by = self._made_by.get(id(target))
+        if made_by is None:
+            self._refresh_views(target)
+        else:
+            view, position = made_by
+            self._write(view.parent, self._parent_axes(view.call, view.parent, position, axes))
 
-    def _note_views(self, call: Call) -> None:
-        """Remembers, for views, how a write to them changes the tensor they were taken of."""
-        parent = call.args[0] if call.args and isinstance(call.args[0], Tensor) else None
-        if parent is None:
-            return
-        for position, output in enumerate(call.outputs):
-            back = self._way_back(call, parent, position)
-            if back is not None:
-                self._views[id(output)] = _View(parent, back)
+    def _refresh_views(self, parent: Tensor) -> None:
+        for view in self._views_of.get(id(parent), ()):
+            for output, axes in zip(view.call.outputs, self._output_axes(view.func, view.call), strict=True):
+                self.set_axes(output, axes)
+                self._refresh_views(output)
 
-    def _way_back(self, call: Call, parent: Tensor, position: int) -> Callable[[Axes], Axes] | None:
+    def _parent_axes(self, call: Call, parent: Tensor, position: int, child: Axes) -> Axes:
+        """Axes of ``parent`` after its view, output ``position`` of ``call``, was overwritten with ``child``."""
         rank = parent.dim()
         if call.op in _REGROUPING:
-            return lambda child: regroup(child, sizes_of(parent)) or self.axes_of(parent)
+            grouped = regroup(child, sizes_of(parent))
+            return self._lost(parent, child) if grouped is None else grouped
         if call.op in ("permute", "transpose", "t"):
             order = _order(call, rank)
-            return lambda child: tuple(child[order.index(axis)] for axis in range(rank))
-        if call.op in ("slice", "split", "split_with_sizes"):
+            return tuple(child[order.index(axis)] for axis in range(rank))
+        if call.op in ("split", "split_with_sizes") or (call.op == "slice" and call.arg(4, "step", 1) == 1):
             dim = call.arg(1 if call.op == "slice" else 2, "dim", 0) % rank
             if call.op == "slice":
-                if call.arg(4, "step", 1) != 1:
-                    return lambda child: self._overwritten(parent, child, dim, None)
-                bounds = slice_bounds(sizes_of(parent)[dim], call.arg(2, "start"), call.arg(3, "end"))
+                low, high = slice_bounds(sizes_of(parent)[dim], call.arg(2, "start"), call.arg(3, "end"))
             else:
                 low = sum(sizes_of(output)[dim] for output in call.outputs[:position])
-                bounds = (low, low + sizes_of(call.outputs[position])[dim])
-            return lambda child: self._overwritten(parent, child, dim, bounds)
-        if call.op in ("select", "unbind"):
+                high = low + sizes_of(call.outputs[position])[dim]
+            return self._part_overwritten(parent, child, dim, low, high)
+        if call.op in ("slice", "select", "unbind"):  # single places or every n-th one: their order along the axis is not followed
             dim = call.arg(1, "dim", 0) % rank
-            return lambda child: self._overwritten(parent, (*child[:dim], (), *child[dim:]), dim, None)
-        return None
+            across = child if call.op == "slice" else (*child[:dim], (), *child[dim:])
+            return self._part_overwritten(parent, across, dim, None, None)
+        return self._lost(parent, child)
 
-    def _overwritten(self, parent: Tensor, child: Axes, dim: int, bounds: tuple[Any, Any] | None) -> Axes:
-        """Axes of ``parent`` after a part along ``dim`` got the axes ``child``; ``bounds`` None: a part that keeps no order."""
-        before = self.axes_of(parent)
-        after = list(_prefer(child, before, skip=dim))
-        after[dim] = before[dim]
-        if bounds is not None:
+    def _part_overwritten(self, parent: Tensor, child: Axes, dim: int, low: Any, high: Any) -> Axes:
+        """Axes after places ``[low, high)`` along ``dim`` were overwritten; None: after some places were."""
+        before, lost = self.axes_of(parent), self._lost(parent, child)
+        if low is None:
+            along: Axis | None = None
+        else:
             size = axis_size(before[dim])
-            left, right = slice_axis(before[dim], 0, bounds[0]), slice_axis(before[dim], bounds[1], size)
-            pieces: list[Axis | None] = [() if same(bounds[0], 0) else left, child[dim], () if same(bounds[1], size) else right]
-            present = [p for p, empty in zip(pieces, (same(bounds[0], 0), False, same(bounds[1], size)), strict=True) if not empty]
-            known = [p for p in present if p is not None]
-            if len(known) == len(present):
-                after[dim] = concat(known)
-        return tuple(after)
+            pieces = [slice_axis(before[dim], 0, low), child[dim], slice_axis(before[dim], high, size)]
+            along = concat([piece for piece in pieces if piece is not None]) if None not in pieces else None
+            if same(low, 0) and same(high, size):
+                return child
+        agreed = [_agreed(old, new, gone) for old, new, gone in zip(before, child, lost, strict=True)]
+        agreed[dim] = lost[dim] if along is None else along
+        return tuple(agreed)
+
+    def _lost(self, tensor: Tensor, child: Axes) -> Axes:
+        """Axes of a tensor in which ``child`` was written at places that are not followed."""
+        from_inputs = any(factor.kinds & {INPUT, LOST} for axis in (*self.axes_of(tensor), *child) for factor in leaves(axis))
+        kind = LOST if from_inputs else CREATED
+        return tuple(axis_of(Source(kind, "setitem", i, size, self.place)) for i, size in enumerate(sizes_of(tensor)))
 
 
-def _prefer(first: Axes, second: Axes, skip: int | None = None) -> Axes:
-    """Axes of ``second`` after ``first`` was written over it, broadcast from the last axis."""
-    padded = (*(() for _ in range(len(second) - len(first))), *first)
-    return tuple(b if i == skip or not a else combine(a, b) for i, (a, b) in enumerate(zip(padded, second, strict=True)))
+def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:
+    """What holds for an axis of which one part has the axis ``old`` and another the axis ``new``."""
+    if old == new or not _informed(new):
+        return old
+    if not _informed(old):
+        return new
+    if len(old) == len(new) and all(
+        isinstance(f, Factor) and isinstance(g, Factor) and same(f.size, g.size) for f, g in zip(old, new, strict=True)
+    ):
+        shared = [f.digits & g.digits for f, g in zip(old, new, strict=True) if isinstance(f, Factor) and isinstance(g, Factor)]
+        if all(shared):
+            return tuple(Factor(f.size, digits) for f, digits in zip(old, shared, strict=True))
+    return lost
+
+
+def _informed(axis: Axis) -> bool:
+    """Whether an axis says anything about inputs or counts."""
+    return any(factor.kinds & {INPUT, ARANGE, LOST} for factor in leaves(axis))
 
 
 def _order(call: Call, rank: int) -> list[int]:
