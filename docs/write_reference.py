@@ -1,7 +1,8 @@
-"""Writes ``docs/options.md`` and ``docs/reasons.md`` from the code: ``python docs/write_reference.py``."""
+"""Writes ``options.md``, ``reasons.md`` and ``behaviours.md`` from code and tests: ``python docs/write_reference.py``."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from lvsa_compile.options import option_fields
@@ -51,7 +52,28 @@ def reasons_page() -> str:
     )
 
 
-PAGES = {"options.md": options_page, "reasons.md": reasons_page}
+def behaviours_page() -> str:
+    """What works around diffusers, from the rows that the tests hold."""
+    sys.path.insert(0, str(FOLDER.parent / "tests"))
+    from test_behaviours import ROWS
+
+    rows = [f"| {what} | {result} | {note or '–'} |" for what, result, note in ROWS]
+    return "\n".join(
+        [
+            "# Behaviours around diffusers",
+            "",
+            "Written by `python docs/write_reference.py` from `tests/test_behaviours.py`: each row is a test with a real diffusers pipeline or",
+            'model of small random parts. Where a row says "works", the result equals the uncompiled pipeline with explicit LVSA masks.',
+            "",
+            "| what you do | result | note |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+PAGES = {"options.md": options_page, "reasons.md": reasons_page, "behaviours.md": behaviours_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -51,13 +51,17 @@ def returns_views(operator: OpOverload) -> bool:
     return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
 
 
-def cpu_flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """The CPU kernel behind ``scaled_dot_product_attention``, with its log-sum-exp ``[B, heads, Sq]``.
+def cpu_flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, score_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The CPU kernel behind ``scaled_dot_product_attention``, with its log-sum-exp ``[B, heads, Sq]``; ``score_mask`` is added.
 
     Called directly it reads garbage where head_dim is not the fastest axis, so such tensors are copied first.
     """
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+    output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=score_mask, scale=scale)
+    if score_mask is not None:  # the kernel says 0 where no key counts
+        log_sum_exp = log_sum_exp.masked_fill((score_mask == float("-inf")).all(-1), float("-inf"))
     return output, log_sum_exp
 
 

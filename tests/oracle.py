@@ -72,13 +72,15 @@ def token_mask(
     return mask
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Masked attention and log-sum-exp in float64, by the definition."""
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None, added: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Masked attention and log-sum-exp in float64, by the definition; a row without keys gives 0."""
     group = query.shape[1] // key.shape[1]
     key, value = (t.double().repeat_interleave(group, 1) for t in (key, value))
     scores = query.double() @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1) @ value, scores.logsumexp(-1)
+    scores = (scores if added is None else scores + added.double()).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1).nan_to_num(0.0) @ value, scores.logsumexp(-1)
 
 
 class MaskedAttention(TorchFunctionMode):
@@ -86,12 +88,14 @@ class MaskedAttention(TorchFunctionMode):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.mask, self.calls = mask, 0
+        self.mask, self.calls, self.replaces_masks = mask, 0, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.scaled_dot_product_attention:
             call = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | (kwargs or {})
-            if (call["query"].shape[-2], call["key"].shape[-2]) == tuple(self.mask.shape) and call.get("attn_mask") is None:
+            if (call["query"].shape[-2], call["key"].shape[-2]) == tuple(self.mask.shape) and (
+                call.get("attn_mask") is None or self.replaces_masks
+            ):
                 self.calls += 1
                 return func(**{**call, "attn_mask": self.mask})
         return func(*args, **(kwargs or {}))

@@ -69,6 +69,35 @@ def test_dtypes_and_head_dims(name, dtype, head_dim):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
+@settings(max_examples=40)
+@given(
+    frames=st.integers(2, 9), tokens=st.integers(1, 5), suffix=st.integers(0, 6), step=st.integers(0, 5), batch=st.sampled_from([1, 2]),
+    heads=st.sampled_from([1, 2]), kind=st.sampled_from(["bool", "float", "padding", "nothing"]), seed=st.integers(0, 99),
+    open_ended=st.booleans(),
+)  # fmt: skip
+def test_masks_that_are_the_same_for_every_query(name, frames, tokens, suffix, step, batch, heads, kind, seed, open_ended):
+    pattern, span = FramePattern(frames, 1, 1, 3), VideoSpan(0, frames, tokens, 0 if open_ended else suffix, open_ended)
+    length = frames * tokens + suffix
+    query, key, value = tensors(2, 2, 2, length, 8, torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    key_mask = torch.rand(batch, heads, 1, length, generator=generator) > 0.4
+    if kind == "padding":
+        key_mask = (torch.arange(length) < torch.randint(1, length + 1, (batch, 1, 1, 1), generator=generator)).expand(batch, 1, 1, length)
+    if kind == "nothing":
+        key_mask = torch.zeros(batch, 1, 1, length, dtype=torch.bool)
+    if kind == "float":
+        key_mask = torch.randn(batch, heads, 1, length, generator=generator).double().masked_fill(~key_mask, float("-inf"))
+    phase = torch.tensor(step % pattern.phases, dtype=torch.int32)
+    output, log_sum_exp = OPERATORS[name](query, key, value, *tables(pattern, span), phase, key_mask=key_mask)
+    added = key_mask if kind == "float" else torch.zeros(key_mask.shape).masked_fill(~key_mask, float("-inf"))
+    mask = oracle.token_mask(frames, tokens, step, suffix=suffix, window=1, reference=3)
+    expected, expected_lse = oracle.dense(query, key, value, mask, added=added)
+    assert (output - expected).abs().max() < 1e-12
+    assert torch.equal(log_sum_exp.isinf(), expected_lse.isinf())
+    assert (log_sum_exp - expected_lse).nan_to_num(0.0).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_key_ranges_of_any_shape(name):
     """Not only LVSA's tables: rows that share nothing, gaps, a block that attends everything in the middle."""
     bounds = torch.tensor([0, 3, 5, 9], dtype=torch.int32)

@@ -17,7 +17,8 @@ library = torch.library.Library("lvsa", "FRAGMENT")
 """Where all ops of this package are defined."""
 
 _SCHEMA = (
-    "{name}(Tensor query, Tensor key, Tensor value, Tensor query_bounds, Tensor key_ranges, Tensor phase, *, float? scale=None)"
+    "{name}(Tensor query, Tensor key, Tensor value, Tensor query_bounds, Tensor key_ranges, Tensor phase, *,"
+    " float? scale=None, Tensor? key_mask=None)"
     " -> (Tensor, Tensor)"
 )
 _ROWS_AT_A_TIME = 1024
@@ -36,6 +37,7 @@ class AttentionBody(Protocol):
         phase: Tensor,
         *,
         scale: float | None = None,
+        key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention output and natural log-sum-exp of the scores."""
 
@@ -71,7 +73,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, query_bounds: Tensor, key_ranges: Tensor, phase: Tensor, *, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bounds: Tensor,
+    key_ranges: Tensor,
+    phase: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The meaning of ``lvsa::attention``; the default lowering and the oracle of all others.
 
@@ -85,6 +95,8 @@ def attention(
         key_ranges: int32 ``[phases, query_blocks, ranges, 2]``, in tokens; empty ranges are padding.
         phase: int32 scalar tensor, the row of ``key_ranges`` to use.
         scale: factor on the scores, by default ``1 / sqrt(head_dim)``.
+        key_mask: which keys count, the same for every query: bool (True counts) or added to the scores, ``[B or 1, heads or 1, 1, Sk]``.
+            A row that no key counts for gives 0, as in SDPA.
 
     Returns:
         Output ``[B, heads, Sq, value_dim]`` in the query's dtype and memory order, and log-sum-exp ``[B, heads, Sq]``.
@@ -106,13 +118,24 @@ def attention(
             attended |= (columns >= bounds[:, :1]) & (columns < bounds[:, 1:])
         scores = (query[:, :, part].to(accumulate) @ key_t) * default_scale(query.shape[-1], scale)
         scores = scores.masked_fill(~attended, float("-inf"))
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask, float("-inf")) if key_mask.dtype == torch.bool else scores + key_mask
         log_sum_exp[:, :, part] = torch.logsumexp(scores, -1)
-        output[:, :, part] = (torch.softmax(scores, -1) @ value_a).to(query.dtype)
+        weights = torch.softmax(scores, -1).masked_fill(log_sum_exp[:, :, part, None] == float("-inf"), 0)
+        output[:, :, part] = (weights @ value_a).to(query.dtype)
     return output, log_sum_exp
 
 
 def _fake(
-    query: Tensor, key: Tensor, value: Tensor, query_bounds: Tensor, key_ranges: Tensor, phase: Tensor, *, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bounds: Tensor,
+    key_ranges: Tensor,
+    phase: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes and strides of the op's results."""
     lse_dtype = accumulation_dtype(query.dtype)

@@ -48,74 +48,105 @@ class _Plan:
 
 
 def attention_cpu(
-    query: Tensor, key: Tensor, value: Tensor, query_bounds: Tensor, key_ranges: Tensor, phase: Tensor, *, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bounds: Tensor,
+    key_ranges: Tensor,
+    phase: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes ``lvsa::attention`` (see ``attention_op.attention`` for shapes and meaning) on the CPU."""
     ranges = key_ranges[int(phase)].contiguous().numpy()
-    plan = _plan(query_bounds.numpy().tobytes(), ranges.tobytes(), ranges.shape[1], key.shape[2])
+    plan = _plan(query_bounds.numpy().tobytes(), ranges.tobytes(), ranges.shape[1], query.shape[2], key.shape[2])
     output = output_like(query, value)
     log_sum_exp = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
+    keys = _Keys(key, value, None if key_mask is None else _added_to_scores(key_mask, query.dtype))
 
-    def attend(rows: Range, some_key: Tensor, some_value: Tensor, merge: bool = False) -> None:
+    def attend(rows: Range, some: _Keys, merge: bool = False) -> None:
         part = slice(*rows)
-        found, found_lse = compat.cpu_flash_attention(query[:, :, part], some_key, some_value, scale)
+        found, found_lse = compat.cpu_flash_attention(query[:, :, part], some.key, some.value, scale, some.score_mask)
         if merge:
             _merge_into(output[:, :, part], log_sum_exp[:, :, part], found, found_lse)
         else:
             output[:, :, part], log_sum_exp[:, :, part] = found, found_lse
 
     for rows in plan.dense_rows:
-        attend(rows, key, value)
+        attend(rows, keys)
     if plan.shared:
-        shared_key, shared_value = _take(key, plan.shared), _take(value, plan.shared)
+        shared = keys.taken(plan.shared)
         for rows in plan.sparse_rows:
-            attend(rows, shared_key, shared_value)
+            attend(rows, shared)
     if plan.rest:
-        rest_key, rest_value = _take(key, plan.rest), _take(value, plan.rest)
+        rest = keys.taken(plan.rest)
         for block in plan.blocks:
             if block.own:
-                attend(block.rows, _take(rest_key, block.own), _take(rest_value, block.own), merge=bool(plan.shared))
+                attend(block.rows, rest.taken(block.own), merge=bool(plan.shared))
     return output, log_sum_exp
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Keys ``[B, heads, n, head_dim]``, their values, and what is added to their scores, ``[B or 1, heads or 1, 1, n]``."""
+
+    key: Tensor
+    value: Tensor
+    score_mask: Tensor | None
+
+    def taken(self, ranges: tuple[Range, ...]) -> _Keys:
+        """The keys in some ranges."""
+        mask = None if self.score_mask is None else _take(self.score_mask, ranges, 3)
+        return _Keys(_take(self.key, ranges, 2), _take(self.value, ranges, 2), mask)
+
+
+def _added_to_scores(key_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if key_mask.dtype != torch.bool:
+        return key_mask.to(dtype)
+    return torch.zeros(key_mask.shape, dtype=dtype).masked_fill_(~key_mask, float("-inf"))
 
 
 def _merge_into(output: Tensor, log_sum_exp: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Merges attention over more keys into ``output`` ``[B, heads, rows, value_dim]`` and its ``log_sum_exp``, in place."""
-    weight = torch.sigmoid(part_lse - log_sum_exp).unsqueeze(-1)
+    weight = torch.sigmoid(part_lse - log_sum_exp).nan_to_num_(0.0).unsqueeze(-1)  # nan: no key counts on either side
     output.copy_(torch.lerp(output.to(weight.dtype), part.to(weight.dtype), weight))
     torch.logaddexp(log_sum_exp, part_lse, out=log_sum_exp)
 
 
-def _take(tensor: Tensor, ranges: tuple[Range, ...]) -> Tensor:
-    """Rows of axis 2 in ``ranges``; a view where there is one range."""
-    parts = [tensor[:, :, start:end] for start, end in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+def _take(tensor: Tensor, ranges: tuple[Range, ...], axis: int) -> Tensor:
+    """The places of an axis in ``ranges``; a view where there is one range."""
+    parts = [tensor.narrow(axis, start, end - start) for start, end in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(bounds_bytes: bytes, range_bytes: bytes, ranges_per_block: int, key_length: int) -> _Plan:
+def _plan(bounds_bytes: bytes, range_bytes: bytes, ranges_per_block: int, query_length: int, key_length: int) -> _Plan:
     """Splits a phase's key ranges into what all sparse blocks share and what each has of its own.
 
     Keyed by the table's content, so that any tensor that holds the same table finds the same plan.
     """
-    bounds = numpy.frombuffer(bounds_bytes, dtype=numpy.int32).tolist()
-    table = numpy.frombuffer(range_bytes, dtype=numpy.int32).reshape(len(bounds) - 1, ranges_per_block, 2)
+    bounds = numpy.minimum(numpy.frombuffer(bounds_bytes, dtype=numpy.int32), query_length).tolist()
+    table = numpy.minimum(numpy.frombuffer(range_bytes, dtype=numpy.int32), key_length).reshape(len(bounds) - 1, ranges_per_block, 2)
     cuts = numpy.unique(numpy.append(table, [0, key_length]))
     intervals = list(itertools.pairwise(cuts.tolist()))
     covers = (table[:, :, :1] <= cuts[:-1]) & (table[:, :, 1:] >= cuts[1:])  # [query_blocks, ranges, intervals]
     attends: Mask = numpy.any(covers, axis=1)
-    everything: Mask = numpy.all(attends, axis=1)
-    shared: Mask = numpy.all(attends[~everything], axis=0) & (not everything.all())
-    used: Mask = numpy.any(attends[~everything], axis=0) & ~shared
-
     rows = list(itertools.pairwise(bounds))
+    present: Mask = numpy.diff(bounds) > 0  # an open end may hold no row at all
+    everything: Mask = numpy.all(attends, axis=1) & present
+    sparse: Mask = ~numpy.all(attends, axis=1) & present
+    shared: Mask = numpy.all(attends[sparse], axis=0) & sparse.any()
+    used: Mask = numpy.any(attends[sparse], axis=0) & ~shared
+
     ends = numpy.cumsum(numpy.where(used, numpy.diff(cuts), 0)).tolist()  # where each used interval ends among the rest keys
     in_rest = [(end - (high - low), end) for end, (low, high) in zip(ends, intervals, strict=True)]
     return _Plan(
         dense_rows=join_ranges(_chosen(rows, everything)),
-        sparse_rows=join_ranges(_chosen(rows, ~everything)),
+        sparse_rows=join_ranges(_chosen(rows, sparse)),
         shared=join_ranges(_chosen(intervals, shared)),
         rest=join_ranges(_chosen(intervals, used)),
-        blocks=tuple(_Block(rows[block], join_ranges(_chosen(in_rest, attends[block] & used))) for block in numpy.flatnonzero(~everything)),
+        blocks=tuple(_Block(rows[block], join_ranges(_chosen(in_rest, attends[block] & used))) for block in numpy.flatnonzero(sparse)),
     )
 
 

@@ -38,11 +38,12 @@ def _verified(
     key_ranges: Tensor,
     phase: Tensor,
     scale: float | None,
+    key_mask: Tensor | None,
     compile_id: str,
     site: str,
 ) -> Tensor:
     query, key, value = (t if t.dtype == torch.float64 else t.to(output.dtype).float() for t in (query, key, value))
-    meaning, _ = attention(query, key, value, query_bounds, key_ranges, phase, scale=scale)
+    meaning, _ = attention(query, key, value, query_bounds, key_ranges, phase, scale=scale, key_mask=key_mask)
     error = (output.to(meaning.dtype) - meaning).abs().amax() / meaning.abs().amax().clamp_min(torch.finfo(meaning.dtype).tiny)
     error = torch.nan_to_num(error, nan=float("inf"))
     before = _worst.get((compile_id, site))
@@ -56,7 +57,7 @@ def _fake(output: Tensor, *others: object) -> Tensor:
 
 library.define(
     "verified(Tensor output, Tensor query, Tensor key, Tensor value, Tensor query_bounds, Tensor key_ranges, Tensor phase, float? scale,"
-    " str compile_id, str site) -> Tensor",
+    " Tensor? key_mask, str compile_id, str site) -> Tensor",
     tags=compat.OPAQUE_OP_TAGS,
 )
 library.impl("verified", _verified, "CompositeExplicitAutograd")

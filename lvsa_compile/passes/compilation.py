@@ -68,7 +68,11 @@ class TimestepInput:
 
 @dataclass(frozen=True)
 class Compilation:
-    """The state of one compile; ``device`` is where the model will run if that is not where it is traced."""
+    """The state of one compile.
+
+    ``device`` is where the model will run if that is not where it is traced; ``masks`` says of each masked site whether its mask is
+    the same for every query; ``has_video`` whether any input shows a video grid that is generated.
+    """
 
     graph_module: fx.GraphModule
     options: Options
@@ -77,6 +81,7 @@ class Compilation:
     compile_id: str = "-"
     sites: tuple[AttentionSite | DenseSite, ...] = ()
     layouts: dict[fx.Node, tuple[TokenLayout, TokenLayout]] = field(default_factory=dict)
+    masks: dict[fx.Node, bool] = field(default_factory=dict)
     has_video: bool = False
     trace_failure: str = ""
     horizon: Horizon | None = None

@@ -72,7 +72,8 @@ def _decide(
         return reasons.CAUSAL.because()
     if site.mask is not None:
         mask = example_value(site.mask)
-        return reasons.MASK_NOT_EXPRESSIBLE.because(f"attn_mask is {mask.dtype} {_sizes(mask)}" if isinstance(mask, Tensor) else "")
+        if not compilation.masks.get(site.node, False):
+            return reasons.MASK_NOT_EXPRESSIBLE.because(f"attn_mask is {mask.dtype} {_sizes(mask)}" if isinstance(mask, Tensor) else "")
     if not _shapes_supported(query, key, value):
         named = zip(("query", "key", "value"), (query, key, value), strict=True)
         return reasons.SHAPE_NOT_SUPPORTED.because(", ".join(f"{name} {_sizes(tensor)} {tensor.dtype}" for name, tensor in named))
@@ -158,13 +159,7 @@ def _shapes_supported(query: object, key: object, value: object) -> bool:
     if len(tensors) != 3 or any(t.dim() != 4 for t in tensors):
         return False
     q, k, v = tensors
-    same = [
-        (q.shape[0], k.shape[0]),
-        (k.shape[0], v.shape[0]),
-        (k.shape[1], v.shape[1]),
-        (k.shape[2], v.shape[2]),
-        (q.shape[3], k.shape[3]),
-    ]
+    same = [(q.shape[0], k.shape[0]), (k.shape[0], v.shape[0]), (k.shape[1], v.shape[1])]  # SDPA itself checks the others
     return all(compat.statically_true(a == b) for a, b in same) and compat.statically_true(q.shape[1] % k.shape[1] == 0)
 
 
@@ -176,16 +171,14 @@ def _span(layout: TokenLayout, tensor: Tensor, specialised: list[str]) -> VideoS
     before = sum(segment.size for segment in layout.segments[:at])
     after = sum(segment.size for segment in layout.segments[at + 1 :])
     numbers = []
-    for what, size in (
-        ("prefix tokens", before),
-        ("frames", grid.frames),
-        ("tokens per frame", grid.tokens_per_frame),
-        ("suffix tokens", after),
-    ):
+    for what, size in (("prefix tokens", before), ("frames", grid.frames), ("tokens per frame", grid.tokens_per_frame)):
         number = compat.specialise(size, tensor)
         if number is None:
             return None
         if not isinstance(size, int):
             specialised.append(f"{what} {size} = {number}")
         numbers.append(number)
-    return VideoSpan(*numbers)
+    prefix, frames, tokens_per_frame = numbers
+    if isinstance(after, int):
+        return VideoSpan(prefix, frames, tokens_per_frame, after)
+    return VideoSpan(prefix, frames, tokens_per_frame, 0, open_ended=True)  # any number of tokens may follow, so that needs no guard

@@ -79,10 +79,13 @@ def _rewrite_site(site: AttentionSite, decision: Decision, compilation: Compilat
     phase = inputs.phase(call.pattern.phases if options.rotate else 1, options.dense_steps, call.device)
     result = example_value(node)
     with node.graph.inserting_before(node):
-        attention = node.graph.call_function(ATTENTION, (site.query, site.key, site.value, bounds, ranges, phase), {"scale": site.scale})
+        key_mask = site.mask if site.mask is None else _one_row(node.graph, site.mask)
+        attention = node.graph.call_function(
+            ATTENTION, (site.query, site.key, site.value, bounds, ranges, phase), {"scale": site.scale, "key_mask": key_mask}
+        )
         output = node.graph.call_function(operator.getitem, (attention, 0))
         if options.verify:
-            arguments = (*attention.args, site.scale, compilation.compile_id, decision.name)
+            arguments = (*attention.args, site.scale, key_mask, compilation.compile_id, decision.name)
             verified = node.graph.call_function(VERIFIED, (output, *arguments))
     kept: dict[str, Any] = {name: node.meta[name] for name in ("stack_trace", "nn_module_stack", "source_fn_stack") if name in node.meta}
     attention.meta = {**kept, "example_value": (result, _log_sum_exp_like(result))}
@@ -92,6 +95,21 @@ def _rewrite_site(site: AttentionSite, decision: Decision, compilation: Compilat
     node.replace_all_uses_with(verified if options.verify else output)
     node.graph.erase_node(node)
     return attention
+
+
+def _one_row(graph: fx.Graph, mask: fx.Node) -> fx.Node:
+    """A mask that is the same for every query, as one row ``[.., .., 1, Sk]``."""
+    value = example_value(mask)
+    if value.dim() == 4 and compat.statically_true(value.shape[2] == 1):
+        return mask
+    index = (*(slice(None),) * (value.dim() - 2), slice(0, 1))
+    row = graph.call_function(operator.getitem, (mask, index))
+    row.meta["example_value"] = value[index]
+    for _ in range(4 - value.dim()):
+        value = row.meta["example_value"]
+        row = graph.call_method("unsqueeze", (row, 0))
+        row.meta["example_value"] = value.unsqueeze(0)
+    return row
 
 
 def _log_sum_exp_like(result: Tensor) -> Tensor:

@@ -14,15 +14,22 @@ from lvsa_compile.sparsity.frame_pattern import FramePattern
 
 Range = tuple[int, int]
 
+OPEN_END = 2**31 - 1
+"""End of a range that reaches to the end of its sequence, however long that is."""
+
 
 @dataclass(frozen=True)
 class VideoSpan:
-    """Where the video lies in a sequence: ``prefix`` tokens, ``frames * tokens_per_frame`` video tokens, ``suffix`` tokens."""
+    """Where the video lies in a sequence: ``prefix`` tokens, ``frames * tokens_per_frame`` video tokens, ``suffix`` tokens.
+
+    ``open_ended`` says that ``suffix`` is only what it is now, or unknown (then 0): the table must do for any number of tokens there.
+    """
 
     prefix: int
     frames: int
     tokens_per_frame: int
     suffix: int
+    open_ended: bool = False
 
     @property
     def length(self) -> int:
@@ -56,11 +63,15 @@ def key_range_table(pattern: FramePattern, query: VideoSpan, key: VideoSpan, rot
     """
     bounds = [0]
     blocks: list[int | None] = []  # the latent frame of each query block, None for a block that attends everything
-    for length, frame in [(query.prefix, None), *((query.tokens_per_frame, f) for f in range(query.frames)), (query.suffix, None)]:
+    for length, frame in [
+        (query.prefix, None),
+        *((query.tokens_per_frame, f) for f in range(query.frames)),
+        (OPEN_END if query.open_ended else query.suffix, None),
+    ]:
         if length:
-            bounds.append(bounds[-1] + length)
+            bounds.append(min(bounds[-1] + length, OPEN_END))
             blocks.append(frame)
-    everything: tuple[Range, ...] = ((0, key.length),)
+    everything: tuple[Range, ...] = ((0, OPEN_END if key.open_ended else key.length),)
     phases = [
         [everything if f is None else _token_ranges(pattern.attended(f, phase), key) for f in blocks]
         for phase in range(pattern.phases if rotate else 1)
@@ -75,7 +86,11 @@ def key_range_table(pattern: FramePattern, query: VideoSpan, key: VideoSpan, rot
 def _token_ranges(frames: list[int], key: VideoSpan) -> tuple[Range, ...]:
     """Token ranges of the sorted ``frames`` and of everything around the video, touching ranges joined."""
     size, video_end = key.tokens_per_frame, key.prefix + key.frames * key.tokens_per_frame
-    pieces = [(0, key.prefix), *((key.prefix + f * size, key.prefix + (f + 1) * size) for f in frames), (video_end, key.length)]
+    pieces = [
+        (0, key.prefix),
+        *((key.prefix + f * size, key.prefix + (f + 1) * size) for f in frames),
+        (video_end, OPEN_END if key.open_ended else key.length),
+    ]
     return join_ranges([piece for piece in pieces if piece[0] < piece[1]])
 
 

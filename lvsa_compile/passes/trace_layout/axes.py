@@ -6,6 +6,7 @@ Flattening ``[F, H, W]`` into tokens gives one axis with three factors; a reshap
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Union
@@ -25,7 +26,8 @@ class Source:
 
     ``kind`` is INPUT (a graph input), PARAMETER (a weight or buffer), ARANGE, LOST (an op of which no rule says how it orders what
     came from an input), CREATED (made from nothing, or from weights and counts alone) or BROADCAST (repeats); ``name`` is the
-    input's name or the op's; ``place`` the graph node it is or was made at; ``rank`` the number of axes of the whole tensor.
+    input's name or the op's; ``place`` the graph node it is or was made at; ``rank`` the number of axes of the whole tensor;
+    ``origins`` the places of the inputs that a LOST axis may count.
     """
 
     kind: str
@@ -34,6 +36,7 @@ class Source:
     size: Size = 1
     place: str = ""
     rank: int = 1
+    origins: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -205,20 +208,35 @@ def slice_axis(axis: Axis, start: Size, stop: Size) -> Axis | None:
             return rest  # a place of an input's axis is kept, so that slices can be joined again; others only stand in the way
         digits = frozenset(Digit(d.source, high - low, d.stride, d.start + low) for d in first.digits)
         return (Factor(high - low, digits), *rest)
-    parts: list[Axis] = []
+    pieces = _parts_between(first.parts, low, high)
+    return None if pieces is None else (*concat(pieces), *rest)
+
+
+def _parts_between(parts: tuple[Axis, ...], low: Size, high: Size) -> list[Axis] | None:
+    """The pieces of consecutive axes that lie in ``[low, high)``, or None where a symbolic boundary falls inside a part."""
+    pieces: list[Axis] = []
     offset: Size = 0
-    for part in first.parts:
+    inside = False
+    for part in parts:
         end = offset + axis_size(part)
-        if not all(isinstance(n, int) for n in (offset, end, low, high)):
-            if same(low, offset) and same(high, end):
-                return (*part, *rest)
-        elif low < end and high > offset:
-            piece = slice_axis(part, max(low, offset) - offset, min(high, end) - offset)
-            if piece is None:
-                return None
-            parts.append(piece)
+        inside = inside or same(offset, low)
+        if same(offset, high):
+            break
+        if all(isinstance(n, int) for n in (offset, end, low, high)):
+            if low < end and high > offset:
+                piece = slice_axis(part, max(low, offset) - offset, min(high, end) - offset)
+                if piece is None:
+                    return None
+                pieces.append(piece)
+        elif inside:
+            pieces.append(part)
+        elif not (isinstance(end, int) and isinstance(low, int) and end <= low) and not same(end, low):
+            return None
         offset = end
-    return (*concat(parts), *rest) if parts else None
+    else:
+        if not same(offset, high) and not all(isinstance(n, int) for n in (offset, high)):
+            return None
+    return pieces or None
 
 
 def concat(parts: list[Axis]) -> Axis:
@@ -325,3 +343,10 @@ def leaves(axis: Axis) -> list[Factor]:
         else:
             found.extend(leaf for part in factor.parts for leaf in leaves(part))
     return found
+
+
+def origins(axes: Iterable[Axis]) -> frozenset[str]:
+    """Places of the inputs that the axes count, directly or by a lost trail."""
+    digits = [digit for axis in axes for factor in leaves(axis) for digit in factor.digits]
+    direct = {digit.source.place for digit in digits if digit.source.kind == INPUT}
+    return frozenset(direct.union(*(digit.source.origins for digit in digits)))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lvsa_compile.compat import size_expression
-from lvsa_compile.passes.trace_layout.axes import CREATED, INPUT, LOST, Axis, Size, Source, axis_of, leaves
+from lvsa_compile.passes.trace_layout.axes import CREATED, INPUT, LOST, Axis, Size, Source, axis_of, leaves, origins
 
 Axes = tuple[Axis, ...]
 """The axes of one tensor."""
@@ -36,15 +36,21 @@ class Call:
         return self.axes_of(self.args[index])
 
     @cached_property
-    def reads_inputs(self) -> bool:
-        """Whether any tensor argument comes from an input of the graph, rather than from weights and counts alone."""
+    def all_axes(self) -> tuple[Axis, ...]:
+        """Axes of all tensor arguments."""
         tensors = [t for value in (*self.args, *self.kwargs.values()) for t in (value if isinstance(value, (list, tuple)) else (value,))]
-        axes = [axis for tensor in tensors if isinstance(tensor, Tensor) for axis in self.axes_of(tensor)]
-        return any(factor.kinds & {INPUT, LOST} for axis in axes for factor in leaves(axis))
+        return tuple(axis for tensor in tensors if isinstance(tensor, Tensor) for axis in self.axes_of(tensor))
 
-    def new_axis(self, size: Size, kind: str = "", axis: int = 0) -> Axis:
-        """An axis whose trail starts at this call; by default LOST where it may reorder what came from an input, else CREATED."""
-        return axis_of(Source(kind or (LOST if self.reads_inputs else CREATED), self.op, axis, size, self.place))
+    def new_axis(self, size: Size, kind: str = "", axis: int = 0, of: Axis | None = None) -> Axis:
+        """An axis whose trail starts at this call.
+
+        By default it is LOST where it may reorder what came from an input, that is any axis of the arguments or the axis ``of`` alone,
+        else CREATED.
+        """
+        counted = self.all_axes if of is None else (of,)
+        lost = any(factor.kinds & {INPUT, LOST} for counted_axis in counted for factor in leaves(counted_axis))
+        kind = kind or (LOST if lost else CREATED)
+        return axis_of(Source(kind, self.op, axis, size, self.place, origins=origins(counted) if kind == LOST else frozenset()))
 
     def new_axes(self, output: Tensor, kind: str = "") -> Axes:
         """Axes that all start at this call."""

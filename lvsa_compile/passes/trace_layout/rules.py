@@ -193,9 +193,11 @@ def pad(call: Call) -> Sequence[Axes]:
     amounts = [size_expression(n) for n in call.arg(1, "pad")]
     for i in range(len(amounts) // 2):
         dim, (before, after) = len(axes) - 1 - i, amounts[2 * i : 2 * i + 2]
-        if all(isinstance(n, int) and n >= 0 for n in (before, after)):
+        if all(not isinstance(n, int) or n >= 0 for n in (before, after)):
             axes[dim] = concat(
-                [call.new_axis(before, CREATED, dim)] * bool(before) + [axes[dim]] + [call.new_axis(after, CREATED, dim)] * bool(after)
+                [call.new_axis(before, CREATED, dim)] * (not same(before, 0))
+                + [axes[dim]]
+                + [call.new_axis(after, CREATED, dim)] * (not same(after, 0))
             )
     sizes = sizes_of(call.outputs[0])
     return [
@@ -243,7 +245,7 @@ def _taken(call: Call, axes: Axes, dim: int, by: Tensor) -> Sequence[Axes] | Non
     What is taken of a table runs along the index; what is taken of an input has lost its order.
     """
     ordered = not any(factor.kinds & {INPUT, LOST} for factor in leaves(axes[dim]))
-    along = call.axes_of(by) if ordered else tuple(call.new_axis(size, axis=dim + i) for i, size in enumerate(sizes_of(by)))
+    along = call.axes_of(by) if ordered else tuple(call.new_axis(size, LOST, dim + i, of=axes[dim]) for i, size in enumerate(sizes_of(by)))
     result = (*axes[:dim], *along, *axes[dim + 1 :])
     return [result] if len(result) == call.outputs[0].dim() else None
 
@@ -254,7 +256,7 @@ def reordered(call: Call) -> Sequence[Axes]:
     dims = call.arg(2, "dims") if call.op == "roll" else call.arg(1, "dims", call.arg(1, "dim", -1))
     moved = {axis_index(dim, len(axes)) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])} or set(range(len(axes)))
     sizes = sizes_of(call.outputs[0])
-    return [tuple(call.new_axis(sizes[i], axis=i) if i in moved else axis for i, axis in enumerate(axes))] * len(call.outputs)
+    return [tuple(call.new_axis(sizes[i], axis=i, of=axis) if i in moved else axis for i, axis in enumerate(axes))] * len(call.outputs)
 
 
 _MASK_DTYPES = (torch.bool, torch.uint8)

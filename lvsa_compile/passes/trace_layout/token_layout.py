@@ -6,7 +6,21 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lvsa_compile.passes.trace_layout.axes import ARANGE, INPUT, LOST, Axis, Concat, Digit, Factor, Size, Source, axis_size, leaves, same
+from lvsa_compile.passes.trace_layout.axes import (
+    ARANGE,
+    INPUT,
+    LOST,
+    Axis,
+    Concat,
+    Digit,
+    Factor,
+    Size,
+    Source,
+    axis_size,
+    leaves,
+    origins,
+    same,
+)
 
 VIDEO, OTHER, CONDITIONING, IMAGE, SCRAMBLED, UNKNOWN = "video", "other", "conditioning", "image", "scrambled", "unknown"
 
@@ -99,6 +113,9 @@ def _segment(axis: Axis, targets: frozenset[str]) -> Segment:
     digits = sorted((digit for factor in leaves(axis) for digit in factor.digits), key=lambda d: (d.source.place, d.source.axis))
     name = next((d.source.name for d in digits if d.source.kind in (INPUT, ARANGE)), "tokens")
     lost = next((d.source for d in digits if d.source.kind == LOST), None)
+    counted = origins([axis])
+    if lost is not None and targets and lost.origins and not counted & targets:
+        return Segment(OTHER, size, name if name != "tokens" else lost.name)  # in whatever order, it does not count the video
     if lost is not None:
         return Segment(UNKNOWN, size, lost.name, lost_at=lost.place)
     if len(factors) < len(axis):

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 
 from lvsa_compile.passes.compilation import Compilation
-from lvsa_compile.passes.trace_layout.axes import Axis
+from lvsa_compile.passes.trace_layout.axes import BROADCAST, Axis, leaves, same
 from lvsa_compile.passes.trace_layout.call import Axes
 from lvsa_compile.passes.trace_layout.token_layout import grid_places, token_layout, video_inputs
 from lvsa_compile.passes.trace_layout.tracer import run_on_fakes
@@ -20,7 +20,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
     sites = [site for site in compilation.sites if isinstance(site, AttentionSite)]
     if not sites:
         return compilation
-    watched = {site.node: (site.query, site.key, site.value) for site in sites}
+    watched = {site.node: tuple(n for n in (site.query, site.key, site.value, site.mask) if n is not None) for site in sites}
     try:
         traced = run_on_fakes(compilation.graph_module, watched)
     except Exception as error:  # a graph that cannot be traced is dense and says so; it must not fail to compile
@@ -36,13 +36,21 @@ def trace_layout(compilation: Compilation) -> Compilation:
     targets = video_inputs(axis for axes in traced.output_axes for axis in axes)
     if not targets:  # the way to the outputs was lost; where one video alone is attended, it is the one
         shown = [grid_places(axes[-2]) for pair in pairs.values() for axes in pair]
-        candidates = frozenset().union(*shown)
-        targets = candidates if all(not places or places == candidates for places in shown) else frozenset()
+        candidates = frozenset[str]().union(*shown)
+        targets = candidates if len(candidates) == 1 else frozenset()
     layouts = {
         node: (token_layout(query[-2], _outside_tokens(query), targets), token_layout(key[-2], _outside_tokens(key), targets))
         for node, (query, key) in pairs.items()
     }
-    return dataclasses.replace(compilation, layouts=layouts, has_video=bool(targets))
+    masks = {site.node: _same_for_every_query(traced.found[site.node].get(site.mask)) for site in sites if site.mask is not None}
+    return dataclasses.replace(compilation, layouts=layouts, masks=masks, has_video=bool(targets))
+
+
+def _same_for_every_query(mask: Axes | None) -> bool:
+    """Whether a mask ``[.., Sq, Sk]`` has one row, or repeats one."""
+    if mask is None or not 2 <= len(mask) <= 4:
+        return False
+    return all(factor.kinds == {BROADCAST} or same(factor.size, 1) for factor in leaves(mask[-2]))
 
 
 def _outside_tokens(axes: Axes) -> Axis:

@@ -27,6 +27,7 @@ from lvsa_compile.passes.trace_layout.axes import (
     axis_size,
     concat,
     leaves,
+    origins,
     regroup,
     same,
     slice_axis,
@@ -175,9 +176,11 @@ class AxisTracker(compat.TorchDispatchMode):
 
     def _lost(self, tensor: Tensor, child: Axes) -> Axes:
         """Axes of a tensor in which ``child`` was written at places that are not followed."""
-        from_inputs = any(factor.kinds & {INPUT, LOST} for axis in (*self.axes_of(tensor), *child) for factor in leaves(axis))
-        kind = LOST if from_inputs else CREATED
-        return tuple(axis_of(Source(kind, "setitem", i, size, self.place)) for i, size in enumerate(sizes_of(tensor)))
+        counted = (*self.axes_of(tensor), *child)
+        kind = LOST if any(factor.kinds & {INPUT, LOST} for axis in counted for factor in leaves(axis)) else CREATED
+        return tuple(
+            axis_of(Source(kind, "setitem", i, size, self.place, origins=origins(counted))) for i, size in enumerate(sizes_of(tensor))
+        )
 
 
 def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:

@@ -73,6 +73,7 @@ def slice_bounds(size: Size, start: Any, stop: Any) -> tuple[Size, Size]:
         low = size + low
     if isinstance(high, int) and high < 0:
         high = size + high
+    low, high = (size + n if not isinstance(n, int) and n.could_extract_minus_sign() else n for n in (low, high))
     if isinstance(size, int) and isinstance(low, int) and isinstance(high, int):
         low, high = max(0, min(low, size)), max(0, min(high, size))
         high = max(low, high)
@@ -87,7 +88,7 @@ def slice_(call: Call) -> Sequence[Axes]:
     low, high = slice_bounds(axis_size(axes[dim]), call.arg(2, "start"), call.arg(3, "end"))
     piece = slice_axis(axes[dim], low, high) if call.arg(4, "step", 1) == 1 else None
     if piece is None or not same(axis_size(piece), wanted):
-        piece = call.new_axis(wanted, axis=dim)
+        piece = call.new_axis(wanted, axis=dim, of=axes[dim])
     return [with_axis(axes, dim, piece)]
 
 
@@ -107,7 +108,7 @@ def split(call: Call) -> Sequence[Axes]:
     for output in call.outputs:
         size = sizes_of(output)[dim]
         piece = slice_axis(axes[dim], offset, offset + size)
-        results.append(with_axis(axes, dim, call.new_axis(size, axis=dim) if piece is None else piece))
+        results.append(with_axis(axes, dim, call.new_axis(size, axis=dim, of=axes[dim]) if piece is None else piece))
         offset = offset + size
     return results
 
