@@ -103,7 +103,9 @@ class Options:
     max_sites: int | None = _option(
         None, "Rewrite at most this many sites, in the model's order; for finding the one that matters.", _optional(_whole(0, frames=False))
     )
-    lower_padding_masks: bool = _option(True, "Whether a mask that only hides padding becomes a valid length.", _flag)
+    lower_padding_masks: bool = _option(
+        True, "Whether a site whose mask is the same for every query (padding) may be sparse, with the mask kept.", _flag
+    )
     verify: bool = _option(
         False, "Compute each sparse site a second time by its meaning in float32 and report the worst error; slow.", _flag
     )

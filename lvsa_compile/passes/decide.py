@@ -72,6 +72,8 @@ def _decide(
         return reasons.CAUSAL.because()
     if site.mask is not None:
         mask = example_value(site.mask)
+        if not compilation.options.lower_padding_masks:
+            return reasons.MASK_NOT_EXPRESSIBLE.because("lower_padding_masks=False")
         if not compilation.masks.get(site.node, False):
             return reasons.MASK_NOT_EXPRESSIBLE.because(f"attn_mask is {mask.dtype} {_sizes(mask)}" if isinstance(mask, Tensor) else "")
     if not _shapes_supported(query, key, value):
