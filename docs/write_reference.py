@@ -62,8 +62,9 @@ def behaviours_page() -> str:
         [
             "# Behaviours around diffusers",
             "",
-            "Written by `python docs/write_reference.py` from `tests/test_behaviours.py`: each row is a test with a real diffusers pipeline or",
-            'model of small random parts. Where a row says "works", the result equals the uncompiled pipeline with explicit LVSA masks.',
+            "Written by `python docs/write_reference.py` from `tests/test_behaviours.py`: each row is a test with a real diffusers",
+            'pipeline or model of small random parts. Where a row says "works", the result equals the uncompiled pipeline with',
+            "explicit LVSA masks.",
             "",
             "| what you do | result | note |",
             "|---|---|---|",
