@@ -124,8 +124,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
     dtype = getattr(torch, args.dtype)
-    pipe = WanPipeline.from_pretrained(args.model, torch_dtype=dtype) if args.model else small_pipeline().to(dtype)
-    pipe.to(args.device)
+    pipe = WanPipeline.from_pretrained(args.model, torch_dtype=dtype) if args.model else small_pipeline()
+    pipe.to(args.device) if dtype == torch.float32 else pipe.to(args.device, dtype)
     dense, dense_first, dense_path = generate(pipe, "inductor", args, {})
     sparse, sparse_first, sparse_path = generate(pipe, "lvsa", args, {})
 

@@ -376,6 +376,11 @@ def root_module() -> Any:
     return next((module for module in found if isinstance(module, torch.nn.Module)), None)
 
 
+def is_whole_of_compiled() -> bool:
+    """Whether the graph begins where the compiled module begins, rather than after a graph break."""
+    return root_scope().get("self") is not None and root_scope().get("self") is root_module()
+
+
 def modules_around(node: fx.Node) -> list[tuple[str, Any]]:
     """Class names of the modules a node was traced in, outermost first, each with the module itself where it can be reached."""
     scope = root_scope()

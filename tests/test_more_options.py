@@ -94,3 +94,54 @@ def test_bad_values(given, text):
     with pytest.raises(OptionError) as raised:
         lvsa_compile.make_options(**given)
     assert str(raised.value) == text
+
+
+def test_dense_layers_of_a_block_that_serves_many_layers_is_an_error():
+    model = wan()
+    model.compile_repeated_blocks(backend="lvsa", options={**EXACT, "dense_layers": [0]})
+    with pytest.raises(Exception, match=r"option dense_layers=\[0\]: what is compiled shows no video, .* Compile the whole model"):
+        model(**wan_inputs())
+
+
+def test_blocks_compiled_by_themselves_are_dense_and_say_what_to_do():
+    model, inputs = wan(), wan_inputs()
+    answer = model(**inputs)[0]
+    model.compile_repeated_blocks(backend="lvsa", options={**EXACT, "inner": "eager"})
+    assert torch.equal(model(**inputs)[0], answer)
+    site = lvsa_compile.reports()[0].sites[0]
+    assert site.reason == "no_grid"
+    assert "compile the whole model rather than its blocks" in site.remedy
+
+
+def test_a_lowering_asked_for_by_name_that_cannot_serve_is_an_error():
+    from lvsa_compile.errors import LoweringUnavailableError
+    from lvsa_compile.lowering.contract import AttentionCall
+    from lvsa_compile.lowering.select import select
+    from lvsa_compile.sparsity.key_ranges import VideoSpan
+
+    span = VideoSpan(0, 30, 12, 0)
+    call = AttentionCall(torch.device("cuda"), torch.bfloat16, 1, 2, 2, 64, 64, span, span, lvsa_compile.FramePattern(30))
+    assert select(call).lowering.name == "reference"
+    assert select(call).passed_over == (("cpu", "it runs on the CPU, not on cuda"),)
+    with pytest.raises(LoweringUnavailableError) as raised:
+        select(call, "cpu")
+    assert str(raised.value) == (
+        "lowering 'cpu' cannot be used here: cpu: it runs on the CPU, not on cuda. Use lowering='auto' to let lvsa-compile choose."
+    )
+
+    class WiderValues(VideoDiT):
+        """The CPU kernel wants values as wide as keys."""
+
+        def __init__(self):
+            super().__init__(self.wide)
+
+        def wide(self, model, tokens, grid, text):
+            heads = tokens.unflatten(-1, (2, -1)).transpose(1, 2)
+            wide = torch.cat([heads, heads], -1)
+            return torch.nn.functional.scaled_dot_product_attention(heads, heads, wide).transpose(1, 2).flatten(2)[..., :16]
+
+    model = randomise(WiderValues())
+    torch.compile(model, backend="lvsa", options=EXACT)(*dit_inputs())
+    assert lvsa_compile.reports()[0].sparse_sites[0].lowering == "reference"
+    with pytest.raises(Exception, match="lowering 'cpu' cannot be used here: cpu: the CPU flash kernel wants equal head dims"):
+        torch.compile(model, backend="lvsa", options={**EXACT, "lowering": "cpu"})(*dit_inputs())

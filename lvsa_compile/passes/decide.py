@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, fx
 
 from lvsa_compile import compat, reasons
-from lvsa_compile.errors import LoweringUnavailableError
+from lvsa_compile.errors import LoweringUnavailableError, OptionError
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.select import select
 from lvsa_compile.passes.compilation import Compilation, Decision, SparsePlan, example_value
@@ -22,6 +22,11 @@ from lvsa_compile.sparsity.key_ranges import VideoSpan
 def decide(compilation: Compilation) -> Compilation:
     """Fills in ``decisions``, one per site, and ``specialised``, the symbolic sizes that had to be fixed."""
     options = compilation.options
+    if options.dense_layers and compilation.sites and not compilation.has_video and compat.is_whole_of_compiled():
+        raise OptionError(
+            "dense_layers", list(options.dense_layers), "what is compiled shows no video, so it is a block that serves many layers",
+            "Compile the whole model to choose among its layers.",
+        )  # fmt: skip
     decisions: list[Decision] = []
     specialised = list(compilation.specialised)
     video_sites = sparse_sites = 0
@@ -106,6 +111,8 @@ def _plan(compilation: Compilation, call_with: Callable[[FramePattern], Attentio
     try:
         choice = select(call, options.lowering)
     except LoweringUnavailableError as error:
+        if options.lowering != "auto":
+            raise  # asked for by name, so silence would mislead
         return reasons.NO_LOWERING.because(str(error))
     speedup = choice.lowering.speedup(call)
     if options.when_slower == "dense" and speedup <= 1:
