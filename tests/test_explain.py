@@ -181,3 +181,14 @@ def test_doctor_and_pattern_commands():
     assert "   0 █▒▒" in drawn
     assert "step 2" in drawn
     assert command("pattern", "--frames", "0", check=False).stderr.startswith("lvsa: option frames=0: smaller than 1.")
+
+
+def test_a_model_that_draws_random_numbers_draws_the_same_ones_afterwards():
+    class Noisy(VideoDiT):
+        def forward(self, latents, timestep, text):
+            return super().forward(latents + torch.randn_like(latents), timestep, text)
+
+    model, inputs = randomise(Noisy()), dit_inputs()
+    state = torch.get_rng_state()
+    lvsa_compile.explain(model, *inputs, options=PATTERN)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -246,8 +246,23 @@ def view_taken_before_the_write(model, tokens, grid, text):
     return model.attention(view.flatten(1, 2))
 
 
+def view_of_a_view_taken_before_the_write(model, tokens, grid, text):
+    out = tokens.clone()
+    view = out.unflatten(1, (grid[0], -1)).flatten(1, 2)
+    out.copy_(tokens.flip(1))
+    return model.attention(view)
+
+
 @pytest.mark.parametrize(
-    "function", [reordered_in_place, rolled_in_place, frames_reversed_by_a_loop, interleaved, view_taken_before_the_write]
+    "function",
+    [
+        reordered_in_place,
+        rolled_in_place,
+        frames_reversed_by_a_loop,
+        interleaved,
+        view_taken_before_the_write,
+        view_of_a_view_taken_before_the_write,
+    ],
 )
 def test_reordering_by_writing_is_seen(function):
     (site,) = explained(block(function), *dit_inputs())
@@ -305,4 +320,14 @@ def test_packed_tokens_whose_first_count_is_no_frame():
             return self.attention(tokens * (1 + table[:, None] / 100))
 
     (site,) = explained(Packed(), torch.randn(1, 108, 16), torch.ones(1))
+    assert site.decision == "dense"
+
+
+def test_two_axes_of_one_latent_at_once_are_no_frames():
+    class Plain(Grid):
+        def forward(self, latents, timestep):
+            return super().forward(latents + latents.transpose(2, 3), timestep)
+
+    tokens, back = lambda x: x.flatten(2).transpose(1, 2), lambda x, s: x.transpose(1, 2).unflatten(2, s[2:])
+    (site,) = explained(Plain(tokens, back), torch.randn(1, 8, 9, 9, 4), torch.ones(1))
     assert site.decision == "dense"
