@@ -53,6 +53,11 @@ INSIDE_SUBGRAPH: Final = Reason(
     "The site is inside a nested subgraph (checkpoint or nested compile region).",
     "Switch gradient checkpointing and nested compile regions off for inference.",
 )
+FORM_NOT_REWRITTEN: Final = Reason(
+    "form_not_rewritten",
+    "Attention in a form that is recognised and not rewritten: written-out softmax, nn.MultiheadAttention or an op of another library.",
+    "Use torch.nn.functional.scaled_dot_product_attention; in diffusers leave the attention backend at its default.",
+)
 LAYOUT_UNKNOWN: Final = Reason(
     "layout_unknown",
     "The trail from the model's inputs to this site was lost.",

@@ -7,11 +7,11 @@ import dataclasses
 from torch import fx
 
 from lvsa_compile.passes.compilation import Compilation
-from lvsa_compile.patterns import own_sparse, sdpa
+from lvsa_compile.patterns import other_forms, own_sparse, sdpa
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import INSIDE_SUBGRAPH
 
-FORMS = (sdpa.match, own_sparse.match)
+FORMS = (sdpa.match, own_sparse.match, other_forms.match)
 """The forms of attention, tried in order."""
 
 
