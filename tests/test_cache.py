@@ -1,0 +1,48 @@
+"""torch's own caches: a second process hits them, still rotates, and another version of this package misses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+import lvsa_compile.backend as backend
+from test_backend import close, expected
+from tiny_models import PATTERN, timesteps, wan, wan_inputs
+import lvsa_compile
+if len(sys.argv) > 2:
+    backend._cache_stamp = lambda: sys.argv[2]
+model, inputs = wan(num_layers=1), wan_inputs()
+right = []
+with torch.no_grad():
+    compiled = torch.compile(model, backend="lvsa", options=PATTERN)
+    for step in range(4):
+        inputs["timestep"] = torch.tensor([timesteps(8)[step]])
+        right.append(close(compiled(**inputs)[0], expected(model, inputs, step), 5e-4))
+counters = torch._dynamo.utils.counters
+print(json.dumps({"right": right, "sparse": len(lvsa_compile.reports()[0].sparse_sites),
+                  "autograd": dict(counters["aot_autograd"]), "fxgraph": dict(counters["inductor"])}))
+"""
+
+
+def run(cache: Path, *arguments: str) -> dict:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_a_second_process_hits_the_cache_and_another_version_does_not(tmp_path):
+    first, second, other = run(tmp_path), run(tmp_path), run(tmp_path, "another version")
+    for found in (first, second, other):
+        assert found["right"] == [True] * 4
+        assert found["sparse"] == 1
+    assert second["autograd"].get("autograd_cache_hit") == 1, second
+    assert "autograd_cache_hit" not in other["autograd"], other
+    assert "autograd_cache_hit" not in first["autograd"], first
