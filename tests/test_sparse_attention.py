@@ -100,3 +100,9 @@ def test_a_gradient_is_refused_rather_than_lost():
     query, key, value = qkv()
     with pytest.raises(GradientError, match="computes no gradients"):
         lvsa_compile.sparse_attention(query.requires_grad_(), key, value, grid=(8, 2, 3), prefix=5)
+
+
+def test_opcheck():
+    query, key, value = qkv(dtype=torch.float32)
+    arguments = (query, key, value, torch.tensor(3), [8, 2, 3], 5, 0, None, 1, 1, 4, 1.0, None, True)
+    torch.library.opcheck(torch.ops.lvsa.sparse_attention.default, arguments)
