@@ -21,8 +21,7 @@ from lvsa_compile.errors import StepError
 _explicit_step: contextvars.ContextVar[int | None] = contextvars.ContextVar("lvsa_step", default=None)
 
 
-@contextlib.contextmanager
-def step(index: int) -> Iterator[None]:
+def step(index: int) -> contextlib.AbstractContextManager[None]:
     """Within this context (thread, task) compiled models run denoising step ``index``, whatever their timestep says.
 
     Args:
@@ -33,6 +32,11 @@ def step(index: int) -> Iterator[None]:
     """
     if isinstance(index, bool) or not isinstance(index, int) or index < 0:
         raise StepError(index)
+    return _running(index)
+
+
+@contextlib.contextmanager
+def _running(index: int) -> Iterator[None]:
     token = _explicit_step.set(index)
     try:
         yield

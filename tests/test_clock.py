@@ -114,6 +114,6 @@ def test_works_in_and_out_of_inference_mode():
 
 @pytest.mark.parametrize("index", [-1, 1.5, True, None])
 def test_a_step_that_is_no_index_is_an_error(index):
-    with pytest.raises(StepError) as raised, lvsa_compile.step(index):
-        pass
+    with pytest.raises(StepError) as raised:
+        lvsa_compile.step(index)
     assert str(raised.value) == f"step({index!r}): a denoising step is a whole number from 0. Pass the index of the step, not its timestep."
