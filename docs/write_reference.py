@@ -35,7 +35,7 @@ def options_page() -> str:
 
 def reasons_page() -> str:
     """Every reason with meaning and remedy."""
-    rows = [f"| `{reason.code}` | {reason.meaning} | {reason.remedy or '–'} |" for reason in REASONS]
+    rows = [f"| `{reason.code}` | {reason.meaning} | {reason.remedy or 'Nothing to do: dense is right here.'} |" for reason in REASONS]
     return "\n".join(
         [
             "# Why a site is dense",

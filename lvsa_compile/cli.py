@@ -99,9 +99,9 @@ def _load(target: str) -> tuple[Any, dict[str, Any]]:
     """Model and keyword arguments from ``FILE.py[:FUNCTION]``."""
     name, _, function = target.partition(":")
     path = Path(name)
-    if not path.is_file():
+    if not path.is_file() or path.suffix != ".py":
         raise typer.BadParameter(
-            f"{name!r} is no file. Give the path of a Python file, and after a colon the function that builds the model."
+            f"{name!r} is no Python file. Give the path of a Python file, and after a colon the function that builds the model."
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
@@ -130,7 +130,7 @@ def _options(given: list[str]) -> dict[str, Any]:
         if not equals:
             raise typer.BadParameter(f"--option {item!r} has no value. Write NAME=VALUE, as in window=2.")
         try:
-            options[name] = json.loads(value)
+            options[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
         except json.JSONDecodeError:
             options[name] = value
     return options

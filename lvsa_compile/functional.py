@@ -63,8 +63,13 @@ def sparse_attention(
             raise UnknownOptionError(name, pattern[name], list(_PATTERN_DEFAULTS))
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise GradientError("sparse_attention")
-    if not isinstance(step, Tensor):
-        if step < 0:
+    if not isinstance(grid, (tuple, list)):
+        raise ShapeError("grid", grid, "not three positive numbers", "Give (frames, height, width) in tokens.")
+    if isinstance(step, Tensor):
+        if step.is_floating_point():
+            raise StepError(step.dtype)
+    else:
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise StepError(step)
         step = torch.full((), step, dtype=torch.int64, device=query.device)
     settings = {**_PATTERN_DEFAULTS, **pattern}

@@ -106,3 +106,16 @@ def test_opcheck():
     query, key, value = qkv(dtype=torch.float32)
     arguments = (query, key, value, torch.tensor(3), [8, 2, 3], 5, 0, None, 1, 1, 4, 1.0, None, True)
     torch.library.opcheck(torch.ops.lvsa.sparse_attention.default, arguments)
+
+
+@pytest.mark.parametrize("step", [1.5, None, True, torch.tensor(1.5)])
+def test_a_step_that_is_no_whole_number_is_an_error(step):
+    query, key, value = qkv()
+    with pytest.raises(StepError, match="a denoising step is a whole number from 0"):
+        lvsa_compile.sparse_attention(query, key, value, grid=(8, 2, 3), prefix=5, step=step)
+
+
+def test_a_grid_that_is_no_tuple_is_an_error():
+    query, key, value = qkv()
+    with pytest.raises(ShapeError, match="grid=48: not three positive numbers"):
+        lvsa_compile.sparse_attention(query, key, value, grid=48, prefix=5)
