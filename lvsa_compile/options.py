@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from lvsa_compile.errors import OptionError, UnknownOptionError
@@ -202,8 +202,3 @@ def make_options(**given: Any) -> dict[str, Any]:
     """
     parse_options(given)
     return dict(given)
-
-
-def option_defaults() -> dict[str, Any]:
-    """Default of every option, by name."""
-    return {f.name: f.default for f in option_fields() if f.default is not MISSING}

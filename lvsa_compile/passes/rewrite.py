@@ -12,8 +12,7 @@ from torch import Tensor, fx
 from lvsa_compile import compat
 from lvsa_compile.lowering.attention_op import ATTENTION, accumulation_dtype
 from lvsa_compile.lowering.verification import VERIFIED
-from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput, SparsePlan, example_value
-from lvsa_compile.patterns.site import AttentionSite
+from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput, example_value
 from lvsa_compile.sparsity.key_ranges import KeyRangeTable, key_range_table
 
 
@@ -22,8 +21,7 @@ def rewrite(compilation: Compilation) -> Compilation:
     if not compilation.sparse:
         return compilation
     inputs = _ExtraInputs(compilation.graph_module)
-    sites = {site.node: site for site in compilation.sites if isinstance(site, AttentionSite)}
-    renamed = {decision.node: _rewrite_site(sites[decision.node], decision, compilation, inputs) for decision in compilation.sparse}
+    renamed = {decision.node: _rewrite_site(decision, compilation, inputs) for decision in compilation.sparse}
     decisions = tuple(dataclasses.replace(d, node=renamed.get(d.node, d.node)) for d in compilation.decisions)
     compilation.graph_module.recompile()
     return dataclasses.replace(compilation, decisions=decisions, extra_inputs=tuple(inputs.made))
@@ -68,9 +66,10 @@ class _ExtraInputs:
         return self._nodes[key]
 
 
-def _rewrite_site(site: AttentionSite, decision: Decision, compilation: Compilation, inputs: _ExtraInputs) -> fx.Node:
+def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraInputs) -> fx.Node:
     """Puts the op in place of the site's node and returns the op's node."""
-    plan: SparsePlan | None = decision.plan
+    site, plan = decision.site, decision.plan
+    assert site is not None
     assert plan is not None
     call, node = plan.call, site.node
     options = compilation.options

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 
 from lvsa_compile.passes.compilation import Compilation
-from lvsa_compile.passes.trace_layout.axes import BROADCAST, Axis, leaves, same
+from lvsa_compile.passes.trace_layout.axes import BROADCAST, Axis, axis_size, leaves, same
 from lvsa_compile.passes.trace_layout.call import Axes
 from lvsa_compile.passes.trace_layout.token_layout import grid_places, token_layout, video_inputs
 from lvsa_compile.passes.trace_layout.tracer import run_on_fakes
@@ -47,8 +47,8 @@ def trace_layout(compilation: Compilation) -> Compilation:
 
 
 def _same_for_every_query(mask: Axes | None) -> bool:
-    """Whether a mask ``[.., Sq, Sk]`` has one row, or repeats one."""
-    if mask is None or not 2 <= len(mask) <= 4:
+    """Whether a mask ``[.., Sq, Sk]`` has one row, or repeats one; a mask that repeats along the keys is none to slice."""
+    if mask is None or not 2 <= len(mask) <= 4 or same(axis_size(mask[-1]), 1):
         return False
     return all(factor.kinds == {BROADCAST} or same(factor.size, 1) for factor in leaves(mask[-2]))
 
