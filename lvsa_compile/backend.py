@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from lvsa_compile import compat
+from lvsa_compile.axes.algebra import PARAMETER
 from lvsa_compile.errors import LvsaWarning
 from lvsa_compile.lowering import verification
 from lvsa_compile.options import Options, parse_options
@@ -25,9 +26,8 @@ from lvsa_compile.passes.find_attention import find_attention
 from lvsa_compile.passes.find_horizon import find_horizon
 from lvsa_compile.passes.find_timestep import find_timestep
 from lvsa_compile.passes.rewrite import lower, rewrite
-from lvsa_compile.passes.trace_layout.axes import PARAMETER
+from lvsa_compile.passes.trace_layout.interpreter import input_kind
 from lvsa_compile.passes.trace_layout.trace import trace_layout
-from lvsa_compile.passes.trace_layout.tracer import input_kind
 from lvsa_compile.passes.verify import verify
 from lvsa_compile.reasons import TRAINING
 from lvsa_compile.report.records import Report, report_of

@@ -55,7 +55,7 @@ INSIDE_SUBGRAPH: Final = Reason(
 )
 FORM_NOT_REWRITTEN: Final = Reason(
     "form_not_rewritten",
-    "Attention in a form that is recognised and not rewritten: written-out softmax, nn.MultiheadAttention or an op of another library.",
+    "Attention in a form that is recognised and not rewritten: the detail says what stands in the way.",
     "Use torch.nn.functional.scaled_dot_product_attention; in diffusers leave the attention backend at its default.",
 )
 LAYOUT_UNKNOWN: Final = Reason(

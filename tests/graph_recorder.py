@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lvsa_compile import compat
-from lvsa_compile.passes.trace_layout.axes import Axis, Concat, Digit
-from lvsa_compile.passes.trace_layout.call import Axes
-from lvsa_compile.passes.trace_layout.tracer import run_on_fakes
+from lvsa_compile.axes.algebra import Axis, Concat, Digit
+from lvsa_compile.axes.call import Axes
+from lvsa_compile.passes.trace_layout.interpreter import run_on_fakes
 
 
 def traced_output(function: Any, *inputs: Tensor, dynamic: bool = False) -> Axes:

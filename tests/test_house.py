@@ -14,11 +14,12 @@ PACKAGE = Path(lvsa_compile.__file__).parent
 MAY_IMPORT = {  # folder of the package -> the other folders it may import; modules beside the folders are in LEAVES or on top
     "kernels": set(),
     "sparsity": set(),
+    "axes": set(),
     "lowering": {"kernels", "sparsity"},
-    "patterns": {"sparsity"},
-    "passes": {"patterns", "sparsity", "lowering"},
-    "report": {"passes", "patterns", "sparsity", "lowering"},
-    "integrations": {"report", "passes", "patterns", "sparsity", "lowering", "kernels"},
+    "patterns": {"sparsity", "axes"},
+    "passes": {"axes", "patterns", "sparsity", "lowering"},
+    "report": {"axes", "passes", "patterns", "sparsity", "lowering"},
+    "integrations": {"axes", "report", "passes", "patterns", "sparsity", "lowering", "kernels"},
 }
 LEAVES = {"errors", "compat", "reasons", "options", "horizons", "clock"}
 NOT_IN_FOLDERS = {"backend", "functional", "runtime", "cli"}

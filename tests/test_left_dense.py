@@ -335,28 +335,22 @@ def test_two_axes_of_one_latent_at_once_are_no_frames():
     assert site.decision == "dense"
 
 
-def written_out(model, tokens, grid, text):
-    query, key = model.attention.to_q(tokens), model.attention.to_k(tokens)
-    return tokens + (query.float() @ key.transpose(1, 2).float() * 0.2 + 0.0).softmax(-1).to(tokens.dtype) @ tokens
-
-
 def einsum_written(model, tokens, grid, text):
     scores = torch.einsum("bqc,bkc->bqk", tokens, tokens) / 4
     return tokens + torch.einsum("bqk,bkc->bqc", F.dropout(F.softmax(scores, dim=-1), 0.0), tokens)
 
 
-class Multihead(VideoDiT):
+class EncoderLayer(VideoDiT):
     def __init__(self):
-        super().__init__(lambda m, x, grid, text: x + m.multihead(x, x, x, need_weights=False)[0])
-        self.multihead = nn.MultiheadAttention(16, 2, batch_first=True)
+        super().__init__(lambda m, x, grid, text: m.layer(x))
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
 
 
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        (lambda: block(written_out), "softmax between two matrix products"),
-        (lambda: block(einsum_written), "softmax between two matrix products"),
-        (Multihead, "multi_head_attention_forward is used here"),
+        (lambda: block(einsum_written), "written-out softmax: both factors of a product are one tensor"),
+        (EncoderLayer, "_transformer_encoder_layer_fwd is used here"),
     ],
 )  # fmt: skip
 def test_other_forms_of_attention_are_named(model, text):

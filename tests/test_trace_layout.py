@@ -12,7 +12,7 @@ from graph_recorder import shown, traced_output
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lvsa_compile.passes.trace_layout.axes import Concat, Factor, Source, axis_of, axis_size, combine, concat, regroup, slice_axis
+from lvsa_compile.axes.algebra import Concat, Factor, Source, axis_of, axis_size, combine, concat, regroup, slice_axis
 
 # --- the algebra, against labels that go through the same operations --------------------------------------------------------
 

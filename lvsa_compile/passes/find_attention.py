@@ -7,22 +7,26 @@ import dataclasses
 from torch import fx
 
 from lvsa_compile.passes.compilation import Compilation
-from lvsa_compile.patterns import other_forms, own_sparse, sdpa
+from lvsa_compile.patterns import library_ops, multihead, other_forms, own_sparse, sdpa, written_out
+from lvsa_compile.patterns.shadow import thread_writes, withdraw
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import INSIDE_SUBGRAPH
 
-FORMS = (sdpa.match, own_sparse.match, other_forms.match)
+FORMS = (sdpa.match, own_sparse.match, written_out.match, multihead.match, library_ops.match, other_forms.match)
 """The forms of attention, tried in order."""
 
 
 def find_attention(compilation: Compilation) -> Compilation:
     """Fills in ``sites``: those of the graph itself, then those of nested subgraphs, which stay dense."""
     graph_module = compilation.graph_module
-    sites = [site for node in graph_module.graph.nodes if (site := _match(node)) is not None]
+    thread_writes(graph_module.graph)
+    sites = [site for node in list(graph_module.graph.nodes) if (site := _match(node)) is not None]
     for name, module in graph_module.named_modules():
         if name and isinstance(module, fx.GraphModule):
-            inner = (site for node in module.graph.nodes if (site := _match(node)) is not None)
-            sites.extend(DenseSite(site.node, INSIDE_SUBGRAPH.because(f"it is in {name}")) for site in inner)
+            for site in [site for node in list(module.graph.nodes) if (site := _match(node)) is not None]:
+                sites.append(DenseSite(site.node, INSIDE_SUBGRAPH.because(f"it is in {name}")))
+                if isinstance(site, AttentionSite):
+                    withdraw(site)
     return dataclasses.replace(compilation, sites=tuple(sites))
 
 

@@ -8,9 +8,9 @@ import re
 import torch
 from torch import Tensor, fx
 
+from lvsa_compile.axes.algebra import INPUT
 from lvsa_compile.passes.compilation import Compilation, TimestepInput, example_value
-from lvsa_compile.passes.trace_layout.axes import INPUT
-from lvsa_compile.passes.trace_layout.tracer import input_kind
+from lvsa_compile.passes.trace_layout.interpreter import input_kind
 
 _NAMES = tuple(
     re.compile(pattern) for pattern in (r"timesteps?", r"t|time|times|ts", r"\w*timesteps?\w*", r"sigmas?|noise_levels?", r"\w*sigma\w*")

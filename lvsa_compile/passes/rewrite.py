@@ -13,6 +13,7 @@ from lvsa_compile import compat
 from lvsa_compile.lowering.attention_op import ATTENTION, accumulation_dtype
 from lvsa_compile.lowering.verification import VERIFIED
 from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput, example_value
+from lvsa_compile.patterns.shadow import step_in, withdraw
 from lvsa_compile.sparsity.key_ranges import KeyRangeTable, key_range_table
 
 
@@ -22,6 +23,9 @@ def rewrite(compilation: Compilation) -> Compilation:
         return compilation
     inputs = _ExtraInputs(compilation.graph_module)
     renamed = {decision.node: _rewrite_site(decision, compilation, inputs) for decision in compilation.sparse}
+    for decision in compilation.decisions:
+        if decision.site is not None and decision.plan is None:
+            withdraw(decision.site)
     decisions = tuple(dataclasses.replace(d, node=renamed.get(d.node, d.node)) for d in compilation.decisions)
     compilation.graph_module.recompile()
     return dataclasses.replace(compilation, decisions=decisions, extra_inputs=tuple(inputs.made))
@@ -91,7 +95,9 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
     output.meta = {**kept, "example_value": result}
     if options.verify:
         verified.meta = dict(output.meta)
-    node.replace_all_uses_with(verified if options.verify else output)
+    rewritten = verified if options.verify else output
+    node.replace_all_uses_with(rewritten)
+    step_in(site, rewritten)
     node.graph.erase_node(node)
     return attention
 

@@ -6,21 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lvsa_compile.passes.trace_layout.axes import (
-    ARANGE,
-    INPUT,
-    LOST,
-    Axis,
-    Concat,
-    Digit,
-    Factor,
-    Size,
-    Source,
-    axis_size,
-    leaves,
-    origins,
-    same,
-)
+from lvsa_compile.axes.algebra import ARANGE, INPUT, LOST, Axis, Concat, Digit, Factor, Size, Source, axis_size, leaves, origins, same
 
 VIDEO, OTHER, CONDITIONING, IMAGE, SCRAMBLED, UNKNOWN = "video", "other", "conditioning", "image", "scrambled", "unknown"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+from lvsa_compile.axes.algebra import BROADCAST, Axis, axis_size, leaves, same
+from lvsa_compile.axes.call import Axes
 from lvsa_compile.passes.compilation import Compilation
-from lvsa_compile.passes.trace_layout.axes import BROADCAST, Axis, axis_size, leaves, same
-from lvsa_compile.passes.trace_layout.call import Axes
+from lvsa_compile.passes.trace_layout.interpreter import run_on_fakes
 from lvsa_compile.passes.trace_layout.token_layout import grid_places, token_layout, video_inputs
-from lvsa_compile.passes.trace_layout.tracer import run_on_fakes
 from lvsa_compile.patterns.site import AttentionSite
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lvsa_compile.compat import size_expression
-from lvsa_compile.passes.trace_layout.axes import (
+from lvsa_compile.axes.algebra import (
     ARANGE,
     BROADCAST,
     CREATED,
@@ -30,8 +29,9 @@ from lvsa_compile.passes.trace_layout.axes import (
     slice_axis,
     split_axis,
 )
-from lvsa_compile.passes.trace_layout.call import Axes, Call, Rule, axis_index, sizes_of
-from lvsa_compile.passes.trace_layout.view_rules import expand, matrix_transpose, permute, select, slice_, split, transpose, unbind, view
+from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of
+from lvsa_compile.axes.view_rules import expand, matrix_transpose, permute, select, slice_, split, transpose, unbind, view
+from lvsa_compile.compat import size_expression
 
 # --- elementwise, copies, creation ---------------------------------------------------------------------------------------------
 
@@ -267,6 +267,7 @@ def _table(*groups: tuple[Rule, str]) -> dict[str, Rule]:
 
 
 RULES: dict[str, Rule] = _table(
+    (pointwise, "masked_fill"),
     (view, "view _unsafe_view reshape _reshape_alias squeeze unsqueeze"),
     (expand, "expand"),
     (permute, "permute"),
@@ -279,7 +280,7 @@ RULES: dict[str, Rule] = _table(
     (
         unchanged,
         "clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy native_layer_norm native_group_norm native_batch_norm"
-        " _fused_rms_norm rms_norm _softmax _log_softmax _safe_softmax cumsum native_dropout",
+        " _fused_rms_norm rms_norm _softmax _log_softmax _safe_softmax cumsum native_dropout triu tril",
     ),
     (
         created,
@@ -310,4 +311,4 @@ RULES: dict[str, Rule] = _table(
     (index, "index"),
     (reordered, "flip roll sort"),
 )
-"""Rule by op name.  Ops with torch's ``pointwise`` tag need no entry."""
+"""Rule by op name.  Ops with torch's ``pointwise`` tag need no entry; the in-place twin of an op needs none either."""

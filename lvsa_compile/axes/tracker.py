@@ -1,25 +1,23 @@
-"""Runs a Dynamo graph node by node on fake tensors and follows the axes of every tensor through the ATen ops inside.
+"""A dispatch mode that follows the axes of every tensor through the ATen ops that run while it is active.
 
 One small set of rules thus serves every spelling: methods, functions, einops, slice assignment.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from lvsa_compile import compat
-from lvsa_compile.passes.trace_layout.axes import (
+from lvsa_compile.axes.algebra import (
     ARANGE,
     CREATED,
     INPUT,
     LOST,
-    PARAMETER,
     Axis,
     Factor,
     Source,
@@ -32,9 +30,9 @@ from lvsa_compile.passes.trace_layout.axes import (
     same,
     slice_axis,
 )
-from lvsa_compile.passes.trace_layout.call import Axes, Call, sizes_of
-from lvsa_compile.passes.trace_layout.rules import RULES, pointwise
-from lvsa_compile.passes.trace_layout.view_rules import expand, slice_bounds
+from lvsa_compile.axes.call import Axes, Call, sizes_of
+from lvsa_compile.axes.rules import RULES, pointwise
+from lvsa_compile.axes.view_rules import expand, slice_bounds
 
 _REGROUPING = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "alias", "detach"))
 _FILLS = frozenset(("fill_", "zero_"))
@@ -118,7 +116,7 @@ class AxisTracker(compat.TorchDispatchMode):
             return expand(Call("expand", (call.args[1],), {}, (target,), self.axes_of, self.place))[0]
         if call.op in _FILLS:
             return self.axes_of(target)
-        return pointwise(call)[0] if torch.Tag.pointwise in func.tags else call.new_axes(target)
+        return self._output_axes(func, dataclasses.replace(call, op=call.op[:-1]))[0]
 
     def _write(self, target: Tensor, axes: Axes) -> None:
         """Notes what a tensor was overwritten with, in every tensor that shares its memory."""
@@ -210,86 +208,3 @@ def _order(call: Call, rank: int) -> list[int]:
     a, b = (call.arg(1, "dim0", 0) % rank, call.arg(2, "dim1", 1) % rank) if call.op == "transpose" else (0, rank - 1)
     order[a], order[b] = order[b], order[a]
     return order
-
-
-class LayoutInterpreter(fx.Interpreter):
-    """Runs the graph under an ``AxisTracker`` and keeps the axes of the tensors that are asked for.
-
-    ``watched`` maps a node to the argument nodes whose axes are wanted as they are just before it runs.
-    """
-
-    def __init__(self, graph_module: fx.GraphModule, tracker: AxisTracker, watched: Mapping[fx.Node, tuple[fx.Node, ...]]) -> None:
-        super().__init__(graph_module)
-        self.tracker, self.watched = tracker, watched
-        self.found: dict[fx.Node, dict[fx.Node, Axes]] = {}
-        self.output_axes: list[Axes] = []
-        self.failed: dict[fx.Node, str] = {}
-        self._autocasts: list[Any] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Runs one node; a node that cannot run on fakes gives what Dynamo recorded for it, and starts new trails."""
-        if n in self.watched:
-            self.found[n] = {arg: self.tracker.axes_of(self.env[arg]) for arg in self.watched[n] if isinstance(self.env.get(arg), Tensor)}
-        if n.op == "output":
-            self.output_axes = [self.tracker.axes_of(self.env[arg]) for arg in n.all_input_nodes if isinstance(self.env.get(arg), Tensor)]
-        self.tracker.place = n.name
-        try:
-            result = super().run_node(n)
-        except Exception as error:
-            if n.op in ("placeholder", "output") or "example_value" not in n.meta:
-                raise
-            self.failed[n] = f"{type(error).__name__}: {error}"
-            return n.meta["example_value"]
-        if getattr(n.target, "__name__", "") == "_enter_autocast":
-            self._autocasts.append(result)
-        elif getattr(n.target, "__name__", "") == "_exit_autocast":
-            self._autocasts.pop()
-        return result
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The fake tensor of an input under a new name, so that nothing done here can change the original's metadata."""
-        node = next(n for n in self.graph.nodes if n.op == "placeholder" and n.target == target)
-        value = node.meta.get("example_value")
-        if not isinstance(value, Tensor):
-            return value
-        alias = value.detach()
-        kind, name = input_kind(node)
-        self.tracker.set_axes(
-            alias, tuple(axis_of(Source(kind, name, i, size, node.name, value.dim())) for i, size in enumerate(sizes_of(value)))
-        )
-        return alias
-
-    @contextlib.contextmanager
-    def surroundings(self) -> Iterator[None]:
-        """Modes the graph may switch while it runs are put back afterwards, even if a node fails."""
-        with torch.set_grad_enabled(torch.is_grad_enabled()):
-            try:
-                yield
-            finally:
-                for autocast in reversed(self._autocasts):
-                    autocast.__exit__(None, None, None)
-
-
-def input_kind(node: fx.Node) -> tuple[str, str]:
-    """INPUT or PARAMETER, and a short name, for a placeholder of a Dynamo graph."""
-    source = compat.placeholder_source(node) or node.name
-    if "_parameters" in source or "_buffers" in source or "_modules" in source:
-        return PARAMETER, node.name
-    quoted = source.replace('"', "'").split("'")
-    names = [part for part in quoted[1::2] if part not in ("self", "kwargs", "args")]
-    subscript = quoted[-1].strip("[]").replace("][", ".") if quoted[-1].strip("[]").isdigit() else ""
-    name = names[-1] if names else node.name
-    return INPUT, f"{name}[{subscript}]" if subscript else name
-
-
-def run_on_fakes(graph_module: fx.GraphModule, watched: Mapping[fx.Node, tuple[fx.Node, ...]]) -> LayoutInterpreter | None:
-    """Follows the axes of a whole graph; None where the graph has no fake tensors to run on."""
-    fake_mode = compat.fake_mode_of_graph(graph_module.graph)
-    if fake_mode is None:
-        return None
-    tracker = AxisTracker()
-    interpreter = LayoutInterpreter(graph_module, tracker, watched)
-    inputs = [None for node in graph_module.graph.nodes if node.op == "placeholder"]
-    with compat.tracing_on_fakes(fake_mode), interpreter.surroundings(), tracker:
-        interpreter.run(*inputs, enable_io_processing=False)
-    return interpreter

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lvsa_compile.axes.algebra import BROADCAST, Size, axis_size, regroup, same, slice_axis
+from lvsa_compile.axes.call import Axes, Call, axis_index, sizes_of, with_axis
 from lvsa_compile.compat import size_expression
-from lvsa_compile.passes.trace_layout.axes import BROADCAST, Size, axis_size, regroup, same, slice_axis
-from lvsa_compile.passes.trace_layout.call import Axes, Call, axis_index, sizes_of, with_axis
 
 
 def view(call: Call) -> Sequence[Axes] | None:

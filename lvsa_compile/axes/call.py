@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lvsa_compile.axes.algebra import CREATED, INPUT, LOST, Axis, Size, Source, axis_of, leaves, origins
 from lvsa_compile.compat import size_expression
-from lvsa_compile.passes.trace_layout.axes import CREATED, INPUT, LOST, Axis, Size, Source, axis_of, leaves, origins
 
 Axes = tuple[Axis, ...]
 """The axes of one tensor."""

@@ -1,0 +1,97 @@
+"""Attention ops of other libraries that stand in the graph as one node: flash-attn, xformers, diffusers' wrapped kernels, ATen's own.
+
+``LAYOUTS`` says for each how its tensors are laid out; its other arguments are read from its own signature, and each must have the
+value that makes it plain attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from lvsa_compile.patterns.shadow import Shadow, is_tensor, name_of, value_of
+from lvsa_compile.patterns.site import AttentionSite, DenseSite
+from lvsa_compile.reasons import DROPOUT, FORM_NOT_REWRITTEN, SHAPE_NOT_SUPPORTED
+
+BSHD, BHSD = "BSHD", "BHSD"
+LAYOUTS = {
+    "flash_attn.flash_attn_func": BSHD,
+    "flash_attn._flash_attn_forward": BSHD,
+    "flash_attn_interface.flash_attn_func": BSHD,
+    "flash_attn_3._flash_attn_forward": BSHD,
+    "flash_attn_3.fwd": BSHD,
+    "_diffusers_flash_attn_3._flash_attn_forward": BSHD,
+    "xformers.memory_efficient_attention": BSHD,
+    "xformers_flash.flash_fwd": BSHD,
+    "aten._scaled_dot_product_flash_attention": BHSD,
+    "aten._scaled_dot_product_flash_attention_for_cpu": BHSD,
+    "aten._scaled_dot_product_efficient_attention": BHSD,
+    "aten._scaled_dot_product_cudnn_attention": BHSD,
+}
+"""Library and name of an op, and the order of axes of its query, key and value."""
+
+_ROLES = {"q": "query", "k": "key", "v": "value", "softmax_scale": "scale", "causal": "is_causal", "p": "dropout_p", "dropout": "dropout_p"}
+_NO_MATTER = frozenset(
+    "return_softmax return_attn_probs return_debug_mask deterministic num_splits pack_gqa sm_margin compute_lse compute_log_sumexp op"
+    " output_dtype max_q max_k max_seqlen_q max_seqlen_k return_lse".split()
+)
+_PLAIN: tuple[Any, ...] = (None, 0, -1, False, (-1, -1), [-1, -1], (None, None))
+
+
+def match(node: fx.Node) -> AttentionSite | DenseSite | None:
+    """The site at ``node``, or None where it is no attention op of a library known here."""
+    layout = LAYOUTS.get(_library_name(node)) if node.op == "call_function" else None
+    if layout is None:
+        return None
+    said = _arguments(node)
+    query, key, value = (said.pop(name, None) for name in ("query", "key", "value"))
+    if not (is_tensor(query) and is_tensor(key) and is_tensor(value) and value_of(query).dim() == 4):
+        return DenseSite(node, SHAPE_NOT_SUPPORTED.because(f"{_library_name(node)} without batch and heads"))
+    scale, causal, dropout = said.pop("scale", None), bool(said.pop("is_causal", False)), said.pop("dropout_p", 0.0)
+    if dropout != 0.0:
+        return DenseSite(node, DROPOUT.because(f"dropout_p={dropout}"))
+    for name, given in said.items():
+        if name not in _NO_MATTER and not any(type(given) is type(plain) and given == plain for plain in (*_PLAIN, 0.0)):
+            return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with {name}={given}"))
+    replaces = _output(node)
+    if replaces is None:
+        return DenseSite(node, FORM_NOT_REWRITTEN.because(f"more than the output of {_library_name(node)} is used"))
+    shadow = Shadow(replaces)
+    turned = [node if layout == BHSD else shadow.call(torch.transpose, node, 1, 2) for node in (query, key, value)]
+    attention = shadow.attention(*turned, scale=scale if isinstance(scale, (int, float)) else None, causal=causal)
+    result = attention if layout == BHSD else shadow.call(torch.transpose, attention, 1, 2)
+    if value_of(result).dtype != value_of(replaces).dtype:
+        result = shadow.method("to", result, value_of(replaces).dtype)
+    return shadow.site(attention, result, replaces, (node,) if replaces is node else (node, replaces))
+
+
+def _output(node: fx.Node) -> fx.Node | None:
+    """The node that holds the attention output, if no other output is used."""
+    if not isinstance(value_of(node), (tuple, list)):
+        return node
+    users = [user for user in node.users if user.users]
+    return users[0] if len(users) == 1 and users[0].target is operator.getitem and users[0].args[1] == 0 else None
+
+
+def _library_name(node: fx.Node) -> str:
+    if hasattr(node.target, "_schema"):
+        return ".".join(str(node.target).split(".")[:2])
+    return f"{(getattr(node.target, '__module__', None) or '').split('.')[0]}.{name_of(node)}"
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments by the names used here, defaults included."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        names = [argument.name for argument in schema.arguments]
+        said = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+        said |= dict(zip(names, node.args, strict=False)) | node.kwargs
+    else:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+        bound.apply_defaults()
+        said = dict(bound.arguments)
+    return {_ROLES.get(name, name): given for name, given in said.items()}

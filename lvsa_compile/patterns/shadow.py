@@ -1,0 +1,143 @@
+"""Shadows: nodes beside an attention that compute the same thing by ``scaled_dot_product_attention``.
+
+Nothing uses a shadow until its site is rewritten, so a form of attention becomes a site without being touched, and a site that stays
+dense stays exactly what the user wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, fx
+
+from lvsa_compile import compat
+from lvsa_compile.patterns.site import AttentionSite, Stands
+
+_KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+class Shadow:
+    """Adds nodes before ``beside``, each with the fake value it would have.
+
+    ``undo`` takes them out again, for a form that turns out not to fit.
+    """
+
+    def __init__(self, beside: fx.Node) -> None:
+        self.graph, self._beside = beside.graph, beside
+        self.nodes: list[fx.Node] = []
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A node that calls ``function``."""
+        with self.graph.inserting_before(self._beside):
+            node = self.graph.call_function(function, args, kwargs)
+        return self._noted(node, lambda: function(*_values(args), **_values(kwargs)))
+
+    def method(self, name: str, this: fx.Node, *args: Any) -> fx.Node:
+        """A node that calls a method of ``this``."""
+        with self.graph.inserting_before(self._beside):
+            node = self.graph.call_method(name, (this, *args))
+        return self._noted(node, lambda: getattr(value_of(this), name)(*_values(args)))
+
+    def _noted(self, node: fx.Node, compute: Callable[[], Any]) -> fx.Node:
+        node.meta = {name: self._beside.meta[name] for name in _KEPT if name in self._beside.meta}
+        self.nodes.append(node)
+        with compat.tracing_on_fakes(compat.fake_mode_of_graph(self.graph)):
+            node.meta["example_value"] = compute()
+        return node
+
+    def attention(
+        self, query: fx.Node, key: fx.Node, value: fx.Node, *, mask: fx.Node | None = None, scale: float | None = None, causal: bool = False
+    ) -> fx.Node:
+        """The attention node itself, in the widest dtype of its inputs."""
+        dtypes = [value_of(node).dtype for node in (query, key, value)]
+        widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+        query, key, value = (
+            node if dtype == widest else self.method("to", node, widest) for node, dtype in zip((query, key, value), dtypes, strict=True)
+        )
+        if mask is not None and value_of(mask).dtype not in (torch.bool, widest):
+            mask = self.method("to", mask, widest)
+        return self.call(torch.nn.functional.scaled_dot_product_attention, query, key, value, attn_mask=mask, scale=scale, is_causal=causal)
+
+    def site(self, node: fx.Node, result: fx.Node, replaces: fx.Node, retired: tuple[fx.Node, ...]) -> AttentionSite:
+        """The finished site: ``node`` is what ``attention`` returned, ``result`` what stands for ``replaces``."""
+        query, key, value = node.args
+        return AttentionSite(
+            node,
+            query,  # type: ignore[arg-type]
+            key,  # type: ignore[arg-type]
+            value,  # type: ignore[arg-type]
+            mask=node.kwargs["attn_mask"],  # type: ignore[arg-type]
+            causal=bool(node.kwargs["is_causal"]),
+            scale=node.kwargs["scale"],
+            stands_for=Stands(result, replaces, tuple(self.nodes), retired),
+        )
+
+    def undo(self) -> None:
+        """Takes all nodes out again."""
+        for node in reversed(self.nodes):
+            self.graph.erase_node(node)
+        self.nodes.clear()
+
+
+def withdraw(site: AttentionSite) -> None:
+    """Takes a site's shadow out of the graph."""
+    if site.stands_for is not None:
+        for node in reversed(site.stands_for.nodes):
+            node.graph.erase_node(node)
+
+
+def step_in(site: AttentionSite, rewritten: fx.Node) -> None:
+    """Lets a site's shadow, its attention now ``rewritten``, take the place of what it stands for; removes what nobody needs any more."""
+    if site.stands_for is not None:
+        result = site.stands_for.result
+        site.stands_for.replaces.replace_all_uses_with(rewritten if result is site.node else result)
+        for node in reversed(site.stands_for.retired):
+            if not node.users:
+                node.graph.erase_node(node)
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value Dynamo recorded for a node."""
+    return node.meta.get("example_value")
+
+
+def _values(arguments: Any) -> Any:
+    return fx.node.map_arg(arguments, value_of)
+
+
+def name_of(node: Any) -> str:
+    """The bare name of the function or method a node calls; "" for anything else."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+        return ""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return name.split(".")[0]
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node may write to a tensor that exists before it."""
+    name = name_of(node)
+    if name in _WRITERS or "out" in node.kwargs:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return bool(getattr(schema, "is_mutable", False)) or (name.endswith("_") and not name.endswith("__"))
+
+
+_WRITERS = frozenset("setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul".split())
+
+
+def thread_writes(graph: fx.Graph) -> None:
+    """Lets what reads a tensor after an in-place op read that op's result, which is the same tensor, so that order shows as dataflow."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        name = name_of(node)
+        target = node.args[0] if node.args else None
+        if is_tensor(target) and is_tensor(node) and name != "setitem" and writes(node) and "out" not in node.kwargs:
+            for user in [user for user in target.users if order[user] > order[node]]:
+                user.replace_input_with(target, node)
+
+
+def is_tensor(node: Any) -> TypeGuard[fx.Node]:
+    """Whether a node's value is one tensor."""
+    return isinstance(node, fx.Node) and isinstance(value_of(node), Tensor)
