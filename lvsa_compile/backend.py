@@ -60,11 +60,13 @@ def lvsa(
         OptionError: an option has a value it cannot have, or does not exist.
     """
     parsed = parse_options(options, mode)
-    compilation = _run(PIPELINE, Compilation(compat.copy_graph(graph_module), parsed, compile_id=compat.compile_id()))
+    compilation = _run(PIPELINE, Compilation(compat.copy_graph(graph_module), parsed, example_inputs, compile_id=compat.compile_id()))
     _publish(report_of(compilation), compilation)
     if not compilation.sparse:
         return _compile_inner(graph_module, example_inputs, parsed, stamp="")
 
+    if compilation.reader is not None:
+        compilation.reader.guard()
     fake_mode = compat.tracing_fake_mode()
     appended = [compat.fake_like(extra.value, fake_mode) for extra in compilation.extra_inputs]
     compiled = _compile_inner(compilation.graph_module, [*example_inputs, *appended], parsed, stamp=_cache_stamp())
@@ -82,9 +84,11 @@ def _reset() -> None:
 lvsa.reset = _reset  # type: ignore[attr-defined]
 
 
-def analyse(graph_module: fx.GraphModule, options: Options, device: torch.device | None = None) -> Compilation:
+def analyse(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options, device: torch.device | None = None
+) -> Compilation:
     """What the backend would decide for a graph that is to run on ``device``, without rewriting or compiling anything."""
-    return _run(ANALYSIS, Compilation(compat.copy_graph(graph_module), options, device, compile_id=compat.compile_id()))
+    return _run(ANALYSIS, Compilation(compat.copy_graph(graph_module), options, example_inputs, device, compile_id=compat.compile_id()))
 
 
 def _run(passes: Sequence[Pass], compilation: Compilation) -> Compilation:

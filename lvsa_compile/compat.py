@@ -318,6 +318,35 @@ def tracing_on_fakes(fake_mode: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def no_modes() -> Iterator[None]:
+    """Surroundings in which ops compute real values, whatever is traced outside."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch._C._DisablePythonDispatcher():
+        yield
+
+
+def constant_of(tensor: Tensor) -> Tensor | None:
+    """The real tensor that a tensor is, or that is behind a fake one made from numbers in the code; None where there is none."""
+    constant = tensor if fake_mode_of(tensor) is None else getattr(tensor, "constant", None)
+    return constant if isinstance(constant, Tensor) and constant.device.type != "meta" else None
+
+
+def guard_input(node: fx.Node, holds: Callable[[Tensor], bool], text: str) -> None:
+    """Has Dynamo compile anew when ``holds`` is no longer true of the input behind a placeholder."""
+    from torch._guards import Guard, TracingContext
+
+    context, source = TracingContext.try_get(), getattr(node, "_dynamo_source", None)
+    if context is None or source is None:
+        return
+
+    def create(builder: Any, guard: Any) -> None:
+        builder.get_guard_manager(guard).add_lambda_guard(holds, [f"lvsa: {guard.name} {text}"], guard.user_stack)
+
+    context.guards_context.dynamo_guards.add(Guard(source, create))
+
+
 def statically_true(condition: Any) -> bool:
     """Whether a condition on symbolic sizes holds for all values; never adds a guard."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true

@@ -41,7 +41,7 @@ def explain(
     graphs: list[Report] = []
 
     def note(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(report_of(analyse(graph_module, parsed, home)))
+        graphs.append(report_of(analyse(graph_module, example_inputs, parsed, home)))
         return graph_module.forward
 
     model = getattr(model, "_orig_mod", model)

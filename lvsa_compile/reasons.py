@@ -63,6 +63,11 @@ LAYOUT_UNKNOWN: Final = Reason(
     "The trail from the model's inputs to this site was lost.",
     "Please report the op that is named; a rule for it makes the site sparse.",
 )
+LAYOUT_CONTRADICTED: Final = Reason(
+    "layout_contradicted",
+    "Two witnesses of the video's grid disagree, so neither is believed.",
+    "Check the numbers of frames, rows and columns, and the coordinates, that the model is called with.",
+)
 FRAMES_NOT_CONTIGUOUS: Final = Reason(
     "frames_not_contiguous", "The tokens of a latent frame do not lie together, or frames are out of order."
 )

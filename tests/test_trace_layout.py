@@ -136,6 +136,22 @@ def part_written_over(x, text):
     return joint
 
 
+def written_place_by_place(x):
+    out = torch.empty_like(x)
+    for i in range(4):
+        out[:, i] = x[:, i] * 2
+    return out
+
+
+BACKWARDS = "x.1[3:4] | x.1[2:3] | x.1[1:2] | x.1%1"
+
+
+def placed_by_index(x):
+    out = x.new_zeros(2, 30, 8)
+    out[:, torch.arange(6, 30)] = x.flatten(1, 2)
+    return out
+
+
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
@@ -148,7 +164,12 @@ def part_written_over(x, text):
         (lambda x: x.chunk(2, 1)[1], ["x.0", "x.1[2:4]", "x.2", "x.3"]),
         (lambda x: torch.cat(x.split([1, 3], 1), 1), ["x.0", "x.1", "x.2", "x.3"]),
         (lambda x: torch.cat(x.split([2, 2], 1), 1), ["x.0", "x.1", "x.2", "x.3"]),
-        (lambda x: x.unbind(1)[2], ["x.0", "x.2", "x.3"]),
+        (lambda x: x.unbind(1)[2], ["x.0", "x.1[2:3]*x.2", "x.3"]),
+        (lambda x: torch.stack(x.unbind(1), 1), ["x.0", "x.1", "x.2", "x.3"]),
+        (lambda x: torch.stack([x[:, :, i] * 2 for i in range(6)], 3), ["x.0", "x.1", "x.3", "x.2"]),
+        (lambda x: torch.stack(x.unbind(1)[::-1], 1), ["x.0", "?stack", "x.2", "x.3"]),
+        (lambda x: torch.cat([x[:, i].flatten(1, 2) for i in range(4)], 1), ["x.0", "x.1*x.2*x.3"]),
+        (written_place_by_place, ["x.0", "x.1", "x.2", "x.3"]),
         (lambda x: x.mean(1), ["x.0", "x.2", "x.3"]),
         (lambda x: x.mean(1, keepdim=True), ["x.0", "1", "x.2", "x.3"]),
         (lambda x: F.layer_norm(x, (8,)), ["x.0", "x.1", "x.2", "x.3"]),
@@ -159,7 +180,17 @@ def part_written_over(x, text):
         (lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)))).flatten(3), ["x.0", "x.1", "x.2", "x.3/2*created"]),
         (lambda x: x.flip(1), ["x.0", "?flip", "x.2", "x.3"]),
         (lambda x: x.roll(1, 1), ["x.0", "?roll", "x.2", "x.3"]),
-        (lambda x: x[:, torch.tensor([2, 1, 0, 3])], ["x.0", "?index", "x.2", "x.3"]),
+        (lambda x: x[:, torch.tensor([2, 1, 0, 3])], ["x.0", "(x.1[2:3] | x.1[1:2] | x.1%1 | x.1[3:4])", "x.2", "x.3"]),
+        (lambda x: x[:, torch.arange(4) + 0], ["x.0", "x.1", "x.2", "x.3"]),
+        (lambda x: x[:, x[0, :, 0, 0].argsort()], ["x.0", "?index", "x.2", "x.3"]),
+        (lambda x: x.index_select(2, torch.tensor([2, 3, 4, 5])), ["x.0", "x.1", "x.2[2:6]", "x.3"]),
+        (lambda x: x.new_zeros(2, 9, 6, 8).index_copy(1, torch.arange(4) + 5, x), ["x.0", "(created | x.1)", "x.2", "x.3"]),
+        (
+            lambda x: x.new_zeros(2, 4, 6, 8).index_add(1, torch.tensor([3, 2, 1, 0]), x),
+            ["x.0", "(x.1[3:4] | x.1[2:3] | x.1[1:2] | x.1%1)", "x.2", "x.3"],
+        ),
+        (lambda x: x.scatter_add(1, torch.arange(4)[None, :, None, None].expand(2, 4, 6, 8), x * 2), ["x.0", "x.1", "x.2", "x.3"]),
+        (placed_by_index, ["x.0", "(created | x.1*x.2)", "x.3"]),
         (lambda x: F.pad(x, (0, 0, 0, 2)), ["x.0", "x.1", "(x.2 | created)", "x.3"]),
         (lambda x: torch.einsum("bfhc,dc->bfhd", x, torch.ones(3, 8)), ["x.0", "x.1", "x.2", "created"]),
         (lambda x: F.conv2d(x, torch.ones(5, 4, 2, 2), stride=2), ["x.0", "created", "x.2/2", "x.3/2"]),

@@ -255,7 +255,7 @@ def concat(parts: list[Axis]) -> Axis:
 
 
 def _join_slices(a: Axis, b: Axis) -> Axis | None:
-    """One axis from ``[.., s)`` and ``[s, ..)`` of the same source axis, or None."""
+    """One axis from ``[.., s)`` and ``[s, ..)`` of the same source axes, or None where an input would be forgotten."""
     if not a or not b or a[1:] != b[1:] or not isinstance(a[0], Factor) or not isinstance(b[0], Factor):
         return None
     size = a[0].size + b[0].size
@@ -265,7 +265,21 @@ def _join_slices(a: Axis, b: Axis) -> Axis | None:
         for y in b[0].digits
         if x.source == y.source and x.source.kind != BROADCAST and same(x.stride, y.stride) and same(x.start + x.size, y.start)
     )
-    return (Factor(size, digits), *a[1:]) if digits else None
+    inputs = [{d.source for d in some if d.source.kind == INPUT} for some in (a[0].digits, b[0].digits, digits)]
+    return (Factor(size, digits), *a[1:]) if digits and inputs[0] == inputs[1] == inputs[2] else None
+
+
+def narrowed(axis: Axis, place: str) -> Axis:
+    """The axis as the input at ``place`` alone shows it, where it shows it: other inputs are forgotten, so that its slices join."""
+    result: list[Factor | Concat] = []
+    for factor in axis:
+        if isinstance(factor, Concat):
+            result.extend(concat([narrowed(part, place) for part in factor.parts]))
+            continue
+        own = frozenset(digit for digit in factor.digits if digit.source.place == place and digit.source.kind == INPUT)
+        kept = own | frozenset(digit for digit in factor.digits if digit.source.kind in (ARANGE, LOST))
+        result.append(Factor(factor.size, kept) if own else factor)
+    return tuple(result)
 
 
 def combine(a: Axis, b: Axis) -> Axis:
@@ -314,15 +328,45 @@ def _combine_factors(a: Factor | Concat, b: Factor | Concat) -> Axis:
         if len(a.parts) == len(b.parts) and all(same(axis_size(x), axis_size(y)) for x, y in zip(a.parts, b.parts, strict=True)):
             return concat([combine(x, y) for x, y in zip(a.parts, b.parts, strict=True)])
         return (a,) if _knowledge((a,)) >= _knowledge((b,)) else (b,)
-    if isinstance(a, Concat):
-        return (a,)
-    if isinstance(b, Concat):
-        return (b,)
+    if isinstance(a, Concat) or isinstance(b, Concat):
+        parts, whole = (a.parts, b) if isinstance(a, Concat) else (b.parts, a)  # type: ignore[union-attr]
+        return _combine_along(parts, (whole,))
     telling = frozenset(d for d in a.digits | b.digits if d.source.kind in (INPUT, ARANGE))
     lost = sorted((d for d in a.digits | b.digits if d.source.kind == LOST), key=lambda d: (d.source.place, d.source.name, d.source.axis))
     if telling or lost:  # a lost order stays lost; weights and repeats say nothing more, and would grow with every layer
         return (Factor(a.size, telling | frozenset(lost[:1])),)
     return (a,) if _knowledge((a,)) >= _knowledge((b,)) else (b,)
+
+
+def _combine_along(parts: tuple[Axis, ...], whole: Axis) -> Axis:
+    """A concatenation combined with an axis that runs along all of it."""
+    combined: list[Axis] = []
+    offset: Size = 0
+    for part in parts:
+        end = offset + axis_size(part)
+        piece = slice_axis(whole, offset, end)
+        combined.append(part if piece is None else combine(part, piece))
+        offset = end
+    return concat(combined)
+
+
+def in_order(axis: Axis, place: str) -> bool:
+    """Whether no concatenation along the axis has slices of the input at ``place`` in another order than the input has them."""
+    last: dict[tuple[Source, Size], Size] = {}
+    for factor in axis:
+        for part in factor.parts if isinstance(factor, Concat) else ():
+            if not in_order(part, place):
+                return False
+            for digit in part[0].digits if part and isinstance(part[0], Factor) else ():
+                key = (digit.source, digit.stride)
+                if digit.source.place == place and key in last and not _grows(last[key], digit.start):
+                    return False
+                last[key] = digit.start + digit.size
+    return True
+
+
+def _grows(end: Size, start: Size) -> bool:
+    return bool(sympy.sympify(start - end).is_nonnegative)
 
 
 _RANK = {LOST: 5, INPUT: 4, ARANGE: 3, PARAMETER: 2, CREATED: 1, BROADCAST: 0}

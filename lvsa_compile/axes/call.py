@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lvsa_compile.axes.algebra import CREATED, INPUT, LOST, Axis, Size, Source, axis_of, leaves, origins
+from lvsa_compile.axes.values import Array
 from lvsa_compile.compat import size_expression
 
 Axes = tuple[Axis, ...]
@@ -18,7 +19,7 @@ Axes = tuple[Axis, ...]
 
 @dataclass(frozen=True)
 class Call:
-    """One ATen call on fake tensors: its arguments, its outputs, and the axes of every tensor seen before."""
+    """One ATen call on fake tensors: its arguments, its outputs, the axes of every tensor seen before and the values of some."""
 
     op: str
     args: tuple[Any, ...]
@@ -26,6 +27,7 @@ class Call:
     outputs: tuple[Tensor, ...]
     axes_of: Callable[[Tensor], Axes]
     place: str
+    value_of: Callable[[Tensor], Array | None] = lambda tensor: None
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
         """An argument by position or keyword."""

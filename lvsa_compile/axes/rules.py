@@ -18,6 +18,7 @@ from lvsa_compile.axes.algebra import (
     INPUT,
     LOST,
     Axis,
+    Factor,
     Source,
     axis_of,
     axis_size,
@@ -29,7 +30,9 @@ from lvsa_compile.axes.algebra import (
     slice_axis,
     split_axis,
 )
-from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of
+from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, with_axis
+from lvsa_compile.axes.overwriting import lost_axes, overwritten, runs_of
+from lvsa_compile.axes.values import Array
 from lvsa_compile.axes.view_rules import expand, matrix_transpose, permute, select, slice_, split, transpose, unbind, view
 from lvsa_compile.compat import size_expression
 
@@ -172,11 +175,19 @@ def cat(call: Call) -> Sequence[Axes]:
 
 
 def stack(call: Call) -> Sequence[Axes]:
-    """Concatenation along a new axis."""
-    parts = [call.axes_of(t) for t in call.arg(0, "tensors")]
+    """Concatenation along a new axis, which is an input's axis again where the parts are its places in order."""
     rank = call.outputs[0].dim()
     dim = axis_index(call.arg(1, "dim", 0), rank)
-    common = [_common([axes[i] for axes in parts]) for i in range(rank - 1)]
+    parts = [call.axes_of(t) for t in call.arg(0, "tensors")]
+    for beside in range(rank - 1):
+        places = [axes[beside][:1] for axes in parts]
+        if all(place and same(place[0].size, 1) for place in places):
+            along = concat(list(places))
+            if len(along) == 1 and isinstance(along[0], Factor) and along[0].digits:
+                apart = [with_axis(axes, beside, axes[beside][1:]) for axes in parts]
+                common = [_common([axes[i] for axes in apart]) for i in range(rank - 1)]
+                return [(*common[:dim], along, *common[dim:])]
+    common = [_common([tuple(f for f in axes[i] if not same(f.size, 1)) for axes in parts]) for i in range(rank - 1)]
     return [(*common[:dim], call.new_axis(len(parts), axis=dim), *common[dim:])]
 
 
@@ -242,12 +253,60 @@ def index(call: Call) -> Sequence[Axes] | None:
 def _taken(call: Call, axes: Axes, dim: int, by: Tensor) -> Sequence[Axes] | None:
     """Axes after the elements of one axis were taken in the order of an index.
 
-    What is taken of a table runs along the index; what is taken of an input has lost its order.
+    What is taken of a table runs along the index; what is taken of an input keeps its order where the index has known values that are
+    runs of places, and has lost it otherwise.
     """
-    ordered = not any(factor.kinds & {INPUT, LOST} for factor in leaves(axes[dim]))
-    along = call.axes_of(by) if ordered else tuple(call.new_axis(size, LOST, dim + i, of=axes[dim]) for i, size in enumerate(sizes_of(by)))
+    along: Axes
+    if not any(factor.kinds & {INPUT, LOST} for factor in leaves(axes[dim])):
+        along = call.axes_of(by)
+    else:
+        runs = runs_of(call.value_of(by), axis_size(axes[dim]))
+        pieces = [slice_axis(axes[dim], *run) for run in runs] if runs else [None]
+        known = [piece for piece in pieces if piece is not None]
+        if len(known) == len(pieces):
+            along = (concat(known),)
+        else:
+            along = tuple(call.new_axis(size, LOST, dim + i, of=axes[dim]) for i, size in enumerate(sizes_of(by)))
     result = (*axes[:dim], *along, *axes[dim + 1 :])
     return [result] if len(result) == call.outputs[0].dim() else None
+
+
+def index_put(call: Call) -> Sequence[Axes] | None:
+    """``x[index_tensor] = y``: places in the order of the index are overwritten, or added to."""
+    used = [(dim, by) for dim, by in enumerate(call.arg(1, "indices")) if by is not None]
+    if len(used) != 1 or used[0][1].dtype in _MASK_DTYPES:
+        return None
+    return _placed(call, used[0][0], call.value_of(used[0][1]), call.arg(2, "values"), bool(call.arg(3, "accumulate", False)))
+
+
+def index_copy(call: Call) -> Sequence[Axes] | None:
+    """``index_copy``, ``index_add``: as ``x[:, index] = y`` and ``x[:, index] += y``."""
+    dim = axis_index(call.arg(1, "dim"), len(call.input()))
+    return _placed(call, dim, call.value_of(call.arg(2, "index")), call.arg(3, "source"), call.op == "index_add")
+
+
+def scatter(call: Call) -> Sequence[Axes] | None:
+    """``scatter``, ``scatter_add`` with an index that is the same across all other axes."""
+    axes, by = call.input(), call.axes_of(call.arg(2, "index"))
+    dim = axis_index(call.arg(1, "dim"), len(axes))
+    source = call.arg(3, "src")
+    if not isinstance(source, Tensor):
+        return None
+    repeats = all(same(axis_size(axis), 1) or all(f.kinds == {BROADCAST} for f in leaves(axis)) for i, axis in enumerate(by) if i != dim)
+    positions = call.value_of(call.arg(2, "index")) if repeats else None
+    if positions is not None:
+        positions = positions[tuple(slice(None) if i == dim else 0 for i in range(positions.ndim))]
+    return _placed(call, dim, positions, source, call.op == "scatter_add")
+
+
+def _placed(call: Call, dim: int, positions: Array | None, source: Tensor, added: bool) -> Sequence[Axes] | None:
+    before, new = call.input(), call.axes_of(source)
+    new = (*(() for _ in range(len(before) - len(new))), *new)
+    lost = lost_axes(call.op, call.place, sizes_of(call.outputs[0]), (*before, *new))
+    runs = runs_of(positions, axis_size(before[dim]))
+    if len(new) != len(before) or (runs is not None and not same(axis_size(new[dim]), sum(stop - start for start, stop in runs))):
+        runs, new = None, before
+    return [overwritten(before, new, dim, runs, lost, added=added)]
 
 
 def reordered(call: Call) -> Sequence[Axes]:
@@ -308,7 +367,10 @@ RULES: dict[str, Rule] = _table(
     (pad, "constant_pad_nd"),
     (repeat, "repeat"),
     (gather_rows, "index_select embedding"),
-    (index, "index"),
+    (index, "index _unsafe_index"),
+    (index_put, "index_put"),
+    (index_copy, "index_copy index_add"),
+    (scatter, "scatter scatter_add"),
     (reordered, "flip roll sort"),
 )
 """Rule by op name.  Ops with torch's ``pointwise`` tag need no entry; the in-place twin of an op needs none either."""

@@ -13,26 +13,12 @@ import torch
 from torch import Tensor
 
 from lvsa_compile import compat
-from lvsa_compile.axes.algebra import (
-    ARANGE,
-    CREATED,
-    INPUT,
-    LOST,
-    Axis,
-    Factor,
-    Source,
-    axis_of,
-    axis_size,
-    concat,
-    leaves,
-    origins,
-    regroup,
-    same,
-    slice_axis,
-)
+from lvsa_compile.axes.algebra import CREATED, Source, axis_of, axis_size, regroup, same
 from lvsa_compile.axes.call import Axes, Call, sizes_of
+from lvsa_compile.axes.overwriting import lost_axes, overwritten
 from lvsa_compile.axes.rules import RULES, pointwise
-from lvsa_compile.axes.view_rules import expand, slice_bounds
+from lvsa_compile.axes.values import KnownValues, Later
+from lvsa_compile.axes.view_rules import expand, slice_bounds, with_place_apart
 
 _REGROUPING = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "alias", "detach"))
 _FILLS = frozenset(("fill_", "zero_"))
@@ -59,6 +45,7 @@ class AxisTracker(compat.TorchDispatchMode):
         self._axes: dict[int, tuple[Tensor, Axes]] = {}
         self._made_by: dict[int, tuple[_ViewCall, int]] = {}
         self._views_of: dict[int, list[_ViewCall]] = {}
+        self.values = KnownValues()
 
     def axes_of(self, tensor: Tensor) -> Axes:
         """Axes of a tensor; one never seen is a constant of the model."""
@@ -86,12 +73,16 @@ class AxisTracker(compat.TorchDispatchMode):
         if not outputs:
             return
         in_place = op.endswith("_") and not op.endswith("__") and bool(args) and outputs[0] is args[0]
-        call = Call(op.rstrip("_") if op in _RESHAPED_IN_PLACE else op, args, kwargs, outputs, self.axes_of, self.place)
+        call = Call(op.rstrip("_") if op in _RESHAPED_IN_PLACE else op, args, kwargs, outputs, self.axes_of, self.place, self.values.of)
         if in_place and op not in _RESHAPED_IN_PLACE:
+            value = self.values.written(func, args, kwargs, args[0])
             self._write(args[0], self._written_axes(func, call))
+            self._write_value(args[0], value)
             return
-        for output, axes in zip(outputs, self._output_axes(func, call), strict=True):
+        several = isinstance(result, (tuple, list))
+        for position, (output, axes) in enumerate(zip(outputs, self._output_axes(func, call), strict=True)):
             self.set_axes(output, axes)
+            self.values.set(output, self.values.result(func, args, kwargs, position if several else None, output))
         if compat.returns_views(func) and isinstance(args[0], Tensor):
             view = _ViewCall(func, call, args[0])
             self._views_of.setdefault(id(args[0]), []).append(view)
@@ -134,6 +125,19 @@ class AxisTracker(compat.TorchDispatchMode):
                 self.set_axes(output, axes)
                 self._refresh_views(output)
 
+    def _write_value(self, target: Tensor, value: Later | None) -> None:
+        """Forgets the values of all that shares memory with ``target``, but for the whole that was written to directly."""
+        root = target
+        while (made_by := self._made_by.get(id(root))) is not None:
+            root = made_by[0].parent
+        waiting = [root]
+        while waiting:
+            tensor = waiting.pop()
+            self.values.set(tensor, None)
+            waiting.extend(output for view in self._views_of.get(id(tensor), ()) for output in view.call.outputs)
+        if root is target:
+            self.values.set(root, value)
+
     def _parent_axes(self, call: Call, parent: Tensor, position: int, child: Axes) -> Axes:
         """Axes of ``parent`` after its view, output ``position`` of ``call``, was overwritten with ``child``."""
         rank = parent.dim()
@@ -150,55 +154,20 @@ class AxisTracker(compat.TorchDispatchMode):
             else:
                 low = sum(sizes_of(output)[dim] for output in call.outputs[:position])
                 high = low + sizes_of(call.outputs[position])[dim]
-            return self._part_overwritten(parent, child, dim, low, high)
-        if call.op in ("slice", "select", "unbind"):  # single places or every n-th one: their order along the axis is not followed
+            return overwritten(self.axes_of(parent), child, dim, [(low, high)], self._lost(parent, child))
+        if call.op == "slice":  # every n-th place: their order along the axis is not followed
+            return overwritten(self.axes_of(parent), child, call.arg(1, "dim", 0) % rank, None, self._lost(parent, child))
+        if call.op in ("select", "unbind"):
             dim = call.arg(1, "dim", 0) % rank
-            across = child if call.op == "slice" else (*child[:dim], (), *child[dim:])
-            return self._part_overwritten(parent, across, dim, None, None)
+            chosen = call.arg(2, "index") if call.op == "select" else position
+            across = with_place_apart(child, dim)
+            runs = [(chosen % parent.shape[dim], chosen % parent.shape[dim] + 1)] if isinstance(parent.shape[dim], int) else None
+            return overwritten(self.axes_of(parent), across, dim, runs, self._lost(parent, child))
         return self._lost(parent, child)
-
-    def _part_overwritten(self, parent: Tensor, child: Axes, dim: int, low: Any, high: Any) -> Axes:
-        """Axes after places ``[low, high)`` along ``dim`` were overwritten; None: after some places were."""
-        before, lost = self.axes_of(parent), self._lost(parent, child)
-        if low is None:
-            along: Axis | None = None
-        else:
-            size = axis_size(before[dim])
-            pieces = [slice_axis(before[dim], 0, low), child[dim], slice_axis(before[dim], high, size)]
-            along = concat([piece for piece in pieces if piece is not None]) if None not in pieces else None
-            if same(low, 0) and same(high, size):
-                return child
-        agreed = [_agreed(old, new, gone) for old, new, gone in zip(before, child, lost, strict=True)]
-        agreed[dim] = lost[dim] if along is None else along
-        return tuple(agreed)
 
     def _lost(self, tensor: Tensor, child: Axes) -> Axes:
         """Axes of a tensor in which ``child`` was written at places that are not followed."""
-        counted = (*self.axes_of(tensor), *child)
-        kind = LOST if any(factor.kinds & {INPUT, LOST} for axis in counted for factor in leaves(axis)) else CREATED
-        return tuple(
-            axis_of(Source(kind, "setitem", i, size, self.place, origins=origins(counted))) for i, size in enumerate(sizes_of(tensor))
-        )
-
-
-def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:
-    """What holds for an axis of which one part has the axis ``old`` and another the axis ``new``."""
-    if old == new or not _informed(new):
-        return old
-    if not _informed(old):
-        return new
-    if len(old) == len(new) and all(
-        isinstance(f, Factor) and isinstance(g, Factor) and same(f.size, g.size) for f, g in zip(old, new, strict=True)
-    ):
-        shared = [f.digits & g.digits for f, g in zip(old, new, strict=True) if isinstance(f, Factor) and isinstance(g, Factor)]
-        if all(shared):
-            return tuple(Factor(f.size, digits) for f, digits in zip(old, shared, strict=True))
-    return lost
-
-
-def _informed(axis: Axis) -> bool:
-    """Whether an axis says anything about inputs or counts."""
-    return any(factor.kinds & {INPUT, ARANGE, LOST} for factor in leaves(axis))
+        return lost_axes("setitem", self.place, sizes_of(tensor), (*self.axes_of(tensor), *child))
 
 
 def _order(call: Call, rank: int) -> list[int]:

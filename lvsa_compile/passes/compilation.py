@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.select import Choice
 from lvsa_compile.options import Options
+from lvsa_compile.passes.trace_layout.reading import Reader
 from lvsa_compile.passes.trace_layout.token_layout import TokenLayout
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import Miss
@@ -71,11 +72,13 @@ class Compilation:
     """The state of one compile.
 
     ``device`` is where the model will run if that is not where it is traced; ``masks`` says of each masked site whether its mask is
-    the same for every query; ``has_video`` whether any input shows a video grid that is generated.
+    the same for every query; ``has_video`` whether any input shows a video grid that is generated;
+    ``reader`` knows which inputs' values were read.
     """
 
     graph_module: fx.GraphModule
     options: Options
+    example_inputs: Sequence[Any] = ()
     device: torch.device | None = None
     model: str = ""
     compile_id: str = "-"
@@ -83,6 +86,7 @@ class Compilation:
     layouts: dict[fx.Node, tuple[TokenLayout, TokenLayout]] = field(default_factory=dict)
     masks: dict[fx.Node, bool] = field(default_factory=dict)
     has_video: bool = False
+    reader: Reader | None = None
     trace_failure: str = ""
     horizon: Horizon | None = None
     timestep: TimestepInput | None = None

@@ -12,7 +12,7 @@ from lvsa_compile.errors import LoweringUnavailableError, OptionError
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.select import select
 from lvsa_compile.passes.compilation import Compilation, Decision, SparsePlan, example_value
-from lvsa_compile.passes.trace_layout.token_layout import IMAGE, SCRAMBLED, UNKNOWN, VIDEO, Segment, TokenLayout
+from lvsa_compile.passes.trace_layout.token_layout import CONTRADICTED, IMAGE, SCRAMBLED, UNKNOWN, VIDEO, Segment, TokenLayout
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import Miss
 from lvsa_compile.sparsity.frame_pattern import FramePattern
@@ -128,6 +128,8 @@ def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout, has_vide
     for segment in (*query.segments, *key.segments):
         if segment.kind == UNKNOWN:
             return _lost(node, segment)
+        if segment.kind == CONTRADICTED:
+            return reasons.LAYOUT_CONTRADICTED.because(segment.lost_at)
         if segment.kind == SCRAMBLED:
             return reasons.FRAMES_NOT_CONTIGUOUS.because(f"{segment.size} tokens of {segment.source} are not whole frames in order")
     if query.batch_video:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT, PARAMETER, Source, axis_of
 from lvsa_compile.axes.call import Axes, sizes_of
 from lvsa_compile.axes.tracker import AxisTracker
+from lvsa_compile.passes.trace_layout.reading import Reader
 
 
 class LayoutInterpreter(fx.Interpreter):
@@ -21,9 +22,11 @@ class LayoutInterpreter(fx.Interpreter):
     ``watched`` maps a node to the argument nodes whose axes are wanted as they are just before it runs.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, tracker: AxisTracker, watched: Mapping[fx.Node, tuple[fx.Node, ...]]) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, tracker: AxisTracker, watched: Mapping[fx.Node, tuple[fx.Node, ...]], reader: Reader
+    ) -> None:
         super().__init__(graph_module)
-        self.tracker, self.watched = tracker, watched
+        self.tracker, self.watched, self.reader = tracker, watched, reader
         self.found: dict[fx.Node, dict[fx.Node, Axes]] = {}
         self.output_axes: list[Axes] = []
         self.failed: dict[fx.Node, str] = {}
@@ -60,6 +63,7 @@ class LayoutInterpreter(fx.Interpreter):
         self.tracker.set_axes(
             alias, tuple(axis_of(Source(kind, name, i, size, node.name, value.dim())) for i, size in enumerate(sizes_of(value)))
         )
+        self.tracker.values.set(alias, self.reader.later(node.name) if kind == INPUT else None)
         return alias
 
     @contextlib.contextmanager
@@ -85,13 +89,15 @@ def input_kind(node: fx.Node) -> tuple[str, str]:
     return INPUT, f"{name}[{subscript}]" if subscript else name
 
 
-def run_on_fakes(graph_module: fx.GraphModule, watched: Mapping[fx.Node, tuple[fx.Node, ...]]) -> LayoutInterpreter | None:
-    """Follows the axes of a whole graph; None where the graph has no fake tensors to run on."""
+def run_on_fakes(
+    graph_module: fx.GraphModule, watched: Mapping[fx.Node, tuple[fx.Node, ...]], example_inputs: Sequence[Any] = ()
+) -> LayoutInterpreter | None:
+    """Follows the axes of a whole graph, reading ``example_inputs`` where only values tell; None where it has no fake tensors to run on."""
     fake_mode = compat.fake_mode_of_graph(graph_module.graph)
     if fake_mode is None:
         return None
     tracker = AxisTracker()
-    interpreter = LayoutInterpreter(graph_module, tracker, watched)
+    interpreter = LayoutInterpreter(graph_module, tracker, watched, Reader(graph_module.graph, example_inputs))
     inputs = [None for node in graph_module.graph.nodes if node.op == "placeholder"]
     with compat.tracing_on_fakes(fake_mode), interpreter.surroundings(), tracker:
         interpreter.run(*inputs, enable_io_processing=False)

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from lvsa_compile.axes.algebra import ARANGE, INPUT, LOST, Axis, Concat, Digit, Factor, Size, Source, axis_size, leaves, origins, same
+from lvsa_compile.axes.algebra import (
+    ARANGE,
+    INPUT,
+    LOST,
+    Axis,
+    Concat,
+    Digit,
+    Factor,
+    Size,
+    Source,
+    axis_size,
+    in_order,
+    leaves,
+    narrowed,
+    origins,
+    same,
+)
 
-VIDEO, OTHER, CONDITIONING, IMAGE, SCRAMBLED, UNKNOWN = "video", "other", "conditioning", "image", "scrambled", "unknown"
+VIDEO, OTHER, CONDITIONING, IMAGE, SCRAMBLED, UNKNOWN, CONTRADICTED = (
+    "video", "other", "conditioning", "image", "scrambled", "unknown", "contradicted"
+)  # fmt: skip
+
+_NONE: Mapping[str, str] = MappingProxyType({})
+
+_MERGED = ({OTHER}, {IMAGE}, {SCRAMBLED}, {IMAGE, SCRAMBLED})
+"""Kinds of neighbouring segments of one input that are told as one."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +49,8 @@ class Grid:
 class Segment:
     """Consecutive tokens of one kind.  ``source`` names the input they come from, or the op at ``lost_at`` where the trail was lost.
 
-    SCRAMBLED tokens come from a video, but frames are not whole, not in order or not contiguous.
+    CONTRADICTED tokens are packed, and witnesses of their grid disagree: ``lost_at`` says how.  SCRAMBLED tokens come from a video, but
+    frames are not whole, not in order or not contiguous.
     """
 
     kind: str
@@ -61,13 +86,16 @@ class TokenLayout:
 
 def video_inputs(outputs: Iterable[Axis]) -> frozenset[str]:
     """Places of the inputs whose grid reaches the model's outputs: what the model generates is the target video."""
-    reached: dict[str, set[tuple[int, Size]]] = {}
+    axes: dict[str, set[int]] = {}
+    strides: dict[tuple[str, int], set[Size]] = {}
     for axis in outputs:
         for factor in leaves(axis):
             for digit in factor.digits:
-                if digit.source.kind == INPUT:  # axes of a latent, or digits of one packed axis
-                    reached.setdefault(digit.source.place, set()).add((digit.source.axis, digit.stride))
-    return frozenset(place for place, digits in reached.items() if len(digits) >= 3)
+                if digit.source.kind == INPUT and digit.source.axis > 0:
+                    axes.setdefault(digit.source.place, set()).add(digit.source.axis)
+                    strides.setdefault((digit.source.place, digit.source.axis), set()).add(digit.stride)
+    packed = {place for (place, _), digits in strides.items() if len(digits) >= 3}
+    return frozenset(packed.union(place for place, reached in axes.items() if len(reached) >= 3))
 
 
 def grid_places(tokens: Axis) -> frozenset[str]:
@@ -80,10 +108,40 @@ def grid_places(tokens: Axis) -> frozenset[str]:
     return frozenset(found)
 
 
-def token_layout(tokens: Axis, batch: Axis, targets: frozenset[str]) -> TokenLayout:
-    """Reads the layout of a token axis; ``targets`` are the places of the inputs that hold the generated video."""
+def token_layout(tokens: Axis, batch: Axis, targets: frozenset[str], contradictions: Mapping[str, str] = _NONE) -> TokenLayout:
+    """Reads the layout of a token axis.
+
+    ``targets`` are the places of the inputs that hold the generated video; ``contradictions`` those of packed inputs whose grid is not
+    agreed on, with what is said of it.
+    """
     along_video = any(d.source.kind == INPUT and d.source.rank >= 4 and d.source.axis > 0 for f in leaves(batch) for d in f.digits)
-    return TokenLayout(tuple(_segment(part, targets) for part in _parts(tokens)), along_video)
+    along = sorted(origins([tokens]) & targets)
+    if all(in_order(tokens, place) for place in along):
+        seen = [_segments(narrowed(tokens, place), frozenset((place,)), contradictions) for place in along]
+        videos = [segments for segments in seen if any(segment.kind == VIDEO for segment in segments)]
+        if videos:
+            sources = frozenset[Source]().union(*(s.grid.frame_sources for some in videos for s in some if s.grid and s.kind == VIDEO))
+            return TokenLayout(tuple(_running_along(segment, sources) for segment in videos[0]), along_video)
+    return TokenLayout(tuple(_segments(tokens, targets, contradictions)), along_video)
+
+
+def _running_along(segment: Segment, sources: frozenset[Source]) -> Segment:
+    if segment.kind != VIDEO or segment.grid is None:
+        return segment
+    return dataclasses.replace(segment, grid=dataclasses.replace(segment.grid, frame_sources=sources))
+
+
+def _segments(tokens: Axis, targets: frozenset[str], contradictions: Mapping[str, str]) -> list[Segment]:
+    segments: list[Segment] = []
+    for part in _parts(tokens):
+        segment = _segment(part, targets, contradictions)
+        before = segments[-1] if segments else None
+        if before is not None and before.source == segment.source and {before.kind, segment.kind} in _MERGED:
+            kind = OTHER if segment.kind == OTHER else SCRAMBLED  # slices of one video that do not follow on are not its frames in order
+            segments[-1] = Segment(kind, before.size + segment.size, segment.source)
+        else:
+            segments.append(segment)
+    return segments
 
 
 def _parts(tokens: Axis) -> list[Axis]:
@@ -93,13 +151,16 @@ def _parts(tokens: Axis) -> list[Axis]:
     return [tokens]
 
 
-def _segment(axis: Axis, targets: frozenset[str]) -> Segment:
+def _segment(axis: Axis, targets: frozenset[str], contradictions: Mapping[str, str]) -> Segment:
     size = axis_size(axis)
     factors = [factor for factor in axis if isinstance(factor, Factor)]
     digits = sorted((digit for factor in leaves(axis) for digit in factor.digits), key=lambda d: (d.source.place, d.source.axis))
     name = next((d.source.name for d in digits if d.source.kind in (INPUT, ARANGE)), "tokens")
     lost = next((d.source for d in digits if d.source.kind == LOST), None)
     counted = origins([axis])
+    disputed = next((contradictions[place] for place in sorted(counted) if place in contradictions), "")
+    if disputed:
+        return Segment(CONTRADICTED, size, name, lost_at=disputed)
     if lost is not None and targets and lost.origins and not counted & targets:
         return Segment(OTHER, size, name if name != "tokens" else lost.name)  # in whatever order, it does not count the video
     if lost is not None:

@@ -9,6 +9,7 @@ from lvsa_compile.axes.algebra import BROADCAST, Axis, axis_size, leaves, same
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.passes.trace_layout.interpreter import run_on_fakes
+from lvsa_compile.passes.trace_layout.packed import packed_evidence, refined
 from lvsa_compile.passes.trace_layout.token_layout import grid_places, token_layout, video_inputs
 from lvsa_compile.patterns.site import AttentionSite
 
@@ -22,7 +23,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
         return compilation
     watched = {site.node: tuple(n for n in (site.query, site.key, site.value, site.mask) if n is not None) for site in sites}
     try:
-        traced = run_on_fakes(compilation.graph_module, watched)
+        traced = run_on_fakes(compilation.graph_module, watched, compilation.example_inputs)
     except Exception as error:  # a graph that cannot be traced is dense and says so; it must not fail to compile
         log.debug("tracing failed", exc_info=True)
         return dataclasses.replace(compilation, trace_failure=f"tracing failed: {type(error).__name__}: {error}")
@@ -33,17 +34,31 @@ def trace_layout(compilation: Compilation) -> Compilation:
         query, key = (traced.found.get(site.node, {}).get(node, ()) for node in (site.query, site.key))
         if len(query) >= 3 and len(key) >= 3:
             pairs[site.node] = (query, key)
-    targets = video_inputs(axis for axes in traced.output_axes for axis in axes)
+    tokens = [axes[-2] for pair in pairs.values() for axes in pair]
+    evidence, contradictions = packed_evidence(tokens, traced.output_axes, traced.reader.look_at)
+    for said in evidence.values():
+        if said.relies_on:
+            traced.reader.read(said.relies_on)
+
+    def refine(axes: Axes) -> Axes:
+        return tuple(refined(axis, evidence, contradictions) for axis in axes)
+
+    pairs = {node: (refine(query), refine(key)) for node, (query, key) in pairs.items()}
+    outputs = [refine(axes) for axes in traced.output_axes]
+    targets = video_inputs(axis for axes in outputs for axis in axes)
     if not targets:  # the way to the outputs was lost; where one video alone is attended, it is the one
         shown = [grid_places(axes[-2]) for pair in pairs.values() for axes in pair]
         candidates = frozenset[str]().union(*shown)
         targets = candidates if len(candidates) == 1 else frozenset()
     layouts = {
-        node: (token_layout(query[-2], _outside_tokens(query), targets), token_layout(key[-2], _outside_tokens(key), targets))
+        node: (
+            token_layout(query[-2], _outside_tokens(query), targets, contradictions),
+            token_layout(key[-2], _outside_tokens(key), targets, contradictions),
+        )
         for node, (query, key) in pairs.items()
     }
     masks = {site.node: _same_for_every_query(traced.found[site.node].get(site.mask)) for site in sites if site.mask is not None}
-    return dataclasses.replace(compilation, layouts=layouts, masks=masks, has_video=bool(targets))
+    return dataclasses.replace(compilation, layouts=layouts, masks=masks, has_video=bool(targets), reader=traced.reader)
 
 
 def _same_for_every_query(mask: Axes | None) -> bool:

@@ -1,0 +1,115 @@
+"""What is known of a tensor's axes after some of its places were overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lvsa_compile.axes.algebra import (
+    ARANGE,
+    CREATED,
+    INPUT,
+    LOST,
+    Axis,
+    Factor,
+    Size,
+    Source,
+    axis_of,
+    axis_size,
+    combine,
+    concat,
+    leaves,
+    origins,
+    same,
+    slice_axis,
+)
+from lvsa_compile.axes.call import Axes
+from lvsa_compile.axes.values import Array
+
+Run = tuple[Size, Size]
+"""Consecutive places ``[start, stop)``."""
+
+
+def overwritten(before: Axes, new: Axes, dim: int, runs: Sequence[Run] | None, lost: Axes, *, added: bool = False) -> Axes:
+    """Axes after the places ``runs`` along ``dim`` took the elements of ``new`` in turn, or had them ``added``.
+
+    ``runs`` None: some places, nobody knows which.  ``lost`` are the axes of a tensor of which nothing is known.
+    """
+    along = None if runs is None else _along(before[dim], new[dim], runs, added)
+    if runs is not None and len(runs) == 1 and same(runs[0][0], 0) and same(runs[0][1], axis_size(before[dim])) and not added:
+        return new
+    agreed = [_agreed(old, fresh, gone) for old, fresh, gone in zip(before, new, lost, strict=True)]
+    agreed[dim] = lost[dim] if along is None else along
+    return tuple(agreed)
+
+
+def _along(before: Axis, new: Axis, runs: Sequence[Run], added: bool) -> Axis | None:
+    """The axis whose places were written to: pieces of the old one and of the new one in the order of places."""
+    pieces: list[Axis | None] = []
+    taken: Size = 0
+    sources = []
+    for start, stop in runs:
+        sources.append((start, stop, taken))
+        taken = taken + stop - start
+    end: Size = 0
+    if len(sources) > 1:
+        sources.sort()
+    for start, stop, offset in sources:
+        fresh = slice_axis(new, offset, offset + stop - start)
+        if added and fresh is not None:
+            old = slice_axis(before, start, stop)
+            fresh = None if old is None else combine(old, fresh)
+        pieces += [slice_axis(before, end, start), fresh]
+        end = stop
+    pieces.append(slice_axis(before, end, axis_size(before)))
+    known = [piece for piece in pieces if piece is not None]
+    return concat(known) if len(known) == len(pieces) else None
+
+
+def lost_axes(name: str, place: str, sizes: Sequence[Size], counted: Sequence[Axis]) -> Axes:
+    """Axes of a tensor that was written to at places that are not followed; ``counted`` are all axes that went into it."""
+    kind = LOST if any(factor.kinds & {INPUT, LOST} for axis in counted for factor in leaves(axis)) else CREATED
+    return tuple(axis_of(Source(kind, name, i, size, place, origins=origins(counted))) for i, size in enumerate(sizes))
+
+
+def runs_of(positions: Array | None, size: Size, most: int = 1024) -> list[Run] | None:
+    """Positions ``[n]`` on an axis of ``size`` as runs of consecutive places, in the order given.
+
+    None where they are unknown, repeat, or make more than ``most`` runs.
+    """
+    if positions is None or positions.ndim != 1 or positions.dtype.kind not in "iu":
+        return None
+    numbers = [number + size if number < 0 else number for number in positions.tolist()]
+    if len(set(numbers)) != len(numbers):
+        return None
+    runs: list[Run] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1] = (runs[-1][0], number + 1)
+        elif len(runs) == most:
+            return None
+        else:
+            runs.append((number, number + 1))
+    return runs
+
+
+def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:
+    """What holds for an axis of which one part has the axis ``old`` and another the axis ``new``."""
+    if old == new or not _informed(new):
+        return old
+    old, new = (tuple(factor for factor in axis if not same(factor.size, 1)) for axis in (old, new))  # places that parts were taken at
+    if old == new:
+        return old
+    if not _informed(old):
+        return new
+    if len(old) == len(new) and all(
+        isinstance(f, Factor) and isinstance(g, Factor) and same(f.size, g.size) for f, g in zip(old, new, strict=True)
+    ):
+        shared = [f.digits & g.digits for f, g in zip(old, new, strict=True) if isinstance(f, Factor) and isinstance(g, Factor)]
+        if all(shared):
+            return tuple(Factor(f.size, digits) for f, digits in zip(old, shared, strict=True))
+    return lost
+
+
+def _informed(axis: Axis) -> bool:
+    """Whether an axis says anything about inputs or counts."""
+    return any(factor.kinds & {INPUT, ARANGE, LOST} for factor in leaves(axis))

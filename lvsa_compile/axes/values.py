@@ -1,0 +1,135 @@
+"""Values of small tensors, computed only when a rule asks: indices, masks and counts that no axis can tell.
+
+A value is known where every tensor it is made of is: counts and constants made in the graph, and inputs that the caller gives real
+tensors for.  Which inputs were read is noted, since what was read must be guarded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy.typing
+import torch
+from torch import Tensor
+
+from lvsa_compile import compat
+
+Array = numpy.typing.NDArray[Any]
+_MOST = 1 << 26
+"""Elements of the largest value that is computed."""
+
+
+class Later:
+    """A value that is computed at most once, when it is asked for; None where it cannot be."""
+
+    def __init__(self, compute: Callable[[], Tensor | None]) -> None:
+        self._compute: Callable[[], Tensor | None] | None = compute
+        self._value: Tensor | None = None
+
+    def value(self) -> Tensor | None:
+        """The real tensor, which must not be written to."""
+        if self._compute is not None:
+            compute, self._compute = self._compute, None
+            self._value = compute()
+        return self._value
+
+
+class KnownValues:
+    """Which tensors of a trace have a value that could be computed."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, Later]] = {}
+
+    def of(self, tensor: Tensor) -> Array | None:
+        """The value of a tensor as an array, or None."""
+        later: Later | None = self._held(tensor)
+        value = None if later is None else later.value()
+        if value is None or value.is_complex():
+            return None
+        with compat.no_modes():
+            array: Array = (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).cpu().numpy()
+        return array
+
+    def set(self, tensor: Tensor, later: Later | None) -> None:
+        """Says what a tensor's value is, or that it is not known any more."""
+        if later is None:
+            self._known.pop(id(tensor), None)
+        else:
+            self._known[id(tensor)] = (tensor, later)
+
+    def result(self, func: compat.OpOverload, args: Any, kwargs: Any, position: int | None, like: Tensor) -> Later | None:
+        """What a call would return at ``position``; None where an argument is not known, or chance decides."""
+        held = self._held((args, kwargs))
+        if held is None or torch.Tag.nondeterministic_seeded in func.tags or not _is_small(like):
+            return None
+
+        def compute() -> Tensor | None:
+            real: Any = _real(held)
+            if real is None:
+                return None
+            with compat.no_modes():
+                found = func(*real[0], **real[1])
+            chosen = found if position is None else found[position]
+            return chosen if isinstance(chosen, Tensor) else None
+
+        return Later(compute)
+
+    def written(self, func: compat.OpOverload, args: Any, kwargs: Any, target: Tensor) -> Later | None:
+        """What an in-place call leaves in ``target``, its first argument."""
+        held = self._held((args, kwargs))
+        if held is None or torch.Tag.nondeterministic_seeded in func.tags or not _is_small(target):
+            return None
+
+        def compute() -> Tensor | None:
+            real: Any = _real(held)
+            if real is None:
+                return None
+            with compat.no_modes():
+                target: Tensor = real[0][0].clone()
+                func(target, *real[0][1:], **real[1])
+            return target
+
+        return Later(compute)
+
+    def _held(self, arguments: Any) -> Any:
+        """Arguments with every tensor as the ``Later`` it is now; None where one is not known."""
+        if isinstance(arguments, Tensor):
+            known = self._known.get(id(arguments))
+            constant = compat.constant_of(arguments) if known is None else None
+            return Later(lambda: constant) if constant is not None else None if known is None else known[1]
+        if isinstance(arguments, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return None
+        if isinstance(arguments, (list, tuple)):
+            held = [_NOTHING if argument is None else self._held(argument) for argument in arguments]
+            return None if any(each is None for each in held) else held
+        if isinstance(arguments, dict):
+            values = self._held(list(arguments.values()))
+            return None if values is None else dict(zip(arguments, values, strict=True))
+        return _Plain(arguments)
+
+
+class _Plain:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+_NOTHING = _Plain(None)
+
+
+def _real(held: Any) -> Any:
+    """Held arguments with their values; None where one cannot be computed."""
+    if isinstance(held, Later):
+        return held.value()
+    if isinstance(held, list):
+        real = [_real(each) for each in held]
+        return None if any(a is None and b is not _NOTHING for a, b in zip(real, held, strict=True)) else real
+    if isinstance(held, dict):
+        values = _real(list(held.values()))
+        return None if values is None else dict(zip(held, values, strict=True))
+    return held.value
+
+
+def _is_small(tensor: Tensor) -> bool:
+    sizes = list(tensor.shape)
+    return all(isinstance(size, int) for size in sizes) and tensor.numel() <= _MOST

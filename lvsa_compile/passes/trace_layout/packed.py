@@ -1,0 +1,205 @@
+"""The grid of packed tokens ``[B, N, C]``, which no axis of the input shows: from where the output is unpacked, and from coordinates.
+
+Two kinds of evidence are read here, beside the counts of a rope table that ``token_layout`` knows.  An output whose axes are three
+digits of the packed axis says frames, rows and columns.  A tensor of coordinates ``(t, h, w)`` that runs along the tokens says the same
+by its values, and shows stretches of conditioning frames that the packed axis hides; what is read is guarded (see ``reading.py``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy
+
+from lvsa_compile.axes.algebra import ARANGE, INPUT, Axis, Concat, Digit, Factor, Size, Source, axis_size, concat, leaves, same
+from lvsa_compile.axes.call import Axes
+from lvsa_compile.axes.values import Array
+
+Shape = tuple[Size, Size, Size]
+"""Latent frames, rows, columns."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive packed tokens: the video of ``shape``, or other tokens where it is None."""
+
+    size: Size
+    shape: Shape | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one witness says of a packed axis; ``relies_on`` is the place of the input whose values said it."""
+
+    witness: str
+    stretches: tuple[Stretch, ...]
+    relies_on: str = ""
+
+    def __str__(self) -> str:
+        parts = ["×".join(map(str, s.shape)) if s.shape else str(s.size) for s in self.stretches]
+        return f"{' | '.join(parts)} ({self.witness})"
+
+
+def packed_evidence(
+    tokens: Iterable[Axis], outputs: Sequence[Axes], read: Callable[[str], Array | None]
+) -> tuple[dict[Source, Evidence], dict[str, str]]:
+    """For each packed axis among ``tokens`` what is known of it, and for the places of inputs whose witnesses disagree, what they say."""
+    found: dict[Source, dict[Evidence, None]] = {}
+    for axis in tokens:
+        for source, shape in _counted(axis):
+            found.setdefault(source, {})[Evidence("counts of a rope table", (Stretch(source.size, shape),))] = None
+        for factor in leaves(axis):
+            for source in _whole_sources(factor):
+                found.setdefault(source, {}).update(dict.fromkeys(_from_coordinates(factor, source, read)))
+    for source, said in found.items():
+        said.update(dict.fromkeys(e for axes in outputs if (e := _from_output(axes, source)) is not None))
+    contradictions = {
+        source.place: " against ".join(map(str, said))
+        for source, said in found.items()
+        if len({evidence.stretches for evidence in said}) > 1
+    }
+    return {source: next(iter(said)) for source, said in found.items() if said and source.place not in contradictions}, contradictions
+
+
+def _whole_sources(factor: Factor) -> list[Source]:
+    """Packed axes that a factor runs along from end to end."""
+    return sorted({digit.source for digit in factor.digits if digit.source.kind == INPUT and _is_whole(digit)}, key=lambda s: s.place)
+
+
+def _is_whole(digit: Digit) -> bool:
+    return same(digit.start, 0) and same(digit.stride, 1) and same(digit.size, digit.source.size) and digit.source.rank <= 3
+
+
+def _counted(axis: Axis) -> Iterable[tuple[Source, Shape]]:
+    """Packed axes that were multiplied with a table of three counts, and the counts."""
+    for part in [axis, *(part for factor in axis if isinstance(factor, Concat) for part in factor.parts)]:
+        factors = [factor for factor in part if isinstance(factor, Factor) and not same(factor.size, 1)]
+        if len(factors) == 3 and all(ARANGE in factor.kinds for factor in factors):
+            sources = [{digit.source for digit in factor.digits if digit.source.kind == INPUT} for factor in factors]
+            shape = (factors[0].size, factors[1].size, factors[2].size)
+            for source in sources[0] & sources[1] & sources[2]:
+                if same(axis_size(part), source.size) and source.rank <= 3:
+                    yield source, shape
+
+
+def _from_output(axes: Axes, source: Source) -> Evidence | None:
+    """Frames, rows and columns where an output has exactly three digits of the packed axis that tile it."""
+    digits = [digit for axis in axes for factor in leaves(axis) for digit in factor.digits if digit.source == source]
+    if len(digits) != 3:
+        return None
+    for a, b, c in itertools.permutations(digits):
+        tiles = same(c.stride, 1) and same(b.stride, c.size) and same(a.stride, b.size * c.size) and same(a.size * a.stride, source.size)
+        if tiles and all(same(digit.start, 0) for digit in digits):
+            return Evidence("where the output is unpacked", (Stretch(source.size, (a.size, b.size, c.size)),))
+    return None
+
+
+# --- coordinates ---------------------------------------------------------------------------------------------------------------
+
+
+def _from_coordinates(factor: Factor, source: Source, read: Callable[[str], Array | None]) -> list[Evidence]:
+    for digit in sorted(factor.digits, key=lambda d: d.source.place):
+        other = digit.source
+        if other.kind != INPUT or other.place == source.place or not 2 <= other.rank <= 4 or not same(digit.stride, 1):
+            continue
+        values = read(other.place) if isinstance(digit.start, int) and isinstance(digit.size, int) else None
+        rows = None if values is None else _triples(values, other.axis, digit.start, digit.size)
+        stretches = None if rows is None else stretches_of(rows)
+        if stretches is not None:
+            return [Evidence(f"values of {other.name}", stretches, other.place)]
+    return []
+
+
+def _triples(values: Array, axis: int, start: int, size: int) -> Array | None:
+    """Coordinates ``[tokens, 3]`` from a tensor with one axis of 3, its last axis perhaps (from, to), the same for all else."""
+    tokens = numpy.moveaxis(values, axis, 0)[start : start + size]
+    if tokens.shape[-1] == 2 and tokens.ndim >= 3:
+        tokens = tokens[..., 0]
+    threes = [i for i, n in enumerate(tokens.shape) if n == 3 and i > 0]
+    if not threes:
+        return None
+    rows = numpy.moveaxis(tokens, threes[-1], -1).reshape(size, -1, 3)
+    return rows[:, 0] if bool((rows == rows[:, :1]).all()) else None
+
+
+def stretches_of(rows: Array) -> tuple[Stretch, ...] | None:
+    """Stretches of packed tokens by their coordinates ``[tokens, 3]``, time first.
+
+    A frame is a run of tokens of one time that are a raster of rows and columns; frames of the same raster whose time grows make a
+    stretch, and the one longest stretch is the video.  None where there is none, or more than one.
+    """
+    changes = numpy.flatnonzero(numpy.any(rows[1:, :1] != rows[:-1, :1], axis=1)) + 1
+    frames = numpy.split(rows, changes)
+    runs: list[list[Array]] = []
+    for frame in frames:
+        before = runs[-1][-1] if runs else None
+        if before is not None and before.shape == frame.shape and (before[:, 1:] == frame[:, 1:]).all() and before[0, 0] < frame[0, 0]:
+            runs[-1].append(frame)
+        else:
+            runs.append([frame])
+    longest = max(runs, key=len)
+    raster = _raster(longest[0])
+    if len(longest) < 2 or raster is None or sum(len(run) == len(longest) for run in runs) > 1:
+        return None
+    return tuple(Stretch(sum(map(len, run)), (len(run), *raster) if run is longest else None) for run in _joined(runs, longest))
+
+
+def _joined(runs: list[list[Array]], longest: list[Array]) -> list[list[Array]]:
+    """Runs before and after the longest, each side as one."""
+    at = next(i for i, run in enumerate(runs) if run is longest)
+    sides = [[frame for run in side for frame in run] for side in (runs[:at], runs[at + 1 :])]
+    return [run for run in (sides[0], longest, sides[1]) if run]
+
+
+def _raster(frame: Array) -> tuple[int, int] | None:
+    """Rows and columns of a frame's coordinates ``[tokens, 3]``, or None where they are no raster."""
+    rows = len(numpy.unique(frame[:, 1]))
+    if len(frame) < 2 or len(frame) % rows:
+        return None
+    grid = frame[:, 1:].reshape(rows, -1, 2)
+    regular = (grid[:, :, 0] == grid[:, :1, 0]).all() and (grid[:, :, 1] == grid[:1, :, 1]).all()
+    return (rows, grid.shape[1]) if regular and len(numpy.unique(grid[0, :, 1])) == grid.shape[1] else None
+
+
+# --- showing it ----------------------------------------------------------------------------------------------------------------
+
+
+def refined(axis: Axis, evidence: Mapping[Source, Evidence], contradictions: Container[str]) -> Axis:
+    """The axis with every whole packed axis replaced by its stretches, the video's as frames, rows and columns.
+
+    Nothing is replaced where an input at one of ``contradictions`` runs along.
+    """
+    done: list[Factor | Concat] = []
+    for factor in axis:
+        if isinstance(factor, Concat):
+            done.extend(concat([refined(part, evidence, contradictions) for part in factor.parts]))
+            continue
+        known = [source for source in _whole_sources(factor) if source in evidence]
+        said = {evidence[source].stretches for source in known}
+        disputed = any(source.place in contradictions for source in _whole_sources(factor))
+        done.extend(_stretched(known, said.pop()) if len(said) == 1 and not disputed else (factor,))
+    return tuple(done)
+
+
+def _stretched(sources: Sequence[Source], stretches: Sequence[Stretch]) -> Axis:
+    parts: list[Axis] = []
+    offset: Size = 0
+    for stretch in stretches:
+        part = f"[{offset}:{offset + stretch.size}]" if len(stretches) > 1 else ""
+        wholes = [Source(INPUT, s.name + part, s.axis, stretch.size, s.place, s.rank) for s in sources]
+        if stretch.shape is None:
+            parts.append((Factor(stretch.size, frozenset(Digit(whole, stretch.size) for whole in wholes)),))
+        else:
+            _, rows, columns = stretch.shape
+            strides = (rows * columns, columns, 1)
+            counts = [Source(ARANGE, letter, 0, size) for letter, size in zip("tyx", stretch.shape, strict=True)]
+            parts.append(
+                tuple(
+                    Factor(size, frozenset((Digit(count, size), *(Digit(whole, size, stride) for whole in wholes))))
+                    for size, stride, count in zip(stretch.shape, strides, counts, strict=True)
+                )
+            )
+        offset = offset + stretch.size
+    return concat(parts)

@@ -1,0 +1,86 @@
+"""Values read from the inputs a model was called with, and the guards that make it safe to rely on them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lvsa_compile import compat
+from lvsa_compile.axes.values import Array, Later
+
+_MOST = 1 << 24
+"""Elements of the largest input that is read."""
+
+
+class Reader:
+    """Reads graph inputs, and remembers which."""
+
+    def __init__(self, graph: fx.Graph, example_inputs: Sequence[Any]) -> None:
+        nodes = [node for node in graph.nodes if node.op == "placeholder"]
+        self._real: Mapping[str, Tensor] = {
+            node.name: value for node, value in zip(nodes, example_inputs, strict=False) if isinstance(value, Tensor) and _is_real(value)
+        }
+        self._nodes = {node.name: node for node in nodes}
+        self._read: dict[str, Tensor] = {}
+
+    def later(self, place: str) -> Later | None:
+        """The value of an input, read when it is asked for."""
+        return Later(lambda: self.read(place)) if place in self._real else None
+
+    def read(self, place: str) -> Tensor | None:
+        """The value of the input at a placeholder, on the CPU; None where the caller gave no real tensor."""
+        if place not in self._real:
+            return None
+        if place not in self._read:
+            with compat.no_modes():
+                self._read[place] = self._real[place].detach().to("cpu", copy=True)
+        return self._read[place]
+
+    def look_at(self, place: str) -> Array | None:
+        """The value of an input as an array, without relying on it yet: whoever does must ``read`` it."""
+        tensor = self._real.get(place)
+        if tensor is None or tensor.is_complex():
+            return None
+        with compat.no_modes():
+            array: Array = tensor.detach().to("cpu", torch.float64).numpy()
+        return array
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Placeholders read so far."""
+        return tuple(self._read)
+
+    def guard(self) -> None:
+        """Has Dynamo compile anew when an input that was read holds something else."""
+        for place, value in self._read.items():
+            compat.guard_input(self._nodes[place], SameValue(value), "holds the values that the token layout was read from")
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return compat.fake_mode_of(tensor) is None and tensor.device.type != "meta" and tensor.numel() <= _MOST
+
+
+class SameValue:
+    """Whether a tensor holds what it should.
+
+    The last tensor that did is remembered: unless it was written to since, it is not compared again, so that nothing waits for a device.
+    """
+
+    def __init__(self, expected: Tensor) -> None:
+        self._expected = expected
+        self._last: tuple[weakref.ref[Tensor], int] | None = None
+
+    def __call__(self, tensor: Tensor) -> bool:
+        """Compares, or remembers."""
+        version = -1 if tensor.is_inference() else tensor._version
+        if self._last is not None and self._last[0]() is tensor and self._last[1] == version >= 0:
+            return True
+        here = tensor.detach().to("cpu")
+        if here.shape != self._expected.shape or here.dtype != self._expected.dtype or not bool((here == self._expected).all()):
+            return False
+        self._last = (weakref.ref(tensor), version)
+        return True
