@@ -17,7 +17,7 @@ from lvsa_compile.axes.algebra import CREATED, Source, axis_of, axis_size, regro
 from lvsa_compile.axes.call import Axes, Call, sizes_of
 from lvsa_compile.axes.overwriting import lost_axes, overwritten
 from lvsa_compile.axes.rules import RULES, pointwise
-from lvsa_compile.axes.values import KnownValues, Later
+from lvsa_compile.axes.values import KnownValues, View
 from lvsa_compile.axes.view_rules import expand, slice_bounds, with_place_apart
 
 _REGROUPING = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "alias", "detach"))
@@ -75,9 +75,8 @@ class AxisTracker(compat.TorchDispatchMode):
         in_place = op.endswith("_") and not op.endswith("__") and bool(args) and outputs[0] is args[0]
         call = Call(op.rstrip("_") if op in _RESHAPED_IN_PLACE else op, args, kwargs, outputs, self.axes_of, self.place, self.values.of)
         if in_place and op not in _RESHAPED_IN_PLACE:
-            value = self.values.written(func, args, kwargs, args[0])
+            self._write_value(func, args, kwargs)
             self._write(args[0], self._written_axes(func, call))
-            self._write_value(args[0], value)
             return
         several = isinstance(result, (tuple, list))
         for position, (output, axes) in enumerate(zip(outputs, self._output_axes(func, call), strict=True)):
@@ -125,18 +124,23 @@ class AxisTracker(compat.TorchDispatchMode):
                 self.set_axes(output, axes)
                 self._refresh_views(output)
 
-    def _write_value(self, target: Tensor, value: Later | None) -> None:
-        """Forgets the values of all that shares memory with ``target``, but for the whole that was written to directly."""
-        root = target
+    def _write_value(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes the value of what a call writes to, as far as it is known, in every tensor that shares its memory."""
+        root: Tensor = args[0]
+        path: list[View] = []
         while (made_by := self._made_by.get(id(root))) is not None:
-            root = made_by[0].parent
-        waiting = [root]
+            view, position = made_by
+            path.insert(0, (view.func, view.call.args, view.call.kwargs, position))
+            root = view.parent
+        self.values.set(root, self.values.written(func, args, kwargs, root, path))
+        waiting = list(self._views_of.get(id(root), ()))
         while waiting:
-            tensor = waiting.pop()
-            self.values.set(tensor, None)
-            waiting.extend(output for view in self._views_of.get(id(tensor), ()) for output in view.call.outputs)
-        if root is target:
-            self.values.set(root, value)
+            view = waiting.pop(0)
+            several = len(view.call.outputs) > 1
+            for position, output in enumerate(view.call.outputs):
+                later = self.values.result(view.func, view.call.args, view.call.kwargs, position if several else None, output)
+                self.values.set(output, later)
+                waiting.extend(self._views_of.get(id(output), ()))
 
     def _parent_axes(self, call: Call, parent: Tensor, position: int, child: Axes) -> Axes:
         """Axes of ``parent`` after its view, output ``position`` of ``call``, was overwritten with ``child``."""

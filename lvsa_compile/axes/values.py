@@ -6,7 +6,7 @@ tensors for.  Which inputs were read is noted, since what was read must be guard
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy.typing
@@ -21,9 +21,13 @@ _MOST = 1 << 26
 
 
 class Later:
-    """A value that is computed at most once, when it is asked for; None where it cannot be."""
+    """A value that is computed at most once, when it is asked for; None where it cannot be.
 
-    def __init__(self, compute: Callable[[], Tensor | None]) -> None:
+    ``constant`` says that no input has a part in it.
+    """
+
+    def __init__(self, compute: Callable[[], Tensor | None], constant: bool) -> None:
+        self.constant = constant
         self._compute: Callable[[], Tensor | None] | None = compute
         self._value: Tensor | None = None
 
@@ -35,16 +39,20 @@ class Later:
         return self._value
 
 
+View = tuple[compat.OpOverload, Any, Any, int]
+"""A call that made a view of its first argument: op, arguments, and which of its outputs."""
+
+
 class KnownValues:
     """Which tensors of a trace have a value that could be computed."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Tensor, Later]] = {}
 
-    def of(self, tensor: Tensor) -> Array | None:
-        """The value of a tensor as an array, or None."""
+    def of(self, tensor: Tensor, constant: bool = False) -> Array | None:
+        """The value of a tensor as an array, or None; with ``constant`` only where no input has a part in it."""
         later: Later | None = self._held(tensor)
-        value = None if later is None else later.value()
+        value = None if later is None or (constant and not later.constant) else later.value()
         if value is None or value.is_complex():
             return None
         with compat.no_modes():
@@ -73,12 +81,12 @@ class KnownValues:
             chosen = found if position is None else found[position]
             return chosen if isinstance(chosen, Tensor) else None
 
-        return Later(compute)
+        return Later(compute, _is_constant(held))
 
-    def written(self, func: compat.OpOverload, args: Any, kwargs: Any, target: Tensor) -> Later | None:
-        """What an in-place call leaves in ``target``, its first argument."""
-        held = self._held((args, kwargs))
-        if held is None or torch.Tag.nondeterministic_seeded in func.tags or not _is_small(target):
+    def written(self, func: compat.OpOverload, args: Any, kwargs: Any, root: Tensor, views: Sequence[View]) -> Later | None:
+        """What an in-place call on a view of ``root``, reached by ``views`` in turn, leaves in ``root``."""
+        held = self._held((root, list(args[1:]), kwargs, [list(view_args[1:]) for _, view_args, _, _ in views]))
+        if held is None or torch.Tag.nondeterministic_seeded in func.tags or not _is_small(root):
             return None
 
         def compute() -> Tensor | None:
@@ -86,18 +94,22 @@ class KnownValues:
             if real is None:
                 return None
             with compat.no_modes():
-                target: Tensor = real[0][0].clone()
-                func(target, *real[0][1:], **real[1])
-            return target
+                whole: Tensor = real[0].clone()
+                target: Any = whole
+                for (view, _, view_kwargs, position), view_args in zip(views, real[3], strict=True):
+                    target = view(target, *view_args, **view_kwargs)
+                    target = target[position] if isinstance(target, (tuple, list)) else target
+                func(target, *real[1], **real[2])
+            return whole
 
-        return Later(compute)
+        return Later(compute, _is_constant(held))
 
     def _held(self, arguments: Any) -> Any:
         """Arguments with every tensor as the ``Later`` it is now; None where one is not known."""
         if isinstance(arguments, Tensor):
             known = self._known.get(id(arguments))
             constant = compat.constant_of(arguments) if known is None else None
-            return Later(lambda: constant) if constant is not None else None if known is None else known[1]
+            return Later(lambda: constant, True) if constant is not None else None if known is None else known[1]
         if isinstance(arguments, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return None
         if isinstance(arguments, (list, tuple)):
@@ -128,6 +140,12 @@ def _real(held: Any) -> Any:
         values = _real(list(held.values()))
         return None if values is None else dict(zip(held, values, strict=True))
     return held.value
+
+
+def _is_constant(held: Any) -> bool:
+    if isinstance(held, dict):
+        held = list(held.values())
+    return all(map(_is_constant, held)) if isinstance(held, list) else not isinstance(held, Later) or held.constant
 
 
 def _is_small(tensor: Tensor) -> bool:

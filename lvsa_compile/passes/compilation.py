@@ -12,28 +12,39 @@ from torch import Tensor, fx
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.select import Choice
 from lvsa_compile.options import Options
+from lvsa_compile.passes.trace_layout.mask_form import MaskForm
 from lvsa_compile.passes.trace_layout.reading import Reader
 from lvsa_compile.passes.trace_layout.token_layout import TokenLayout
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import Miss
+from lvsa_compile.sparsity.key_ranges import Range
 
 
 @dataclass(frozen=True)
 class SparsePlan:
-    """How a site becomes sparse: the call it is lowered to, and the lowering chosen."""
+    """How a site becomes sparse: the call it is lowered to, the lowering chosen, and what its mask says.
+
+    ``allowed`` holds the key ranges that the mask's constant pairs leave each query block.
+    """
 
     call: AttentionCall
     choice: Choice
+    mask: MaskForm | None = None
+    allowed: tuple[tuple[Range, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one site: a ``plan``, or a ``miss`` that says why it stays dense."""
+    """What becomes of one site: a ``plan``, or a ``miss`` that says why it stays dense.
+
+    A dense site with a ``mask`` is "masked": computed dense by the mask's parts, so that the mask itself need not be made.
+    """
 
     name: str
     node: fx.Node
     site: AttentionSite | None = None
     layout: str = ""
+    mask: MaskForm | None = None
     plan: SparsePlan | None = None
     miss: Miss | None = None
 
@@ -71,9 +82,9 @@ class TimestepInput:
 class Compilation:
     """The state of one compile.
 
-    ``device`` is where the model will run if that is not where it is traced; ``masks`` says of each masked site whether its mask is
-    the same for every query; ``has_video`` whether any input shows a video grid that is generated;
-    ``reader`` knows which inputs' values were read.
+    ``device`` is where the model will run if that is not where it is traced; ``masks`` says of each
+    masked site what its mask says, None where that cannot be told; ``scaffold`` are nodes that were added to be looked at;
+    ``has_video`` says whether any input shows a video grid that is generated; ``reader`` knows which inputs' values were read.
     """
 
     graph_module: fx.GraphModule
@@ -84,7 +95,8 @@ class Compilation:
     compile_id: str = "-"
     sites: tuple[AttentionSite | DenseSite, ...] = ()
     layouts: dict[fx.Node, tuple[TokenLayout, TokenLayout]] = field(default_factory=dict)
-    masks: dict[fx.Node, bool] = field(default_factory=dict)
+    masks: dict[fx.Node, MaskForm | None] = field(default_factory=dict)
+    scaffold: tuple[fx.Node, ...] = ()
     has_video: bool = False
     reader: Reader | None = None
     trace_failure: str = ""
@@ -93,6 +105,11 @@ class Compilation:
     decisions: tuple[Decision, ...] = ()
     specialised: tuple[str, ...] = ()
     extra_inputs: tuple[ExtraInput, ...] = ()
+
+    @property
+    def masked(self) -> tuple[Decision, ...]:
+        """The decisions that leave a site dense and take its mask apart."""
+        return tuple(decision for decision in self.decisions if decision.plan is None and decision.mask is not None)
 
     @property
     def sparse(self) -> tuple[Decision, ...]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import numpy
 from torch import Tensor, fx
 
 from lvsa_compile import compat, reasons
+from lvsa_compile.axes.values import Array
 from lvsa_compile.errors import LoweringUnavailableError, OptionError
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.select import select
@@ -16,7 +18,7 @@ from lvsa_compile.passes.trace_layout.token_layout import CONTRADICTED, IMAGE, S
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import Miss
 from lvsa_compile.sparsity.frame_pattern import FramePattern
-from lvsa_compile.sparsity.key_ranges import VideoSpan
+from lvsa_compile.sparsity.key_ranges import Range, VideoSpan, query_blocks
 
 
 def decide(compilation: Compilation) -> Compilation:
@@ -41,16 +43,22 @@ def decide(compilation: Compilation) -> Compilation:
             else:
                 sparse_sites += 1
             video_sites += 1
-        decisions.append(_decision(site, layouts, outcome))
+        decisions.append(_decision(site, layouts, outcome, compilation))
     return dataclasses.replace(compilation, decisions=tuple(decisions), specialised=tuple(dict.fromkeys(specialised)))
 
 
-def _decision(site: AttentionSite | DenseSite, layouts: tuple[TokenLayout, TokenLayout] | None, outcome: SparsePlan | Miss) -> Decision:
+def _decision(
+    site: AttentionSite | DenseSite, layouts: tuple[TokenLayout, TokenLayout] | None, outcome: SparsePlan | Miss, compilation: Compilation
+) -> Decision:
     name, shown = compat.module_path(site.node) or site.node.name, _shown(layouts)
     attention = site if isinstance(site, AttentionSite) else None
     if isinstance(outcome, SparsePlan):
         return Decision(name, site.node, attention, shown, plan=outcome)
-    return Decision(name, site.node, attention, shown, miss=outcome)
+    form = compilation.masks.get(site.node)
+    apart = form is not None and form.queries and form.pairs is None and compilation.options.lower_padding_masks
+    if outcome.reason in (reasons.TRAINING, reasons.DROPOUT) or attention is None or attention.causal or attention.stands_for is not None:
+        apart = False
+    return Decision(name, site.node, attention, shown, form if apart else None, miss=outcome)
 
 
 def _shown(layouts: tuple[TokenLayout, TokenLayout] | None) -> str:
@@ -79,7 +87,7 @@ def _decide(
         mask = example_value(site.mask)
         if not compilation.options.lower_padding_masks:
             return reasons.MASK_NOT_EXPRESSIBLE.because("lower_padding_masks=False")
-        if not compilation.masks.get(site.node, False):
+        if compilation.masks.get(site.node) is None:
             return reasons.MASK_NOT_EXPRESSIBLE.because(f"attn_mask is {mask.dtype} {_sizes(mask)}" if isinstance(mask, Tensor) else "")
     if not _shapes_supported(query, key, value):
         named = zip(("query", "key", "value"), (query, key, value), strict=True)
@@ -98,7 +106,26 @@ def _decide(
     def call(pattern: FramePattern) -> AttentionCall:
         return AttentionCall(device, dtype, batch, query_heads, key_heads, head_dim, value_dim, query_span, key_span, pattern)
 
-    return _plan(compilation, call, query_span.frames)
+    form = compilation.masks.get(site.node)
+    allowed = None if form is None or form.pairs is None else _allowed(form.pairs, query_span, key_span)
+    if form is not None and form.pairs is not None and allowed is None:
+        return reasons.MASK_NOT_EXPRESSIBLE.because("the rows of a latent frame do not share one mask")
+    outcome = _plan(compilation, call, query_span.frames)
+    return dataclasses.replace(outcome, mask=form, allowed=allowed) if isinstance(outcome, SparsePlan) else outcome
+
+
+def _allowed(pairs: Array, query: VideoSpan, key: VideoSpan) -> tuple[tuple[Range, ...], ...] | None:
+    """Key ranges a constant mask ``[Sq, Sk]`` leaves each query block; None where the rows of a block differ."""
+    if query.open_ended or key.open_ended or pairs.shape != (query.length, key.length):
+        return None
+    found = []
+    for start, end in query_blocks(query):
+        row = pairs[start]
+        if (pairs[start:end] != row).any():
+            return None
+        edges = numpy.flatnonzero(numpy.diff(row.astype(numpy.int8), prepend=0, append=0)).tolist()
+        found.append(tuple(zip(edges[::2], edges[1::2], strict=True)))
+    return tuple(found)
 
 
 def _plan(compilation: Compilation, call_with: Callable[[FramePattern], AttentionCall], frames: int) -> SparsePlan | Miss:

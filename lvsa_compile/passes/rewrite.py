@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,19 +15,25 @@ from lvsa_compile import compat
 from lvsa_compile.lowering.attention_op import ATTENTION, accumulation_dtype
 from lvsa_compile.lowering.verification import VERIFIED
 from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput, example_value
-from lvsa_compile.patterns.shadow import step_in, withdraw
+from lvsa_compile.passes.trace_layout.mask_form import MaskForm
+from lvsa_compile.patterns.shadow import step_in, withdraw, writes
 from lvsa_compile.sparsity.key_ranges import KeyRangeTable, key_range_table
 
 
 def rewrite(compilation: Compilation) -> Compilation:
     """Replaces each sparse site by ``lvsa::attention``; tables and phases become inputs appended to the graph."""
-    if not compilation.sparse:
+    if not compilation.sparse and not compilation.masked:
         return compilation
     inputs = _ExtraInputs(compilation.graph_module)
     renamed = {decision.node: _rewrite_site(decision, compilation, inputs) for decision in compilation.sparse}
+    renamed |= {decision.node: _take_mask_apart(decision) for decision in compilation.masked}
     for decision in compilation.decisions:
         if decision.site is not None and decision.plan is None:
             withdraw(decision.site)
+    left = set(compilation.graph_module.graph.nodes)
+    for node in reversed(compilation.scaffold):
+        if node in left and not node.users:
+            node.graph.erase_node(node)
     decisions = tuple(dataclasses.replace(d, node=renamed.get(d.node, d.node)) for d in compilation.decisions)
     compilation.graph_module.recompile()
     return dataclasses.replace(compilation, decisions=decisions, extra_inputs=tuple(inputs.made))
@@ -77,44 +85,91 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
     assert plan is not None
     call, node = plan.call, site.node
     options = compilation.options
-    table = key_range_table(call.pattern, call.query, call.key, options.rotate, dense_row=options.dense_steps > 0)
+    table = key_range_table(call.pattern, call.query, call.key, options.rotate, options.dense_steps > 0, plan.allowed)
     bounds, ranges = inputs.tables(table, call.device)
     phase = inputs.phase(call.pattern.phases if options.rotate else 1, options.dense_steps, call.device)
     result = example_value(node)
     with node.graph.inserting_before(node):
-        key_mask = site.mask if site.mask is None else _one_row(node.graph, site.mask)
+        key_mask = _key_mask(node.graph, plan.mask)
         attention = node.graph.call_function(
             ATTENTION, (site.query, site.key, site.value, bounds, ranges, phase), {"scale": site.scale, "key_mask": key_mask}
         )
         output = node.graph.call_function(operator.getitem, (attention, 0))
+        kept: dict[str, Any] = {k: node.meta[k] for k in ("stack_trace", "nn_module_stack", "source_fn_stack") if k in node.meta}
+        attention.meta = {**kept, "example_value": (result, _log_sum_exp_like(result))}
+        output.meta = {**kept, "example_value": result}
         if options.verify:
             arguments = (*attention.args, site.scale, key_mask, compilation.compile_id, decision.name)
-            verified = node.graph.call_function(VERIFIED, (output, *arguments))
-    kept: dict[str, Any] = {name: node.meta[name] for name in ("stack_trace", "nn_module_stack", "source_fn_stack") if name in node.meta}
-    attention.meta = {**kept, "example_value": (result, _log_sum_exp_like(result))}
-    output.meta = {**kept, "example_value": result}
-    if options.verify:
-        verified.meta = dict(output.meta)
-    rewritten = verified if options.verify else output
+            output = node.graph.call_function(VERIFIED, (output, *arguments))
+            output.meta = {**kept, "example_value": result}
+        rewritten = _without_masked_queries(node.graph, output, plan.mask)
     node.replace_all_uses_with(rewritten)
     step_in(site, rewritten)
-    node.graph.erase_node(node)
+    _erase(node)
     return attention
 
 
-def _one_row(graph: fx.Graph, mask: fx.Node) -> fx.Node:
-    """A mask that is the same for every query, as one row ``[.., .., 1, Sk]``."""
+def _erase(node: fx.Node) -> None:
+    """Takes a node that nobody uses out of the graph, and what was only made for it."""
+    inputs = node.all_input_nodes
+    node.graph.erase_node(node)
+    for earlier in inputs:
+        if not earlier.users and earlier.op in ("call_function", "call_method") and not writes(earlier):
+            _erase(earlier)
+
+
+def _take_mask_apart(decision: Decision) -> fx.Node:
+    """Dense attention under one row of its mask, the rows of masked queries zero, as they were; the whole mask is not made."""
+    site = decision.site
+    assert site is not None
+    assert decision.mask is not None
+    graph, node = site.node.graph, site.node
+    with graph.inserting_before(node):
+        mask = _key_mask(graph, decision.mask)
+        said = {"attn_mask": mask, "dropout_p": 0.0, "scale": site.scale, "enable_gqa": node.kwargs.get("enable_gqa", False)}
+        attention = graph.call_function(node.target, (site.query, site.key, site.value), said)  # type: ignore[arg-type]
+        attention.meta = dict(node.meta)
+        output = _without_masked_queries(graph, attention, decision.mask)
+    node.replace_all_uses_with(output)
+    _erase(node)
+    return attention
+
+
+def _key_mask(graph: fx.Graph, form: MaskForm | None) -> fx.Node | None:
+    """The parts of a mask that tell keys, as one row ``[.., .., 1, Sk]``."""
+    rows = [] if form is None else [_four_axes(graph, _sliced(graph, part, -2)) for part in form.keys]
+    return functools.reduce(lambda a, b: _called(graph, torch.logical_and, a, b), rows) if rows else None
+
+
+def _without_masked_queries(graph: fx.Graph, output: fx.Node, form: MaskForm | None) -> fx.Node:
+    """An attention output ``[B, heads, Sq, value_dim]`` with zero in the rows of queries that the mask leaves no key."""
+    for part in () if form is None else form.queries:
+        column = _four_axes(graph, _sliced(graph, part, -1))
+        output = _called(graph, torch.where, column, output, _called(graph, torch.zeros_like, output))
+    return output
+
+
+def _sliced(graph: fx.Graph, mask: fx.Node, axis: int) -> fx.Node:
+    """The first place of an axis along which a mask repeats."""
     value = example_value(mask)
-    if value.dim() == 4 and compat.statically_true(value.shape[2] == 1):
+    if compat.statically_true(value.shape[axis] == 1):
         return mask
-    index = (*(slice(None),) * (value.dim() - 2), slice(0, 1))
-    row = graph.call_function(operator.getitem, (mask, index))
-    row.meta["example_value"] = value[index]
-    for _ in range(4 - value.dim()):
-        value = row.meta["example_value"]
-        row = graph.call_method("unsqueeze", (row, 0))
-        row.meta["example_value"] = value.unsqueeze(0)
-    return row
+    index = [slice(None)] * value.dim()
+    index[axis] = slice(0, 1)
+    return _called(graph, operator.getitem, mask, tuple(index))
+
+
+def _four_axes(graph: fx.Graph, mask: fx.Node) -> fx.Node:
+    for _ in range(4 - example_value(mask).dim()):
+        mask = _called(graph, torch.unsqueeze, mask, 0)
+    return mask
+
+
+def _called(graph: fx.Graph, function: Callable[..., Any], *args: Any) -> fx.Node:
+    node = graph.call_function(function, args)
+    with compat.tracing_on_fakes(compat.fake_mode_of_graph(graph)):
+        node.meta["example_value"] = function(*fx.node.map_arg(args, example_value))
+    return node
 
 
 def _log_sum_exp_like(result: Tensor) -> Tensor:

@@ -121,6 +121,8 @@ def writes(node: fx.Node) -> bool:
     if name in _WRITERS or "out" in node.kwargs:
         return True
     schema = getattr(node.target, "_schema", None)
+    if getattr(node.target, "__module__", "") == "_operator":  # and_, or_ and not_ only dodge keywords
+        return False
     return bool(getattr(schema, "is_mutable", False)) or (name.endswith("_") and not name.endswith("__"))
 
 

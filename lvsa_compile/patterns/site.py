@@ -28,6 +28,7 @@ class AttentionSite:
     """Attention ``softmax(query @ key.T * scale + mask) @ value`` at one node, all of ``[B, heads, tokens, head_dim]``.
 
     ``scale`` is a float, a graph node, or None for ``1 / sqrt(head_dim)``.  ``stands_for`` is None where ``node`` is the graph's own.
+    ``mask_parts`` are nodes whose conjunction is the mask (see ``masks.py``).
     """
 
     node: fx.Node
@@ -39,6 +40,7 @@ class AttentionSite:
     dropout: Any = 0.0
     scale: Any = None
     stands_for: Stands | None = None
+    mask_parts: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ from lvsa_compile.lowering import verification
 from lvsa_compile.passes.compilation import Compilation, Decision, example_value
 from lvsa_compile.reasons import REASONS
 
-SPARSE, DENSE = "sparse", "dense"
+SPARSE, MASKED, DENSE = "sparse", "masked", "dense"
 _CLOSENESS = {reason.code: place for place, reason in enumerate(REASONS)}
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One attention site: ``decision`` is "sparse" or "dense", and a dense site has a ``reason`` from the closed list.
+    """One attention site: ``decision`` is "sparse", "dense", or "masked": dense, its mask kept by parts so that none of
+    queries × keys is made.  A site that is not sparse has a ``reason`` from the closed list.
 
     ``name`` is the path of its module, ``source`` the file and line; ``layout`` shows the token sequence; ``density`` is the attended
     share of frame pairs, mean over the phases; shapes are ``[batch, heads, tokens, head_dim]``; ``worst_error`` is what
@@ -52,7 +53,7 @@ class SiteReport:
                 error += f", ABOVE the tolerance {self.tolerance:.0e}"
             return f"{self.name}: sparse, density {self.density:.3f}, lowering {self.lowering}{error}{layout}"
         remedy = f"  Remedy: {self.remedy}" if self.remedy else ""
-        return f"{self.name}: dense, {self.reason}: {self.detail}{layout}{remedy}"
+        return f"{self.name}: {self.decision}, {self.reason}: {self.detail}{layout}{remedy}"
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _site(decision: Decision) -> SiteReport:
     reason = decision.miss.reason
     return SiteReport(
         decision.name,
-        DENSE,
+        DENSE if decision.mask is None else MASKED,
         reason.code,
         decision.miss.detail or reason.meaning,
         reason.remedy,

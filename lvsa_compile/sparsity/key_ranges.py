@@ -7,6 +7,7 @@ are a few contiguous ranges ``[start, end)`` of the key sequence, in tokens.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,11 +56,19 @@ class KeyRangeTable:
 
 
 @functools.lru_cache(maxsize=64)
-def key_range_table(pattern: FramePattern, query: VideoSpan, key: VideoSpan, rotate: bool = True, dense_row: bool = False) -> KeyRangeTable:
+def key_range_table(
+    pattern: FramePattern,
+    query: VideoSpan,
+    key: VideoSpan,
+    rotate: bool = True,
+    dense_row: bool = False,
+    allowed: tuple[tuple[Range, ...], ...] | None = None,
+) -> KeyRangeTable:
     """The table of ``pattern`` for video at ``query`` in the query and at ``key`` in the key sequence.
 
     ``rotate=False`` keeps phase 0 alone; ``dense_row`` adds a row after the last phase in which every block attends everything.
     Tokens outside the video are attended by every row, and their rows attend everything (arXiv 2605.31057, joint attention).
+    ``allowed`` holds for each query block, in the order of ``query_blocks``, the ranges that a mask leaves it; it attends nothing else.
     """
     bounds = [0]
     blocks: list[int | None] = []  # the latent frame of each query block, None for a block that attends everything
@@ -78,6 +87,8 @@ def key_range_table(pattern: FramePattern, query: VideoSpan, key: VideoSpan, rot
     ]
     if dense_row:
         phases.append([everything] * len(blocks))
+    if allowed is not None:
+        phases = [[intersection(ranges, left) for ranges, left in zip(phase, allowed, strict=True)] for phase in phases]
     widest = max(len(ranges) for phase in phases for ranges in phase)
     padded = tuple(tuple((*ranges, *((0, 0),) * (widest - len(ranges))) for ranges in phase) for phase in phases)
     return KeyRangeTable(tuple(bounds), padded)
@@ -92,6 +103,18 @@ def _token_ranges(frames: list[int], key: VideoSpan) -> tuple[Range, ...]:
         (video_end, OPEN_END if key.open_ended else key.length),
     ]
     return join_ranges([piece for piece in pieces if piece[0] < piece[1]])
+
+
+def query_blocks(span: VideoSpan) -> list[Range]:
+    """Rows of each query block of a sequence: what is before the video, each latent frame, what is after it."""
+    lengths = [n for n in (span.prefix, *[span.tokens_per_frame] * span.frames, span.suffix) if n]
+    ends = list(itertools.accumulate(lengths))
+    return [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+
+def intersection(a: Sequence[Range], b: Sequence[Range]) -> tuple[Range, ...]:
+    """What two lists of sorted ranges have in common."""
+    return tuple((max(x[0], y[0]), min(x[1], y[1])) for x in a for y in b if max(x[0], y[0]) < min(x[1], y[1]))
 
 
 def join_ranges(ranges: Sequence[Range]) -> tuple[Range, ...]:

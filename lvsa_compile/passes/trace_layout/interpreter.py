@@ -13,6 +13,7 @@ from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT, PARAMETER, Source, axis_of
 from lvsa_compile.axes.call import Axes, sizes_of
 from lvsa_compile.axes.tracker import AxisTracker
+from lvsa_compile.axes.values import Array
 from lvsa_compile.passes.trace_layout.reading import Reader
 
 
@@ -28,6 +29,7 @@ class LayoutInterpreter(fx.Interpreter):
         super().__init__(graph_module)
         self.tracker, self.watched, self.reader = tracker, watched, reader
         self.found: dict[fx.Node, dict[fx.Node, Axes]] = {}
+        self.values: dict[fx.Node, Tensor] = {}
         self.output_axes: list[Axes] = []
         self.failed: dict[fx.Node, str] = {}
         self._autocasts: list[Any] = []
@@ -35,6 +37,7 @@ class LayoutInterpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node; a node that cannot run on fakes gives what Dynamo recorded for it, and starts new trails."""
         if n in self.watched:
+            self.values.update((arg, self.env[arg]) for arg in self.watched[n] if isinstance(self.env.get(arg), Tensor))
             self.found[n] = {arg: self.tracker.axes_of(self.env[arg]) for arg in self.watched[n] if isinstance(self.env.get(arg), Tensor)}
         if n.op == "output":
             self.output_axes = [self.tracker.axes_of(self.env[arg]) for arg in n.all_input_nodes if isinstance(self.env.get(arg), Tensor)]
@@ -51,6 +54,11 @@ class LayoutInterpreter(fx.Interpreter):
         elif getattr(n.target, "__name__", "") == "_exit_autocast":
             self._autocasts.pop()
         return result
+
+    def constant(self, node: fx.Node) -> Array | None:
+        """The value of a node of which the model's inputs and weights decide nothing; None where they do."""
+        value = self.values.get(node)
+        return None if value is None else self.tracker.values.of(value, constant=True)
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The fake tensor of an input under a new name, so that nothing done here can change the original's metadata."""

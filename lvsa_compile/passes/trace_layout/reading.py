@@ -29,7 +29,7 @@ class Reader:
 
     def later(self, place: str) -> Later | None:
         """The value of an input, read when it is asked for."""
-        return Later(lambda: self.read(place)) if place in self._real else None
+        return Later(lambda: self.read(place), constant=False) if place in self._real else None
 
     def read(self, place: str) -> Tensor | None:
         """The value of the input at a placeholder, on the CPU; None where the caller gave no real tensor."""

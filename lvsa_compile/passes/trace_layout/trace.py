@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from lvsa_compile.axes.algebra import BROADCAST, Axis, axis_size, leaves, same
+from lvsa_compile.axes.algebra import Axis
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.passes.trace_layout.interpreter import run_on_fakes
+from lvsa_compile.passes.trace_layout.mask_form import mask_form
 from lvsa_compile.passes.trace_layout.packed import packed_evidence, refined
 from lvsa_compile.passes.trace_layout.token_layout import grid_places, token_layout, video_inputs
 from lvsa_compile.patterns.site import AttentionSite
@@ -21,7 +22,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
     sites = [site for site in compilation.sites if isinstance(site, AttentionSite)]
     if not sites:
         return compilation
-    watched = {site.node: tuple(n for n in (site.query, site.key, site.value, site.mask) if n is not None) for site in sites}
+    watched = {site.node: (site.query, site.key, site.value, *site.mask_parts) for site in sites}
     try:
         traced = run_on_fakes(compilation.graph_module, watched, compilation.example_inputs)
     except Exception as error:  # a graph that cannot be traced is dense and says so; it must not fail to compile
@@ -57,15 +58,12 @@ def trace_layout(compilation: Compilation) -> Compilation:
         )
         for node, (query, key) in pairs.items()
     }
-    masks = {site.node: _same_for_every_query(traced.found[site.node].get(site.mask)) for site in sites if site.mask is not None}
+    masks = {
+        site.node: mask_form(site.mask_parts, [traced.found.get(site.node, {}).get(part, ()) for part in site.mask_parts], traced.constant)
+        for site in sites
+        if site.mask is not None
+    }
     return dataclasses.replace(compilation, layouts=layouts, masks=masks, has_video=bool(targets), reader=traced.reader)
-
-
-def _same_for_every_query(mask: Axes | None) -> bool:
-    """Whether a mask ``[.., Sq, Sk]`` has one row, or repeats one; a mask that repeats along the keys is none to slice."""
-    if mask is None or not 2 <= len(mask) <= 4 or same(axis_size(mask[-1]), 1):
-        return False
-    return all(factor.kinds == {BROADCAST} or same(factor.size, 1) for factor in leaves(mask[-2]))
 
 
 def _outside_tokens(axes: Axes) -> Axis:

@@ -1,0 +1,255 @@
+"""Masks at video sites: kept exactly, by parts; what cannot be told apart stays dense."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
+from torch import nn
+
+import lvsa_compile
+from lvsa_compile.sparsity.frame_pattern import FramePattern
+from lvsa_compile.sparsity.key_ranges import VideoSpan, intersection, key_range_table, query_blocks
+
+OPTIONS = {**EXACT, "inner": "eager"}
+VIDEO, TEXT = 108, 7
+VALID = torch.arange(VIDEO + TEXT) < VIDEO + 5
+
+
+class Padded(nn.Module):
+    """[video | text], the text padded; ``spell(valid)`` makes the mask of ``valid`` ``[B, S]``, an input."""
+
+    def __init__(self, spell):
+        super().__init__()
+        self.inner = VideoDiT(lambda model, tokens, grid, text: self.block(tokens, text))
+        self.spell, self.valid = spell, None
+
+    def block(self, tokens, text):
+        joint = torch.cat([tokens, text], 1)
+        return self.inner.attention(joint, attn_mask=self.spell(self.valid))[:, : tokens.shape[1]]
+
+    def forward(self, latents, timestep, text, valid):
+        self.valid = valid
+        out = self.inner(latents, timestep, text)
+        self.valid = None
+        return out
+
+
+def outer(m):
+    return (m[:, None, None, :] & m[:, None, :, None]).bool()
+
+
+def repeated(m):
+    rows = m.view(m.shape[0], 1, 1, -1).repeat(1, 1, m.shape[1], 1)
+    return (rows & rows.transpose(2, 3)).bool()
+
+
+def three_axes(m):
+    return torch.logical_and(m[:, None, :], m[:, :, None])[:, None]
+
+
+def product(m):
+    return (m.float().unsqueeze(1) * m.float().unsqueeze(2)).unsqueeze(1).bool()
+
+
+def by_int(m):
+    return torch.mul(m.int()[:, None, None], m.int()[:, None, :, None]).to(torch.bool)
+
+
+SPELLINGS = [outer, repeated, three_axes, product, by_int]
+
+
+def inputs_of(batch=2):
+    valid = VALID.expand(batch, -1).clone()
+    valid[0, VIDEO + 2 :] = False
+    return (*dit_inputs(batch=batch), valid)
+
+
+def with_masks(model, inputs, masks):
+    """The model's answer with ``masks`` bool ``[B, 1, S, S]`` at its attention, and zero for rows without keys."""
+    mode = oracle.MaskedAttention(torch.ones(VIDEO + TEXT, VIDEO + TEXT, dtype=torch.bool))
+    mode.mask = masks
+    mode.replaces_masks = True
+
+    class Anywhere(oracle.MaskedAttention):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                self.calls += 1
+                return func(*args, **{**kwargs, "attn_mask": self.mask})
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Anywhere(masks) as mode:
+        answer = model(*inputs)
+    assert mode.calls
+    return answer
+
+
+@pytest.mark.parametrize("spell", SPELLINGS, ids=lambda f: f.__name__)
+def test_padding_of_queries_and_keys_at_a_sparse_site(spell):
+    model, inputs = randomise(Padded(spell)), inputs_of()
+    with torch.no_grad():
+        output = torch.compile(model, backend="lvsa", options=OPTIONS)(*inputs)
+    (site,) = lvsa_compile.reports()[0].sites
+    assert site.decision == "sparse", site
+    sparse = oracle.token_mask(9, 12, 0, suffix=TEXT, reference=4, window=1)
+    answer = with_masks(model, inputs, sparse & outer(inputs[3]))
+    assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max())
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("spell", SPELLINGS, ids=lambda f: f.__name__)
+def test_padding_of_queries_and_keys_at_a_dense_site(spell, inner):
+    if inner == "inductor" and spell is not repeated:
+        pytest.skip("code generation is checked on one spelling")
+    model, inputs = randomise(Padded(spell)), inputs_of()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="lvsa", options={"reference_frames": 21, "inner": inner})
+        output, answer = compiled(*inputs), model(*inputs)
+    (site,) = lvsa_compile.reports()[0].sites
+    assert (site.decision, site.reason) == ("masked", "pattern_full")
+    assert "masked, pattern_full: 9 latent frames" in str(site)
+    assert torch.equal(output, answer) if inner == "eager" else torch.allclose(output, answer, atol=1e-5)
+
+
+def test_no_mask_of_queries_by_keys_is_made_at_a_masked_site(monkeypatch):
+    from lvsa_compile import backend
+
+    graphs = []
+    compile_inner = backend._compile_inner
+    monkeypatch.setattr(backend, "_compile_inner", lambda graph, *rest, **k: graphs.append(graph) or compile_inner(graph, *rest, **k))
+    with torch.no_grad():
+        torch.compile(randomise(Padded(repeated)), backend="lvsa", options={"reference_frames": 21, "inner": "eager"})(*inputs_of())
+    sizes = [node.meta["example_value"].shape for node in graphs[0].graph.nodes if isinstance(node.meta.get("example_value"), torch.Tensor)]
+    made = [n for n in graphs[0].graph.nodes if n.op == "call_method" and n.target == "repeat"]
+    assert sizes
+    assert len(made) <= 1, "one row-repeated mask may be looked at through a slice, the conjunction is gone"
+    assert not [n for n in graphs[0].graph.nodes if getattr(n.target, "__name__", "") == "and_"]
+
+
+def test_a_part_of_a_conjunction_that_is_used_again_is_still_itself():
+    def spell(m):
+        rows, columns = m[:, None, None, :], m[:, None, :, None]
+        both = rows & columns
+        return torch.where(both.any(-1, keepdim=True), rows, rows & columns)
+
+    model, inputs = randomise(Padded(spell)), inputs_of()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="lvsa", options=OPTIONS)(*inputs), model(*inputs))
+
+
+def frame_of(frames, places):
+    return torch.arange(frames).repeat_interleave(places)
+
+
+def causal_by_frames(frames, places):
+    f = torch.arange(frames)
+    mask = (f.unsqueeze(0) <= f.unsqueeze(1)).view(frames, 1, 1, frames, 1, 1).repeat(1, 3, 4, 1, 3, 4)
+    return mask.reshape(frames * places, frames * places)[None, None]
+
+
+def causal_float(frames, places):
+    keep = frame_of(frames, places)[:, None] >= frame_of(frames, places)[None, :]
+    return torch.zeros(frames * places, frames * places).masked_fill(~keep, float("-inf"))
+
+
+def in_blocks_of_three(frames, places):
+    block = frame_of(frames, places) // 3
+    return block[:, None] >= block[None]
+
+
+def written_by_frames(frames, places):
+    mask = torch.zeros(frames * places, frames * places, dtype=torch.bool)
+    for f in range(frames):
+        mask[f * places : (f + 1) * places, : (f + 1) * places] = True
+    return mask
+
+
+def all_true(frames, places):
+    return torch.ones(frames * places, frames * places, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "make", [causal_by_frames, causal_float, in_blocks_of_three, written_by_frames, all_true], ids=lambda f: f.__name__
+)
+def test_masks_of_whole_frames_are_intersected_with_the_pattern(make):
+    def block(model, tokens, grid, text):
+        return tokens + model.attention(tokens, attn_mask=make(grid[0], grid[1] * grid[2]))
+
+    model, inputs = randomise(VideoDiT(block)), dit_inputs(batch=2)
+    compiled = torch.compile(model, backend="lvsa", options=OPTIONS)
+    mask = make(9, 12)
+    keep = (mask if mask.dtype == torch.bool else mask == 0).reshape(108, 108)
+    with torch.no_grad():
+        for step in range(4):
+            latents, _, text = inputs
+            output = compiled(latents, torch.full((2,), 900.0 - step), text)
+            masked = oracle.MaskedAttention(oracle.token_mask(9, 12, step, reference=4, window=1) & keep)
+            masked.replaces_masks = True
+            with masked:
+                answer = model(latents, torch.full((2,), 900.0 - step), text)
+            assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max())
+    (site,) = lvsa_compile.reports()[0].sites
+    assert site.decision == "sparse", site
+
+
+def token_causal(frames, places):
+    return torch.ones(frames * places, frames * places, dtype=torch.bool).tril()
+
+
+def biased(frames, places):
+    return causal_float(frames, places).masked_fill(frame_of(frames, places)[None] == 2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "detail"),
+    [(token_causal, "the rows of a latent frame do not share one mask"), (biased, "attn_mask is torch.float32 [108, 108]")],
+)
+def test_masks_inside_frames_stay_dense(make, detail):
+    model, inputs = randomise(VideoDiT(lambda m, x, grid, text: m.attention(x, attn_mask=make(grid[0], 12)))), dit_inputs()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="lvsa", options=OPTIONS)(*inputs), model(*inputs))
+    (site,) = lvsa_compile.reports()[0].sites
+    assert (site.decision, site.reason, site.detail) == ("dense", "mask_not_expressible", detail)
+
+
+def test_a_mask_that_the_latents_decide_stays_dense():
+    def block(model, tokens, grid, text):
+        energy = tokens.square().mean(-1)
+        return model.attention(tokens, attn_mask=(energy[:, None, :, None] + energy[:, None, None, :]) > 0.2)
+
+    model, inputs = randomise(VideoDiT(block)), dit_inputs()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="lvsa", options=OPTIONS)(*inputs), model(*inputs))
+    assert lvsa_compile.reports()[0].sites[0].reason == "mask_not_expressible"
+
+
+ranges = st.lists(st.integers(0, 60), max_size=6, unique=True).map(
+    lambda edges: [tuple(sorted(edges)[i : i + 2]) for i in range(0, len(edges) // 2 * 2, 2)]
+)
+
+
+@given(ranges, ranges)
+def test_the_intersection_of_ranges_is_that_of_their_tokens(a, b):
+    tokens = [{t for start, end in some for t in range(start, end)} for some in (a, b, intersection(a, b))]
+    assert tokens[2] == tokens[0] & tokens[1]
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 3), st.integers(6, 12), st.integers(1, 4), st.integers(0, 3), st.data())
+def test_a_table_within_allowed_ranges_attends_what_both_allow(prefix, frames, places, suffix, data):
+    span = VideoSpan(prefix, frames, places, suffix)
+    pattern = FramePattern(frames, window=1, reference_frames=4)
+    blocks = query_blocks(span)
+    allowed = tuple(tuple(sorted(data.draw(ranges))) for _ in blocks)
+    free, bound = key_range_table(pattern, span, span), key_range_table(pattern, span, span, allowed=allowed)
+    assert free.query_bounds == bound.query_bounds == (0, *(end for _, end in blocks))
+    for phase in range(pattern.phases):
+        for block, left in enumerate(allowed):
+            tokens = [
+                {t for start, end in table for t in range(start, end)}
+                for table in (free.key_ranges[phase][block], left, bound.key_ranges[phase][block])
+            ]
+            assert tokens[2] == tokens[0] & tokens[1]
