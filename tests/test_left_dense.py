@@ -63,7 +63,7 @@ def shuffled(model, tokens, grid, text):
 
 
 def masked(model, tokens, grid, text):
-    return model.attention(tokens, attn_mask=torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool))
+    return model.attention(tokens, attn_mask=torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril())
 
 
 def video_twice(model, tokens, grid, text):
@@ -85,7 +85,7 @@ def text_only(model, tokens, grid, text):
         (shuffled, "layout_unknown", "layout unknown at index, File "),
         (places_first, "frames_not_contiguous", "108 tokens of latents are not whole frames in order"),
         (halves_swapped, "frames_not_contiguous", "108 tokens of latents are not whole frames in order"),
-        (masked, "mask_not_expressible", "attn_mask is torch.bool [108, 108]"),
+        (masked, "mask_not_expressible", "the rows of a latent frame do not share one mask"),
         (lambda m, x, g, t: m.attention(x, is_causal=True), "causal", "The site is causal token by token."),
         (lambda m, x, g, t: m.attention(x, dropout_p=1e-9), "dropout", "dropout_p=1e-09"),
         (video_twice, "several_videos", "query video 9×3×4 | video 9×3×4"),

@@ -290,19 +290,33 @@ def combine(a: Axis, b: Axis) -> Axis:
         return b
     if same(axis_size(a), 1) != same(axis_size(b), 1):
         return b if same(axis_size(a), 1) else a
-    refined = _refine(list(a), list(b))
+    refined = _refine(a, b)
     if refined is not None:
         return refined
     return a if _knowledge(a) >= _knowledge(b) else b
 
 
-def _refine(a: list[Factor | Concat], b: list[Factor | Concat]) -> Axis | None:
-    """Walks two products of equal size in step, splitting the larger factor at each point; None where boundaries cross."""
+def _refine(a: Axis, b: Axis) -> Axis | None:
+    pairs = align(a, b)
+    if pairs is None:
+        return None
     result: list[Factor | Concat] = []
+    for x, y in pairs:
+        result.extend((x,) if y is None else _combine_factors(x, y))
+    return tuple(result)
+
+
+def align(first: Axis, second: Axis) -> list[tuple[Factor | Concat, Factor | Concat | None]] | None:
+    """Pairs of factors of equal size from two products of equal size, larger ones split; None where boundaries cross.
+
+    A factor of size 1, one place of an axis, stands alone.
+    """
+    a, b = list(first), list(second)
+    pairs: list[tuple[Factor | Concat, Factor | Concat | None]] = []
     while a and b:
         x, y = a.pop(0), b.pop(0)
-        if same(x.size, 1) != same(y.size, 1):  # one place of an axis: kept, so that slices can be joined again
-            result.append(x if same(x.size, 1) else y)
+        if same(x.size, 1) != same(y.size, 1):
+            pairs.append((x if same(x.size, 1) else y, None))
             (b if same(x.size, 1) else a).insert(0, y if same(x.size, 1) else x)
             continue
         if not same(x.size, y.size):
@@ -318,9 +332,9 @@ def _refine(a: list[Factor | Concat], b: list[Factor | Concat]) -> Axis | None:
                 y, b = split[0][0], [*split[0][1:], *split[1], *b]
             if not same(x.size, y.size):
                 return None
-        result.extend(_combine_factors(x, y))
+        pairs.append((x, y))
     left = [*a, *b]
-    return (*result, *left) if all(same(factor.size, 1) for factor in left) else None
+    return [*pairs, *((factor, None) for factor in left)] if all(same(factor.size, 1) for factor in left) else None
 
 
 def _combine_factors(a: Factor | Concat, b: Factor | Concat) -> Axis:

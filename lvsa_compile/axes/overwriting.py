@@ -13,11 +13,13 @@ from lvsa_compile.axes.algebra import (
     Factor,
     Size,
     Source,
+    align,
     axis_of,
     axis_size,
     combine,
     concat,
     leaves,
+    merge_factors,
     origins,
     same,
     slice_axis,
@@ -93,7 +95,10 @@ def runs_of(positions: Array | None, size: Size, most: int = 1024) -> list[Run] 
 
 
 def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:
-    """What holds for an axis of which one part has the axis ``old`` and another the axis ``new``."""
+    """What holds for an axis of which one part has the axis ``old`` and another the axis ``new``.
+
+    Both must know the same of the inputs; counts that one of them was met with are evidence of what the axis is for both.
+    """
     if old == new or not _informed(new):
         return old
     old, new = (tuple(factor for factor in axis if not same(factor.size, 1)) for axis in (old, new))  # places that parts were taken at
@@ -101,13 +106,13 @@ def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:
         return old
     if not _informed(old):
         return new
-    if len(old) == len(new) and all(
-        isinstance(f, Factor) and isinstance(g, Factor) and same(f.size, g.size) for f, g in zip(old, new, strict=True)
-    ):
-        shared = [f.digits & g.digits for f, g in zip(old, new, strict=True) if isinstance(f, Factor) and isinstance(g, Factor)]
-        if all(shared):
-            return tuple(Factor(f.size, digits) for f, digits in zip(old, shared, strict=True))
-    return lost
+    aligned = align(old, new) or []
+    pairs = [(f, g) for f, g in aligned if isinstance(f, Factor) and isinstance(g, Factor)]
+    shared = [f.digits & g.digits for f, g in pairs]
+    if not pairs or len(pairs) < len(aligned) or not all(shared):
+        return lost
+    counts = [frozenset(d for d in f.digits | g.digits if d.source.kind == ARANGE) for f, g in pairs]
+    return merge_factors(tuple(Factor(f.size, digits | more) for (f, _), digits, more in zip(pairs, shared, counts, strict=True)))
 
 
 def _informed(axis: Axis) -> bool:

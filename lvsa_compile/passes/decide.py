@@ -9,6 +9,7 @@ import numpy
 from torch import Tensor, fx
 
 from lvsa_compile import compat, reasons
+from lvsa_compile.axes.algebra import same
 from lvsa_compile.axes.values import Array
 from lvsa_compile.errors import LoweringUnavailableError, OptionError
 from lvsa_compile.lowering.contract import AttentionCall
@@ -176,7 +177,8 @@ def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout, has_vide
     query_grid, key_grid = query_videos[0].grid, key_videos[0].grid
     assert query_grid is not None
     assert key_grid is not None
-    if not (query_grid.frame_sources & key_grid.frame_sources) or query_grid.shape != key_grid.shape:
+    same_size = same(query_grid.frames, key_grid.frames) and same(query_grid.tokens_per_frame, key_grid.tokens_per_frame)
+    if not (query_grid.frame_sources & key_grid.frame_sources) or not same_size:
         return reasons.OTHER_VIDEO.because(f"query {query} from {query_videos[0].source}, key {key} from {key_videos[0].source}")
     return None
 
@@ -197,8 +199,8 @@ def _shapes_supported(query: object, key: object, value: object) -> bool:
     if len(tensors) != 3 or any(t.dim() != 4 for t in tensors):
         return False
     q, k, v = tensors
-    same = [(q.shape[0], k.shape[0]), (k.shape[0], v.shape[0]), (k.shape[1], v.shape[1])]  # SDPA itself checks the others
-    return all(compat.statically_true(a == b) for a, b in same) and compat.statically_true(q.shape[1] % k.shape[1] == 0)
+    equal = [(q.shape[0], k.shape[0]), (k.shape[0], v.shape[0]), (k.shape[1], v.shape[1])]  # SDPA itself checks the others
+    return all(compat.statically_true(a == b) for a, b in equal) and compat.statically_true(q.shape[1] % k.shape[1] == 0)
 
 
 def _span(layout: TokenLayout, tensor: Tensor, specialised: list[str]) -> VideoSpan | None:

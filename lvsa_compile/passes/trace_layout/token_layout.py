@@ -35,6 +35,10 @@ _MERGED = ({OTHER}, {IMAGE}, {SCRAMBLED}, {IMAGE, SCRAMBLED})
 """Kinds of neighbouring segments of one input that are told as one."""
 
 
+Targets = Mapping[str, frozenset[int]]
+"""Places of the inputs that hold the generated video, each with those of its axes, batch aside, that reach the outputs."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """The axes a video segment runs along: where its frames are counted, and its shape in the words of the graph."""
@@ -84,8 +88,8 @@ class TokenLayout:
         return " | ".join(str(segment) for segment in self.segments)
 
 
-def video_inputs(outputs: Iterable[Axis]) -> frozenset[str]:
-    """Places of the inputs whose grid reaches the model's outputs: what the model generates is the target video."""
+def video_inputs(outputs: Iterable[Axis]) -> Targets:
+    """The inputs whose grid reaches the model's outputs: what the model generates is the target video."""
     axes: dict[str, set[int]] = {}
     strides: dict[tuple[str, int], set[Size]] = {}
     for axis in outputs:
@@ -95,7 +99,7 @@ def video_inputs(outputs: Iterable[Axis]) -> frozenset[str]:
                     axes.setdefault(digit.source.place, set()).add(digit.source.axis)
                     strides.setdefault((digit.source.place, digit.source.axis), set()).add(digit.stride)
     packed = {place for (place, _), digits in strides.items() if len(digits) >= 3}
-    return frozenset(packed.union(place for place, reached in axes.items() if len(reached) >= 3))
+    return {place: frozenset(reached) for place, reached in sorted(axes.items()) if place in packed or len(reached) >= 3}
 
 
 def grid_places(tokens: Axis) -> frozenset[str]:
@@ -108,16 +112,16 @@ def grid_places(tokens: Axis) -> frozenset[str]:
     return frozenset(found)
 
 
-def token_layout(tokens: Axis, batch: Axis, targets: frozenset[str], contradictions: Mapping[str, str] = _NONE) -> TokenLayout:
+def token_layout(tokens: Axis, batch: Axis, targets: Targets, contradictions: Mapping[str, str] = _NONE) -> TokenLayout:
     """Reads the layout of a token axis.
 
-    ``targets`` are the places of the inputs that hold the generated video; ``contradictions`` those of packed inputs whose grid is not
+    ``targets`` are the inputs that hold the generated video; ``contradictions`` those of packed inputs whose grid is not
     agreed on, with what is said of it.
     """
     along_video = any(d.source.kind == INPUT and d.source.rank >= 4 and d.source.axis > 0 for f in leaves(batch) for d in f.digits)
-    along = sorted(origins([tokens]) & targets)
+    along = sorted(origins([tokens]) & targets.keys())
     if all(in_order(tokens, place) for place in along):
-        seen = [_segments(narrowed(tokens, place), frozenset((place,)), contradictions) for place in along]
+        seen = [_segments(narrowed(tokens, place), {place: targets[place]}, contradictions) for place in along]
         videos = [segments for segments in seen if any(segment.kind == VIDEO for segment in segments)]
         if videos:
             sources = frozenset[Source]().union(*(s.grid.frame_sources for some in videos for s in some if s.grid and s.kind == VIDEO))
@@ -131,7 +135,7 @@ def _running_along(segment: Segment, sources: frozenset[Source]) -> Segment:
     return dataclasses.replace(segment, grid=dataclasses.replace(segment.grid, frame_sources=sources))
 
 
-def _segments(tokens: Axis, targets: frozenset[str], contradictions: Mapping[str, str]) -> list[Segment]:
+def _segments(tokens: Axis, targets: Targets, contradictions: Mapping[str, str]) -> list[Segment]:
     segments: list[Segment] = []
     for part in _parts(tokens):
         segment = _segment(part, targets, contradictions)
@@ -151,7 +155,7 @@ def _parts(tokens: Axis) -> list[Axis]:
     return [tokens]
 
 
-def _segment(axis: Axis, targets: frozenset[str], contradictions: Mapping[str, str]) -> Segment:
+def _segment(axis: Axis, targets: Targets, contradictions: Mapping[str, str]) -> Segment:
     size = axis_size(axis)
     factors = [factor for factor in axis if isinstance(factor, Factor)]
     digits = sorted((digit for factor in leaves(axis) for digit in factor.digits), key=lambda d: (d.source.place, d.source.axis))
@@ -161,8 +165,12 @@ def _segment(axis: Axis, targets: frozenset[str], contradictions: Mapping[str, s
     disputed = next((contradictions[place] for place in sorted(counted) if place in contradictions), "")
     if disputed:
         return Segment(CONTRADICTED, size, name, lost_at=disputed)
-    if lost is not None and targets and lost.origins and not counted & targets:
+    if lost is not None and targets and lost.origins and not counted & targets.keys():
         return Segment(OTHER, size, name if name != "tokens" else lost.name)  # in whatever order, it does not count the video
+    if lost is not None and len(factors) == len(axis):
+        found = _frames_in_order(factors, targets)
+        if found is not None:
+            return found
     if lost is not None:
         return Segment(UNKNOWN, size, lost.name, lost_at=lost.place)
     if len(factors) < len(axis):
@@ -179,6 +187,32 @@ def _segment(axis: Axis, targets: frozenset[str], contradictions: Mapping[str, s
         if all(own) and source.rank >= (4 if len(axes) >= 3 else 5):
             return Segment(SCRAMBLED if len(axes) >= 3 else IMAGE, size, source.name)
     return Segment(OTHER, size, name)
+
+
+def _frames_in_order(factors: list[Factor], targets: Targets) -> Segment | None:
+    """The video where the order of places inside its frames was lost, and nothing else."""
+    factors = [factor for factor in factors if not same(factor.size, 1)]
+    if len(factors) < 2 or LOST in factors[0].kinds:
+        return None
+    for place, axes in targets.items():
+        frame = [digit for digit in factors[0].digits if digit.source.place == place]
+        inside = {digit.source.axis for factor in factors[1:] for digit in factor.digits if digit.source.place == place}
+        if len(frame) != 1 or not all(place in origins([(factor,)]) for factor in factors[1:]):
+            continue
+        if _side_by_side(sorted(axes)) and frame[0].source.axis == min(axes) not in inside and _is_whole(frame[0]):
+            size = axis_size(tuple(factors[1:]))
+            grid = Grid(frozenset((frame[0].source,)), frame[0].size, size, (frame[0].size, size))
+            return Segment(VIDEO, axis_size(tuple(factors)), frame[0].source.name, grid)
+    return None
+
+
+def _side_by_side(axes: list[int]) -> bool:
+    """Whether three axes of a latent can be frames, rows and columns: at most the channels lie between."""
+    return len(axes) == 3 and axes[0] >= 1 and axes[2] - axes[1] == 1 and axes[1] - axes[0] <= 2
+
+
+def _is_whole(digit: Digit) -> bool:
+    return same(digit.start, 0) and same(digit.size * digit.stride, digit.source.size)
 
 
 def _places(factors: list[Factor]) -> list[str]:
@@ -205,13 +239,9 @@ def _latent_grid(factors: list[Factor], own: list[Digit]) -> Grid | None:
     The frame axis comes first in the sequence, whole and in order; inside a frame any order of places will do.
     """
     axes = sorted({digit.source.axis for digit in own})
-    if len(axes) != 3:
-        return None
     frame = own[0]
-    side_by_side = axes[2] - axes[1] == 1 and axes[1] - axes[0] <= 2  # at most the channels lie between
     alone = sum(digit.source.axis == axes[0] for digit in own) == 1
-    whole = same(frame.start, 0) and same(frame.size * frame.stride, frame.source.size)
-    if not (side_by_side and axes[0] >= 1 and frame.source.axis == axes[0] and alone and whole):
+    if not (_side_by_side(axes) and frame.source.axis == axes[0] and alone and _is_whole(frame)):
         return None
     return _grid(factors)
 

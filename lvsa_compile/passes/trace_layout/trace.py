@@ -50,7 +50,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
     if not targets:  # the way to the outputs was lost; where one video alone is attended, it is the one
         shown = [grid_places(axes[-2]) for pair in pairs.values() for axes in pair]
         candidates = frozenset[str]().union(*shown)
-        targets = candidates if len(candidates) == 1 else frozenset()
+        targets = dict.fromkeys(candidates, frozenset[int]()) if len(candidates) == 1 else {}
     layouts = {
         node: (
             token_layout(query[-2], _outside_tokens(query), targets, contradictions),

@@ -1,0 +1,85 @@
+"""Random video DiTs against ground truth by construction: not one wrong rewrite, and a dense video site needs a true reason.
+
+``make test`` draws a small fixed sample; ``make fuzz`` draws FUZZ=500 new ones.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from random_dits import PATTERN, RandomDiT, Recipe, inputs_of, recipes
+from tiny_models import randomise
+
+import lvsa_compile
+
+MODELS = int(os.environ.get("FUZZ", "0"))
+seen: collections.Counter[str] = collections.Counter()
+SPARSE_OR_WHY = {  # reasons a site over the target video may be left dense for, and when they are true
+    "no_grid": lambda r: r.packed and not shows_grid(r),
+    "not_video": lambda r: r.packed and not shows_grid(r),
+    "form_not_rewritten": lambda r: r.mask == "outer product" and r.form in ("matmul", "einsum", "bmm", "baddbmm"),
+}
+
+
+def shows_grid(recipe: Recipe) -> bool:
+    """Whether anything in a packed model tells its grid."""
+    rope = recipe.rope != "none" and WIDE(recipe) and recipe.form != "multihead"
+    counts = rope and recipe.rope != "input" and recipe.latent != "packed coordinates"
+    return recipe.latent == "packed ints" or counts or (rope and recipe.latent == "packed coordinates") or recipe.modulation == "per frame"
+
+
+def WIDE(recipe: Recipe) -> bool:
+    return 12 // recipe.heads >= 2
+
+
+def flat(output) -> torch.Tensor:
+    return torch.cat([t.flatten() for t in (output if isinstance(output, list) else [output])])
+
+
+def check(recipe: Recipe) -> None:
+    torch._dynamo.reset()
+    model, inputs = randomise(RandomDiT(recipe), recipe.seed), inputs_of(recipe)
+    compiled = torch.compile(model, backend="lvsa", options={**PATTERN, "inner": "eager"})
+    with torch.no_grad():
+        for step in range(2):
+            arguments = (inputs[0], inputs[1] - 50 * step, *inputs[2:])
+            output = flat(compiled(*arguments))
+            sites = lvsa_compile.reports()[-1].sites
+            model.sparse, model.step = [site.decision == "sparse" for site in sites], step
+            answer = flat(model(*arguments))
+            truths, model.sparse = model.calls, None
+            assert len(truths) == len(sites), (len(truths), sites)
+            for truth, site in zip(truths, sites, strict=True):
+                assert truth.layout is not None or site.decision != "sparse", f"rewritten though no video: {site}"
+                if truth.layout is not None and site.decision != "sparse":
+                    seen[f"dense: {site.reason}"] += 1
+                    why = SPARSE_OR_WHY.get(site.reason, lambda r: False)
+                    assert why(recipe), f"left dense for no true reason: {site}"
+                else:
+                    seen[site.decision if truth.layout else f"decoy: {site.reason}"] += 1
+            error = float((output - answer).abs().max()) / float(answer.abs().max())
+            assert error < 5e-5, f"wrong at step {step}: {error:.1e} {[str(site) for site in sites]}"
+
+
+@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(recipes)
+def test_a_sample_of_random_models(recipe):
+    check(recipe)
+
+
+@pytest.mark.skipif(not MODELS, reason="make fuzz runs it")
+@settings(max_examples=max(MODELS, 1), deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(recipes)
+def test_random_models(recipe):
+    check(recipe)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tell():
+    yield
+    if MODELS:
+        print("\n" + "\n".join(f"{count:6d}  {what}" for what, count in seen.most_common()))
