@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test fuzz lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/wan_long_video.py
 
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest
+
+# Random video DiTs against ground truth, as many as FUZZ says.
+FUZZ ?= 500
+fuzz: $(VENV)/test
+	FUZZ=$(FUZZ) $(BIN)/python -m pytest -s tests/test_fuzz.py
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

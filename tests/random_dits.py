@@ -274,10 +274,7 @@ class RandomDiT(nn.Module):
 
     def forward(self, latents, timestep, text, valid, condition, table, ids, grid):
         r = self.recipe
-        if self.sparse is not None or not torch.compiler.is_compiling():
-            self.calls = []
-        else:
-            self.calls = []
+        self.calls = []
         video, text = self.tokens_of(latents), self.text(text)
         frequencies = torch.arange(4) * 0.2
         angles = timestep.float()[..., None] * frequencies
@@ -382,5 +379,5 @@ def inputs_of(recipe: Recipe) -> tuple:
     length = frames * rows * columns
     ids = torch.stack(torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij"), -1).flatten(0, 2)
     valid = (torch.arange(5) < 3).expand(recipe.batch, -1).contiguous()
-    return (latents, torch.full((recipe.batch,), 700.0), randn(recipe.batch, 5, 8), valid, randn(recipe.batch, 7, 16), randn(length, 6), ids,
-            recipe.grid)  # fmt: skip
+    text, condition, table = randn(recipe.batch, 5, 8), randn(recipe.batch, 7, 16), randn(length, 6)
+    return latents, torch.full((recipe.batch,), 700.0), text, valid, condition, table, ids, recipe.grid

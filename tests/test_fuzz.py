@@ -21,6 +21,7 @@ seen: collections.Counter[str] = collections.Counter()
 SPARSE_OR_WHY = {  # reasons a site over the target video may be left dense for, and when they are true
     "no_grid": lambda r: r.packed and not shows_grid(r),
     "not_video": lambda r: r.packed and not shows_grid(r),
+    "layout_unknown": lambda r: r.packed and r.decoy == "flipped rows",
     "form_not_rewritten": lambda r: r.mask == "outer product" and r.form in ("matmul", "einsum", "bmm", "baddbmm"),
 }
 
@@ -29,7 +30,7 @@ def shows_grid(recipe: Recipe) -> bool:
     """Whether anything in a packed model tells its grid."""
     rope = recipe.rope != "none" and WIDE(recipe) and recipe.form != "multihead"
     counts = rope and recipe.rope != "input" and recipe.latent != "packed coordinates"
-    return recipe.latent == "packed ints" or counts or (rope and recipe.latent == "packed coordinates") or recipe.modulation == "per frame"
+    return recipe.latent == "packed ints" or counts or (rope and recipe.latent == "packed coordinates")
 
 
 def WIDE(recipe: Recipe) -> bool:

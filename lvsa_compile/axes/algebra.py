@@ -269,19 +269,6 @@ def _join_slices(a: Axis, b: Axis) -> Axis | None:
     return (Factor(size, digits), *a[1:]) if digits and inputs[0] == inputs[1] == inputs[2] else None
 
 
-def narrowed(axis: Axis, place: str) -> Axis:
-    """The axis as the input at ``place`` alone shows it, where it shows it: other inputs are forgotten, so that its slices join."""
-    result: list[Factor | Concat] = []
-    for factor in axis:
-        if isinstance(factor, Concat):
-            result.extend(concat([narrowed(part, place) for part in factor.parts]))
-            continue
-        own = frozenset(digit for digit in factor.digits if digit.source.place == place and digit.source.kind == INPUT)
-        kept = own | frozenset(digit for digit in factor.digits if digit.source.kind in (ARANGE, LOST))
-        result.append(Factor(factor.size, kept) if own else factor)
-    return tuple(result)
-
-
 def combine(a: Axis, b: Axis) -> Axis:
     """The axis of an elementwise result: what both operands know of it."""
     if a == b or not b:
@@ -362,25 +349,6 @@ def _combine_along(parts: tuple[Axis, ...], whole: Axis) -> Axis:
         combined.append(part if piece is None else combine(part, piece))
         offset = end
     return concat(combined)
-
-
-def in_order(axis: Axis, place: str) -> bool:
-    """Whether no concatenation along the axis has slices of the input at ``place`` in another order than the input has them."""
-    last: dict[tuple[Source, Size], Size] = {}
-    for factor in axis:
-        for part in factor.parts if isinstance(factor, Concat) else ():
-            if not in_order(part, place):
-                return False
-            for digit in part[0].digits if part and isinstance(part[0], Factor) else ():
-                key = (digit.source, digit.stride)
-                if digit.source.place == place and key in last and not _grows(last[key], digit.start):
-                    return False
-                last[key] = digit.start + digit.size
-    return True
-
-
-def _grows(end: Size, start: Size) -> bool:
-    return bool(sympy.sympify(start - end).is_nonnegative)
 
 
 _RANK = {LOST: 5, INPUT: 4, ARANGE: 3, PARAMETER: 2, CREATED: 1, BROADCAST: 0}

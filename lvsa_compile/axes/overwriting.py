@@ -97,7 +97,7 @@ def runs_of(positions: Array | None, size: Size, most: int = 1024) -> list[Run] 
 def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:
     """What holds for an axis of which one part has the axis ``old`` and another the axis ``new``.
 
-    Both must know the same of the inputs; counts that one of them was met with are evidence of what the axis is for both.
+    Both must run along something in common; what else one of them was met with is then evidence of what the axis is for both.
     """
     if old == new or not _informed(new):
         return old
@@ -108,11 +108,8 @@ def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:
         return new
     aligned = align(old, new) or []
     pairs = [(f, g) for f, g in aligned if isinstance(f, Factor) and isinstance(g, Factor)]
-    shared = [f.digits & g.digits for f, g in pairs]
-    if not pairs or len(pairs) < len(aligned) or not all(shared):
-        return lost
-    counts = [frozenset(d for d in f.digits | g.digits if d.source.kind == ARANGE) for f, g in pairs]
-    return merge_factors(tuple(Factor(f.size, digits | more) for (f, _), digits, more in zip(pairs, shared, counts, strict=True)))
+    shared = bool(pairs) and len(pairs) == len(aligned) and all(f.digits & g.digits for f, g in pairs)
+    return merge_factors(combine(old, new)) if shared else lost
 
 
 def _informed(axis: Axis) -> bool:

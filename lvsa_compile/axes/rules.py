@@ -28,12 +28,24 @@ from lvsa_compile.axes.algebra import (
     quotient,
     same,
     slice_axis,
-    split_axis,
 )
 from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, with_axis
 from lvsa_compile.axes.overwriting import lost_axes, overwritten, runs_of
+from lvsa_compile.axes.patch_rules import columns_to_image, convolution, image_to_columns, pixel_shuffle, pool, unfold
 from lvsa_compile.axes.values import Array
-from lvsa_compile.axes.view_rules import expand, matrix_transpose, permute, select, slice_, split, transpose, unbind, view
+from lvsa_compile.axes.view_rules import (
+    expand,
+    matrix_transpose,
+    permute,
+    select,
+    slice_,
+    slice_bounds,
+    split,
+    transpose,
+    unbind,
+    view,
+    with_place_apart,
+)
 from lvsa_compile.compat import size_expression
 
 # --- elementwise, copies, creation ---------------------------------------------------------------------------------------------
@@ -100,8 +112,9 @@ def reduction(call: Call) -> Sequence[Axes] | None:
 
 
 def matrix_product(call: Call) -> Sequence[Axes]:
-    """``mm`` and ``addmm``: rows of the first factor, columns of the second."""
-    a, b = (call.axes_of(t) for t in call.args[-2:]) if call.op != "addmm" else (call.input(1), call.input(2))
+    """``mm``, ``addmm`` and their kin in lower precision: rows of the first factor, columns of the second."""
+    first = 1 if call.op == "addmm" else 0
+    a, b = call.input(first), call.input(first + 1)
     return [(a[0], b[1])]
 
 
@@ -129,28 +142,6 @@ def matmul(call: Call) -> Sequence[Axes] | None:
         return None
     rank = call.outputs[0].dim()
     return [(*broadcast_axes([a[:-2], b[:-2]], rank - 2), a[-2], b[-1])]
-
-
-def convolution(call: Call) -> Sequence[Axes]:
-    """Batch kept, channels new; a spatial axis keeps its order: whole at stride 1, its outer digit where patches tile it."""
-    axes, weight = call.input(), call.input(1)
-    stride, transposed = call.arg(3, "stride"), call.arg(6, "transposed", False)
-    sizes = sizes_of(call.outputs[0])
-    strides = [stride[min(i, len(stride) - 1)] for i in range(len(axes) - 2)]
-    spatial: list[Axis] = []
-    for i, axis in enumerate(axes[2:], start=2):
-        step = strides[i - 2]
-        kept = None
-        if transposed:
-            grown = quotient(sizes[i], axis_size(axis))
-            kept = None if grown is None or not same(grown, step) else (*axis, *call.new_axis(grown, CREATED, i))
-        else:
-            whole = slice_axis(axis, 0, sizes[i] * step)
-            halves = None if whole is None else split_axis(whole, sizes[i])
-            kept = axis if same(axis_size(axis), sizes[i]) else None if halves is None else halves[0]
-        spatial.append(call.new_axis(sizes[i], axis=i) if kept is None else kept)
-    channels = weight[1] if transposed else weight[0]
-    return [(axes[0], channels if same(axis_size(channels), sizes[1]) else call.new_axis(sizes[1], axis=1), *spatial)]
 
 
 def attention(call: Call) -> Sequence[Axes]:
@@ -199,7 +190,7 @@ def _common(axes: Sequence[Axis]) -> Axis:
 
 
 def pad(call: Call) -> Sequence[Axes]:
-    """Constant padding before and after some of the last axes."""
+    """Padding before and after some of the last axes."""
     axes = list(call.input())
     amounts = [size_expression(n) for n in call.arg(1, "pad")]
     for i in range(len(amounts) // 2):
@@ -299,6 +290,24 @@ def scatter(call: Call) -> Sequence[Axes] | None:
     return _placed(call, dim, positions, source, call.op == "scatter_add")
 
 
+def slice_scatter(call: Call) -> Sequence[Axes] | None:
+    """``slice_scatter`` and ``select_scatter``: a part of an axis takes another tensor."""
+    before, new = call.input(), call.input(1)
+    dim = axis_index(call.arg(2, "dim", 0), len(before))
+    size = axis_size(before[dim])
+    if call.op == "select_scatter":
+        if not isinstance(call.arg(3, "index"), int) or not isinstance(size, int):
+            return None
+        low = call.arg(3, "index") % size
+        high, new = low + 1, with_place_apart(new, dim)
+    elif call.arg(5, "step", 1) == 1:
+        low, high = slice_bounds(size, call.arg(3, "start"), call.arg(4, "end"))
+    else:
+        return None
+    lost = lost_axes(call.op, call.place, sizes_of(call.outputs[0]), (*before, *new))
+    return [overwritten(before, new, dim, [(low, high)], lost)]
+
+
 def _placed(call: Call, dim: int, positions: Array | None, source: Tensor, added: bool) -> Sequence[Axes] | None:
     before, new = call.input(), call.axes_of(source)
     new = (*(() for _ in range(len(before) - len(new))), *new)
@@ -310,9 +319,10 @@ def _placed(call: Call, dim: int, positions: Array | None, source: Tensor, added
 
 
 def reordered(call: Call) -> Sequence[Axes]:
-    """``flip``, ``roll``, ``sort`` along some axes: those lose their order, the others keep it."""
+    """``flip``, ``roll``, ``sort``, ``gather`` along some axes: those lose their order, the others keep it."""
     axes = call.input()
-    dims = call.arg(2, "dims") if call.op == "roll" else call.arg(1, "dims", call.arg(1, "dim", -1))
+    place = 2 if call.op in ("roll", "topk") else 1
+    dims = call.arg(place, "dims", call.arg(place, "dim", -1))
     moved = {axis_index(dim, len(axes)) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])} or set(range(len(axes)))
     sizes = sizes_of(call.outputs[0])
     return [tuple(call.new_axis(sizes[i], axis=i, of=axis) if i in moved else axis for i, axis in enumerate(axes))] * len(call.outputs)
@@ -326,7 +336,7 @@ def _table(*groups: tuple[Rule, str]) -> dict[str, Rule]:
 
 
 RULES: dict[str, Rule] = _table(
-    (pointwise, "masked_fill"),
+    (pointwise, "masked_fill polar complex hardswish _prelu_kernel log_sigmoid_forward floor_divide"),
     (view, "view _unsafe_view reshape _reshape_alias squeeze unsqueeze"),
     (expand, "expand"),
     (permute, "permute"),
@@ -339,7 +349,8 @@ RULES: dict[str, Rule] = _table(
     (
         unchanged,
         "clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy native_layer_norm native_group_norm native_batch_norm"
-        " _fused_rms_norm rms_norm _softmax _log_softmax _safe_softmax cumsum native_dropout triu tril",
+        " _fused_rms_norm rms_norm _softmax _log_softmax _safe_softmax cumsum native_dropout triu tril"
+        " cumprod renorm bernoulli bucketize _conj _neg_view",
     ),
     (
         created,
@@ -350,12 +361,17 @@ RULES: dict[str, Rule] = _table(
     (view_as_complex, "view_as_complex"),
     (view_as_real, "view_as_real"),
     (reduction, "sum mean amax amin var var_mean std std_mean any all prod argmax argmin logsumexp linalg_vector_norm norm max min"),
-    (matrix_product, "mm addmm"),
+    (matrix_product, "mm addmm _int_mm _scaled_mm"),
     (batched_product, "bmm baddbmm"),
     (matrix_vector, "mv addmv"),
     (linear, "linear"),
     (matmul, "matmul"),
     (convolution, "convolution"),
+    (pool, "avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices"),
+    (pixel_shuffle, "pixel_shuffle pixel_unshuffle"),
+    (unfold, "unfold"),
+    (image_to_columns, "im2col"),
+    (columns_to_image, "col2im"),
     (
         attention,
         "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"
@@ -364,13 +380,14 @@ RULES: dict[str, Rule] = _table(
     ),
     (cat, "cat"),
     (stack, "stack"),
-    (pad, "constant_pad_nd"),
+    (pad, "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d"),
     (repeat, "repeat"),
     (gather_rows, "index_select embedding"),
     (index, "index _unsafe_index"),
     (index_put, "index_put"),
     (index_copy, "index_copy index_add"),
     (scatter, "scatter scatter_add"),
-    (reordered, "flip roll sort"),
+    (reordered, "flip roll sort topk gather"),
+    (slice_scatter, "slice_scatter select_scatter"),
 )
 """Rule by op name.  Ops with torch's ``pointwise`` tag need no entry; the in-place twin of an op needs none either."""

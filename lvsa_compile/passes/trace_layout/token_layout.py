@@ -7,23 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from lvsa_compile.axes.algebra import (
-    ARANGE,
-    INPUT,
-    LOST,
-    Axis,
-    Concat,
-    Digit,
-    Factor,
-    Size,
-    Source,
-    axis_size,
-    in_order,
-    leaves,
-    narrowed,
-    origins,
-    same,
-)
+from lvsa_compile.axes.algebra import ARANGE, INPUT, LOST, Axis, Concat, Digit, Factor, Size, Source, axis_size, leaves, origins, same
+from lvsa_compile.axes.inputs import in_order, narrowed
 
 VIDEO, OTHER, CONDITIONING, IMAGE, SCRAMBLED, UNKNOWN, CONTRADICTED = (
     "video", "other", "conditioning", "image", "scrambled", "unknown", "contradicted"
@@ -228,7 +213,7 @@ def _grid_of(factors: list[Factor], place: str) -> Grid | None:
     """The video grid that an input shows along the factors, or None."""
     factors = [factor for factor in factors if not same(factor.size, 1)]
     own = [[d for d in factor.digits if d.source.place == place] for factor in factors]
-    if any(len(digits) != 1 for digits in own):  # none, or two axes of one input at once, which is no grid
+    if not own or any(len(digits) != 1 for digits in own):  # none, or two axes of one input at once, which is no grid
         return None
     return _latent_grid(factors, [digits[0] for digits in own]) or _packed_grid(factors, [digits[0] for digits in own])
 

@@ -1,0 +1,39 @@
+"""An axis as one input shows it, where several inputs run along it."""
+
+from __future__ import annotations
+
+import sympy
+
+from lvsa_compile.axes.algebra import ARANGE, INPUT, LOST, Axis, Concat, Factor, Size, Source, concat
+
+
+def narrowed(axis: Axis, place: str) -> Axis:
+    """The axis as the input at ``place`` alone shows it, where it shows it: other inputs are forgotten, so that its slices join."""
+    result: list[Factor | Concat] = []
+    for factor in axis:
+        if isinstance(factor, Concat):
+            result.extend(concat([narrowed(part, place) for part in factor.parts]))
+            continue
+        own = frozenset(digit for digit in factor.digits if digit.source.place == place and digit.source.kind == INPUT)
+        kept = own | frozenset(digit for digit in factor.digits if digit.source.kind in (ARANGE, LOST))
+        result.append(Factor(factor.size, kept) if own else factor)
+    return tuple(result)
+
+
+def in_order(axis: Axis, place: str) -> bool:
+    """Whether no concatenation along the axis has slices of the input at ``place`` in another order than the input has them."""
+    last: dict[tuple[Source, Size], Size] = {}
+    for factor in axis:
+        for part in factor.parts if isinstance(factor, Concat) else ():
+            if not in_order(part, place):
+                return False
+            for digit in part[0].digits if part and isinstance(part[0], Factor) else ():
+                key = (digit.source, digit.stride)
+                if digit.source.place == place and key in last and not _grows(last[key], digit.start):
+                    return False
+                last[key] = digit.start + digit.size
+    return True
+
+
+def _grows(end: Size, start: Size) -> bool:
+    return bool(sympy.sympify(start - end).is_nonnegative)

@@ -1,0 +1,111 @@
+"""Rules of ops that make patches of rows and columns, or of frames: convolutions, pooling, folding and shuffling of pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lvsa_compile.axes.algebra import CREATED, INPUT, Axis, Concat, Size, axis_size, leaves, quotient, same, slice_axis, split_axis
+from lvsa_compile.axes.call import Axes, Call, axis_index, sizes_of
+
+
+def convolution(call: Call) -> Sequence[Axes]:
+    """Batch kept, channels new; a spatial axis keeps its order: whole at stride 1, its outer digit where patches tile it."""
+    axes, weight = call.input(), call.input(1)
+    stride, transposed = call.arg(3, "stride"), call.arg(6, "transposed", False)
+    sizes = sizes_of(call.outputs[0])
+    strides = [stride[min(i, len(stride) - 1)] for i in range(len(axes) - 2)]
+    spatial: list[Axis] = []
+    for i, axis in enumerate(axes[2:], start=2):
+        step = strides[i - 2]
+        if transposed:
+            grown = quotient(sizes[i], axis_size(axis))
+            kept = None if grown is None or not same(grown, step) else (*axis, *call.new_axis(grown, CREATED, i))
+        else:
+            kept = _under_window(axis, sizes[i], step, axis_size(weight[i]))
+        spatial.append(call.new_axis(sizes[i], axis=i) if kept is None else kept)
+    channels = weight[1] if transposed else weight[0]
+    return [(axes[0], channels if same(axis_size(channels), sizes[1]) else call.new_axis(sizes[1], axis=1), *spatial)]
+
+
+def _under_window(axis: Axis, size: Size, step: Any, window: Size) -> Axis | None:
+    """What the ``size`` places of a window that moves by ``step`` run along, or None.
+
+    A window that moves by one over a padded axis runs along what was padded, wherever in the window its place is.
+    """
+    if same(axis_size(axis), size):
+        return axis
+    if step == 1 and len(axis) == 1 and isinstance(axis[0], Concat) and isinstance(window, int):
+        offset: Size = 0
+        for part in axis[0].parts:
+            if same(axis_size(part), size) and isinstance(offset, int) and offset < window and any(INPUT in f.kinds for f in leaves(part)):
+                return part
+            offset = offset + axis_size(part)
+    whole = slice_axis(axis, 0, size * step)
+    halves = None if whole is None else split_axis(whole, size)
+    return None if halves is None else halves[0]
+
+
+def pool(call: Call) -> Sequence[Axes]:
+    """Pooling: each spatial axis keeps its order where its windows tile it."""
+    axes, sizes = call.input(), sizes_of(call.outputs[0])
+    kept = []
+    for i, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
+        times = quotient(axis_size(axis), size)
+        halves = None if times is None else split_axis(axis, size)
+        kept.append(axis if same(axis_size(axis), size) else call.new_axis(size, axis=i, of=axis) if halves is None else halves[0])
+    return [tuple(kept)] * len(call.outputs)
+
+
+def pixel_shuffle(call: Call) -> Sequence[Axes]:
+    """Channels become places of a finer grid, or the other way round."""
+    axes, sizes = call.input(), sizes_of(call.outputs[0])
+    channels = call.new_axis(sizes[-3], axis=len(axes) - 3)
+    spatial: list[Axis] = []
+    for i in (-2, -1):
+        if call.op == "pixel_shuffle":
+            spatial.append((*axes[i], *call.new_axis(call.arg(1, "upscale_factor"), CREATED, i)))
+        else:
+            halves = split_axis(axes[i], sizes[i])
+            spatial.append(call.new_axis(sizes[i], axis=i, of=axes[i]) if halves is None else halves[0])
+    return [(*axes[:-3], channels, *spatial)]
+
+
+def unfold(call: Call) -> Sequence[Axes] | None:
+    """``x.unfold(dim, size, step)``: windows that tile an axis become an axis of windows and a last axis inside them."""
+    axes = call.input()
+    dim, size, step = axis_index(call.arg(1, "dimension"), len(axes)), call.arg(2, "size"), call.arg(3, "step")
+    windows = sizes_of(call.outputs[0])[dim]
+    whole = slice_axis(axes[dim], 0, windows * step) if size == step else None
+    halves = None if whole is None else split_axis(whole, windows)
+    return None if halves is None else [(*axes[:dim], halves[0], *axes[dim + 1 :], halves[1])]
+
+
+def image_to_columns(call: Call) -> Sequence[Axes] | None:
+    """``F.unfold``: patches that tile an image, ``[B, C, H, W]`` to ``[B, C * patch, rows * columns]``."""
+    axes, patch, stride = call.input(), call.arg(1, "kernel_size"), call.arg(4, "stride")
+    if len(axes) != 4 or list(patch) != list(stride) or any(call.arg(3, "padding")):
+        return None
+    halves = [split_axis(axis, n) for axis, n in zip(axes[2:], _patches(axes[2:], patch), strict=True) if n is not None]
+    rows, columns = (halves[0], halves[1]) if len(halves) == 2 else (None, None)
+    if rows is None or columns is None:
+        return None
+    return [(axes[0], call.new_axis(sizes_of(call.outputs[0])[1], axis=1), (*rows[0], *columns[0]))]
+
+
+def columns_to_image(call: Call) -> Sequence[Axes] | None:
+    """``F.fold``: the way back from ``image_to_columns``."""
+    axes, patch, stride = call.input(), call.arg(2, "kernel_size"), call.arg(5, "stride")
+    sizes = sizes_of(call.outputs[0])
+    if len(axes) != 3 or list(patch) != list(stride) or any(call.arg(4, "padding")):
+        return None
+    rows = quotient(sizes[2], patch[0])
+    halves = None if rows is None else split_axis(axes[2], rows)
+    if halves is None:
+        return None
+    inside = [call.new_axis(n, CREATED, i) for i, n in enumerate(patch)]
+    return [(axes[0], call.new_axis(sizes[1], axis=1), (*halves[0], *inside[0]), (*halves[1], *inside[1]))]
+
+
+def _patches(axes: Axes, patch: Sequence[int]) -> list[Size | None]:
+    return [quotient(axis_size(axis), n) for axis, n in zip(axes, patch, strict=True)]
