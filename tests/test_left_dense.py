@@ -362,6 +362,16 @@ def test_other_forms_of_attention_are_named(model, text):
     assert "scaled_dot_product_attention" in site.remedy
 
 
+def linear_attention(model, tokens, grid, text):
+    q, k, v = (f(tokens).unflatten(-1, (2, -1)).transpose(1, 2) for f in (model.attention.to_q, model.attention.to_k, model.attention.to_v))
+    return tokens + (q.relu() @ (k.relu().transpose(-1, -2) @ v) / 100).transpose(1, 2).flatten(2)
+
+
+def test_linear_attention_is_left_alone():
+    (site,) = explained(block(linear_attention), *dit_inputs())
+    assert (site.reason, site.detail) == ("already_sparse", "linear attention: a product of keys and values with no softmax")
+
+
 def test_a_softmax_that_is_no_attention():
     def gated(model, tokens, grid, text):
         return tokens * model.time(tokens).softmax(-1)

@@ -7,13 +7,13 @@ import dataclasses
 from torch import fx
 
 from lvsa_compile.passes.compilation import Compilation
-from lvsa_compile.patterns import library_ops, multihead, other_forms, own_sparse, sdpa, written_out
+from lvsa_compile.patterns import library_ops, linear_attention, multihead, other_forms, own_sparse, sdpa, written_out
 from lvsa_compile.patterns.masks import parts_of
 from lvsa_compile.patterns.shadow import thread_writes, withdraw
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import INSIDE_SUBGRAPH
 
-FORMS = (sdpa.match, own_sparse.match, written_out.match, multihead.match, library_ops.match, other_forms.match)
+FORMS = (sdpa.match, own_sparse.match, written_out.match, multihead.match, library_ops.match, other_forms.match, linear_attention.match)
 """The forms of attention, tried in order."""
 
 
