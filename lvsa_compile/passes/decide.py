@@ -117,7 +117,7 @@ def _decide(
 
 def _allowed(pairs: Array, query: VideoSpan, key: VideoSpan) -> tuple[tuple[Range, ...], ...] | None:
     """Key ranges a constant mask ``[Sq, Sk]`` leaves each query block; None where the rows of a block differ."""
-    if query.open_ended or key.open_ended or pairs.shape != (query.length, key.length):
+    if query.open_ended or key.open_ended or query.free_start or key.free_start or pairs.shape != (query.length, key.length):
         return None
     found = []
     for start, end in query_blocks(query):
@@ -210,8 +210,10 @@ def _span(layout: TokenLayout, tensor: Tensor, specialised: list[str]) -> VideoS
     assert grid is not None
     before = sum(segment.size for segment in layout.segments[:at])
     after = sum(segment.size for segment in layout.segments[at + 1 :])
-    numbers = []
-    for what, size in (("prefix tokens", before), ("frames", grid.frames), ("tokens per frame", grid.tokens_per_frame)):
+    free_start = not isinstance(before, int) and isinstance(after, int)  # what is before the video is then the length less the rest
+    numbers = [1] if free_start else []
+    fixed = (("prefix tokens", before),)[len(numbers) :]
+    for what, size in (*fixed, ("frames", grid.frames), ("tokens per frame", grid.tokens_per_frame)):
         number = compat.specialise(size, tensor)
         if number is None:
             return None
@@ -220,5 +222,5 @@ def _span(layout: TokenLayout, tensor: Tensor, specialised: list[str]) -> VideoS
         numbers.append(number)
     prefix, frames, tokens_per_frame = numbers
     if isinstance(after, int):
-        return VideoSpan(prefix, frames, tokens_per_frame, after)
+        return VideoSpan(prefix, frames, tokens_per_frame, after, free_start=free_start)
     return VideoSpan(prefix, frames, tokens_per_frame, 0, open_ended=True)  # any number of tokens may follow, so that needs no guard

@@ -17,7 +17,7 @@ from lvsa_compile.lowering.verification import VERIFIED
 from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput, example_value
 from lvsa_compile.passes.trace_layout.mask_form import MaskForm
 from lvsa_compile.patterns.shadow import step_in, withdraw, writes
-from lvsa_compile.sparsity.key_ranges import KeyRangeTable, key_range_table
+from lvsa_compile.sparsity.key_ranges import KeyRangeTable, VideoSpan, key_range_table, slopes
 
 
 def rewrite(compilation: Compilation) -> Compilation:
@@ -62,6 +62,22 @@ class _ExtraInputs:
         """Nodes of ``query_bounds`` and ``key_ranges``."""
         return self._node("query_bounds", table.query_bounds, device), self._node("key_ranges", table.key_ranges, device)
 
+    def moved(self, base: fx.Node, slope: fx.Node, tokens: fx.Node, span: VideoSpan, before: fx.Node) -> fx.Node:
+        """A table for as many prefix tokens as ``tokens`` ``[B, heads, S, d]`` has; made once, before the first site that needs it."""
+        if not span.free_start:
+            return base
+        length = example_value(tokens).shape[2]
+        key = ("moved", base, slope, str(length), span)
+        if key not in self._nodes:
+            graph = self._graph_module.graph
+            with graph.inserting_before(before):
+                size = graph.call_method("size", (tokens, 2))
+                size.meta["example_value"] = length
+                more = graph.call_function(operator.sub, (size, span.length))
+                more.meta["example_value"] = length - span.length
+                self._nodes[key] = _called(graph, torch.add, base, _called(graph, torch.mul, slope, more))
+        return self._nodes[key]
+
     def phase(self, phases: int, dense_steps: int, device: torch.device) -> fx.Node:
         """Node of the phase of all patterns with ``phases`` rows, after ``dense_steps`` dense ones."""
         return self._node("phase", 0, device, phases, dense_steps)
@@ -87,6 +103,10 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
     options = compilation.options
     table = key_range_table(call.pattern, call.query, call.key, options.rotate, options.dense_steps > 0, plan.allowed)
     bounds, ranges = inputs.tables(table, call.device)
+    if call.query.free_start or call.key.free_start:
+        grown = inputs.tables(slopes(call.pattern, call.query, call.key, options.rotate, options.dense_steps > 0), call.device)
+        bounds = inputs.moved(bounds, grown[0], site.query, call.query, node)
+        ranges = inputs.moved(ranges, grown[1], site.key, call.key, node)
     phase = inputs.phase(call.pattern.phases if options.rotate else 1, options.dense_steps, call.device)
     result = example_value(node)
     with node.graph.inserting_before(node):

@@ -6,6 +6,7 @@ are a few contiguous ranges ``[start, end)`` of the key sequence, in tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ class VideoSpan:
     """Where the video lies in a sequence: ``prefix`` tokens, ``frames * tokens_per_frame`` video tokens, ``suffix`` tokens.
 
     ``open_ended`` says that ``suffix`` is only what it is now, or unknown (then 0): the table must do for any number of tokens there.
+    ``free_start`` says the same of ``prefix``: see ``slopes``.
     """
 
     prefix: int
@@ -31,6 +33,7 @@ class VideoSpan:
     tokens_per_frame: int
     suffix: int
     open_ended: bool = False
+    free_start: bool = False
 
     @property
     def length(self) -> int:
@@ -92,6 +95,24 @@ def key_range_table(
     widest = max(len(ranges) for phase in phases for ranges in phase)
     padded = tuple(tuple((*ranges, *((0, 0),) * (widest - len(ranges))) for ranges in phase) for phase in phases)
     return KeyRangeTable(tuple(bounds), padded)
+
+
+def slopes(pattern: FramePattern, query: VideoSpan, key: VideoSpan, rotate: bool = True, dense_row: bool = False) -> KeyRangeTable:
+    """By how much every entry of the table grows when the prefixes with a free start grow by one token; the rest of it is 0.
+
+    Entries are linear in the prefixes: for ``p`` prefix tokens they are those for one token and ``(p - 1)`` times these.
+    """
+
+    def table(tokens: int) -> KeyRangeTable:
+        spans = (dataclasses.replace(span, prefix=tokens) if span.free_start else span for span in (query, key))
+        return key_range_table(pattern, *spans, rotate, dense_row)
+
+    one, two = table(1), table(2)
+    phases = tuple(
+        tuple(tuple((c - a, d - b) for (a, b), (c, d) in zip(x, y, strict=True)) for x, y in zip(of_one, of_two, strict=True))
+        for of_one, of_two in zip(one.key_ranges, two.key_ranges, strict=True)
+    )
+    return KeyRangeTable(tuple(b - a for a, b in zip(one.query_bounds, two.query_bounds, strict=True)), phases)
 
 
 def _token_ranges(frames: list[int], key: VideoSpan) -> tuple[Range, ...]:
