@@ -62,11 +62,11 @@ def lvsa(
     parsed = parse_options(options, mode)
     compilation = _run(PIPELINE, Compilation(compat.copy_graph(graph_module), parsed, example_inputs, compile_id=compat.compile_id()))
     _publish(report_of(compilation), compilation)
+    if compilation.reader is not None:
+        compilation.reader.guard()  # also where all stays dense: other values may be another layout
     if not compilation.sparse and not compilation.masked:
         return _compile_inner(graph_module, example_inputs, parsed, stamp="")
 
-    if compilation.reader is not None:
-        compilation.reader.guard()
     fake_mode = compat.tracing_fake_mode()
     appended = [compat.fake_like(extra.value, fake_mode) for extra in compilation.extra_inputs]
     compiled = _compile_inner(compilation.graph_module, [*example_inputs, *appended], parsed, stamp=_cache_stamp())

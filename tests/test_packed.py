@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import EXACT, randomise
+from tiny_models import EXACT, Attention, randomise
 from torch import nn
 
 import lvsa_compile
@@ -121,6 +121,48 @@ def test_other_coordinates_compile_anew():
         output = compiled(tokens, timestep, ids)
         with oracle.MaskedAttention(oracle.token_mask(12, 9, 0, reference=4, window=1)):
             assert float((output - model(tokens, timestep, ids)).abs().max()) < 1e-4
+
+
+class Scattered(nn.Module):
+    """Text and video placed in one sequence by index tensors, as packed multimodal models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.attention, self.head = nn.Conv3d(4, 16, (1, 2, 2), (1, 2, 2)), Attention(16, 2), nn.Linear(16, 4)
+
+    def forward(self, latents, timestep, text, text_at, video_at):
+        video = self.patch(latents).flatten(2).transpose(1, 2)[0]
+        joint = video.new_zeros(len(video) + len(text), 16)
+        joint[text_at] = text
+        joint[video_at] = video * (1 + timestep / 1000)
+        return self.head(self.attention(joint[None])[0][video_at]).unflatten(0, (9, 3, 4))
+
+
+def test_an_order_given_by_index_values_is_read_and_guarded():
+    model = randomise(Scattered())
+    latents, timestep, text = torch.randn(1, 4, 9, 6, 8), torch.full((1,), 900.0), torch.randn(5, 16)
+    compiled = torch.compile(model, backend="lvsa", options=OPTIONS)
+    first, last, backwards = torch.arange(5), torch.arange(5) + 108, torch.arange(112, 4, -1)
+    cases = [  # where the text is, where the video is, and what must be true of it
+        (first, torch.arange(5, 113), dict(prefix=5)), (last, torch.arange(108), dict(suffix=5)),
+        (first, backwards, "frames_not_contiguous"), (first, torch.arange(5, 113), dict(prefix=5)),
+    ]  # fmt: skip
+    for text_at, video_at, expected in cases:
+        lvsa_compile.reset()
+        inputs = latents, timestep, text, text_at, video_at
+        with torch.no_grad():
+            output = compiled(*inputs)
+            layout = expected if isinstance(expected, dict) else {}
+            mask = oracle.token_mask(9, 12, 0, reference=4, window=1, **layout)
+            mask = mask if isinstance(expected, dict) else torch.ones(113, 113, dtype=torch.bool)
+            with oracle.MaskedAttention(mask) as masked:
+                answer = model(*inputs)
+        assert masked.calls == 1
+        assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max()), expected
+    reasons = [site.reason for report in lvsa_compile.reports() for site in report.sites]
+    assert reasons[0] == reasons[1] == ""
+    assert reasons[2] in ("frames_not_contiguous", "layout_unknown")
+    assert len(reasons) == 3
 
 
 def test_a_guarded_tensor_is_compared_once_until_it_changes():
