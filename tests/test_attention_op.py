@@ -142,3 +142,17 @@ def test_opcheck(name):
     pattern, span = FramePattern(9, 1, 1, 4), VideoSpan(2, 9, 4, 1)
     query, key, value = tensors(1, 2, 1, 39, 16)
     torch.library.opcheck(OPERATORS[name], (query, key, value, *tables(pattern, span), torch.tensor(0, dtype=torch.int32)), {"scale": 0.2})
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_row_without_keys_gives_zero(name):
+    query, key, value = (torch.randn(1, 2, 12, 8) for _ in range(3))
+    bounds = torch.tensor([0, 4, 8, 12], dtype=torch.int32)
+    ranges = torch.tensor([[[[0, 12]], [[0, 0]], [[4, 8]]]], dtype=torch.int32)
+    for _ in range(3):
+        output, log_sum_exp = OPERATORS[name](query, key, value, bounds, ranges, torch.tensor(0, dtype=torch.int32))
+        mask = torch.zeros(12, 12, dtype=torch.bool)
+        mask[:4], mask[8:, 4:8] = True, True
+        answer, answer_lse = oracle.dense(query, key, value, mask)
+        assert torch.allclose(output.double(), answer, atol=1e-5)
+        assert torch.allclose(log_sum_exp.double(), answer_lse, atol=1e-5)

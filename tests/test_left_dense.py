@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
+from tiny_models import EXACT, Attention, VideoDiT, dit_inputs, randomise
 from torch import nn
 
 import lvsa_compile
@@ -377,3 +377,63 @@ def test_a_softmax_that_is_no_attention():
         return tokens * model.time(tokens).softmax(-1)
 
     assert explained(block(gated), *dit_inputs()) == []
+
+
+def foreach_copied(model, tokens, grid, text):
+    buffer = tokens.clone()
+    torch._foreach_copy_([buffer], [tokens.unflatten(1, (grid[0], -1)).flip(1).flatten(1, 2)])
+    return model.attention(buffer)
+
+
+def written_by_out(model, tokens, grid, text):
+    buffer = torch.empty_like(tokens)
+    torch.mul(tokens.flip(1), 2, out=buffer)
+    return model.attention(buffer)
+
+
+def shifted_by_padding(model, tokens, grid, text):
+    return model.attention(F.pad(tokens, (0, 0, 7, -7)))
+
+
+def rolled_by_cat(model, tokens, grid, text):
+    frames = tokens.unflatten(1, (grid[0], -1))
+    rolled = torch.cat([frames[:, 5:], frames[:, :5]], 1)
+    return model.attention((rolled * (1 + frames.mean((2, 3), keepdim=True))).flatten(1, 2))
+
+
+def even_frames_ask_odd_ones(model, tokens, grid, text):
+    even, odd = tokens[:, : 8 * 12].unflatten(1, (4, 2, -1)).unbind(2)
+    out = model.attention(even.flatten(1, 2), odd.flatten(1, 2))
+    return tokens + out.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("function", [foreach_copied, written_by_out, shifted_by_padding, rolled_by_cat, even_frames_ask_odd_ones])
+def test_whatever_moves_frames_is_seen(function):
+    for report in explained(block(function), *dit_inputs(), reference_frames=2):
+        assert report.decision == "dense", report
+
+
+def test_a_video_that_is_only_looked_at_is_not_generated():
+    class Classifier(VideoDiT):
+        def forward(self, latents, timestep, text):
+            tokens = self.patch(latents).flatten(2).transpose(1, 2)
+            return self.time(self.attention(tokens).mean(1))
+
+    (site,) = explained(Classifier(), *dit_inputs())
+    assert site.decision == "dense"
+
+
+def test_channels_are_not_frames():
+    class Channels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attention, self.head = nn.Linear(4, 16), Attention(16, 2), nn.Linear(16, 4)
+
+        def forward(self, image, timestep):
+            b, c, h, w = image.shape
+            tokens = self.embed(image.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(b, -1, 4))
+            out = self.head(self.attention(tokens)).reshape(b, c, h // 2, w // 2, 2, 2)
+            return out.permute(0, 1, 2, 4, 3, 5).reshape(b, c, h, w)
+
+    (site,) = explained(Channels(), torch.randn(1, 9, 6, 8), torch.ones(1))
+    assert site.decision == "dense"

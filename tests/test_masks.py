@@ -215,6 +215,34 @@ def test_masks_inside_frames_stay_dense(make, detail):
     assert (site.decision, site.reason, site.detail) == ("dense", "mask_not_expressible", detail)
 
 
+@pytest.mark.parametrize("fill", [float("-inf"), -1e4, torch.finfo(torch.float32).min])
+def test_a_mask_that_leaves_queries_without_keys_stays_dense(fill):
+    def block(model, tokens, grid, text):
+        last = torch.arange(108) >= 96
+        return model.attention(tokens, attn_mask=torch.zeros(108, 108).masked_fill(last[:, None] | last[None], fill))
+
+    model, inputs = randomise(VideoDiT(block)), dit_inputs()
+    with torch.no_grad():
+        output = torch.compile(model, backend="lvsa", options=OPTIONS)(*inputs)
+        assert torch.equal(output.nan_to_num(), model(*inputs).nan_to_num())
+    (site,) = lvsa_compile.reports()[0].sites
+    assert site.detail == "pattern and mask together leave a query without keys"
+
+
+def test_a_mask_of_symbolic_size_is_no_crash():
+    model = randomise(Padded(outer))
+    compiled = torch.compile(model, backend="lvsa", options=OPTIONS)
+    with torch.no_grad():
+        for text in (7, 9, 12):
+            inputs = (*dit_inputs(batch=2, text=text), (torch.arange(108 + text) < 108 + 5).expand(2, -1))
+            output = compiled(*inputs)
+            sparse = lvsa_compile.reports()[-1].sites[0].decision == "sparse"
+            keep = oracle.token_mask(9, 12, 0, suffix=text, reference=4, window=1) if sparse else torch.ones(108 + text, 108 + text).bool()
+            answer = with_masks(model, inputs, keep & outer(inputs[3]))
+            assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max())
+            lvsa_compile.reset()
+
+
 def test_a_mask_that_the_latents_decide_stays_dense():
     def block(model, tokens, grid, text):
         energy = tokens.square().mean(-1)

@@ -12,6 +12,7 @@ from tiny_models import EXACT, Attention, randomise
 from torch import nn
 
 import lvsa_compile
+from lvsa_compile.passes.trace_layout import reading
 from lvsa_compile.passes.trace_layout.packed import stretches_of
 from lvsa_compile.passes.trace_layout.reading import SameValue
 
@@ -165,7 +166,16 @@ def test_an_order_given_by_index_values_is_read_and_guarded():
     assert len(reasons) == 3
 
 
-def test_a_guarded_tensor_is_compared_once_until_it_changes():
+def test_writes_that_torch_does_not_count_are_seen():
+    same, tensor = SameValue(torch.arange(6)), torch.arange(6)
+    assert same(tensor)
+    tensor.data.copy_(torch.arange(6).flip(0))
+    assert not same(tensor)
+
+
+def test_a_guarded_tensor_is_compared_once_until_it_changes(monkeypatch):
+    monkeypatch.setattr(reading, "_waits", lambda tensor: True)
+
     class Counting(SameValue):
         compared = 0
 

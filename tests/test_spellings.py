@@ -46,6 +46,21 @@ def registers(model, tokens, grid, text):
     return model.attention(torch.cat([tokens, tokens.new_zeros(tokens.shape[0], 3, tokens.shape[2])], 1))[:, : tokens.shape[1]]
 
 
+def text_cut_off_by_padding(model, tokens, grid, text):
+    return model.attention(F.pad(torch.cat([text, tokens], 1), (0, 0, -7, 7)))[:, : tokens.shape[1]]
+
+
+def normalised(model, tokens, grid, text):
+    q, k, v = (f(tokens).unflatten(-1, (2, -1)).transpose(1, 2) for f in (model.attention.to_q, model.attention.to_k, model.attention.to_v))
+    return tokens + F.scaled_dot_product_attention(F.normalize(q, dim=-1) * 4, F.normalize(k, dim=-1) * 4, v).transpose(1, 2).flatten(2)
+
+
+def first_frame_scaled_apart(model, tokens, grid, text):
+    angles = torch.arange(grid[0])[:, None, None] + torch.arange(grid[1])[:, None] + torch.arange(grid[2])
+    tokens = tokens * angles.flatten()[:, None].cos()
+    return tokens + model.attention(torch.cat([tokens[:, :12] * 0.5, tokens[:, 12:]], 1))
+
+
 def rearranged(model, tokens, grid, text):
     q, k, v = (
         einops.rearrange(f(tokens), "b n (h d) -> b h n d", h=2) for f in (model.attention.to_q, model.attention.to_k, model.attention.to_v)
@@ -73,7 +88,7 @@ def query_with_control(model, tokens, grid, text):
 @pytest.mark.parametrize(
     ("function", "layout"),
     [
-        (None, {}), (first_frame_apart, {}), (first_frame_written, {}), (joint, {"prefix": 7}), (registers, {"suffix": 3}),
+        (None, {}), (first_frame_apart, {}), (first_frame_written, {}), (joint, {"prefix": 7}), (registers, {"suffix": 3}), (text_cut_off_by_padding, {"suffix": 7}), (normalised, {}), (first_frame_scaled_apart, {}),
         (rearranged, {}), (rope_in_place, {}),
     ],
 )  # fmt: skip

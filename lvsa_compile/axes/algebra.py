@@ -204,7 +204,7 @@ def slice_axis(axis: Axis, start: Size, stop: Size) -> Axis | None:
     if low is None or high is None:
         return None
     if isinstance(first, Factor):
-        if same(high, low + 1) and first.kinds != {INPUT}:
+        if same(high, low + 1) and INPUT not in first.kinds:
             return rest  # a place of an input's axis is kept, so that slices can be joined again; others only stand in the way
         digits = frozenset(Digit(d.source, high - low, d.stride, d.start + low) for d in first.digits)
         return (Factor(high - low, digits), *rest)
@@ -265,7 +265,7 @@ def _join_slices(a: Axis, b: Axis) -> Axis | None:
         for y in b[0].digits
         if x.source == y.source and x.source.kind != BROADCAST and same(x.stride, y.stride) and same(x.start + x.size, y.start)
     )
-    inputs = [{d.source for d in some if d.source.kind == INPUT} for some in (a[0].digits, b[0].digits, digits)]
+    inputs = [sum(d.source.kind == INPUT for d in some) for some in (a[0].digits, b[0].digits, digits)]
     return (Factor(size, digits), *a[1:]) if digits and inputs[0] == inputs[1] == inputs[2] else None
 
 

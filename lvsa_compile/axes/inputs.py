@@ -27,9 +27,12 @@ def in_order(axis: Axis, place: str) -> bool:
         for part in factor.parts if isinstance(factor, Concat) else ():
             if not in_order(part, place):
                 return False
-            for digit in part[0].digits if part and isinstance(part[0], Factor) else ():
-                key = (digit.source, digit.stride)
-                if digit.source.place == place and key in last and not _grows(last[key], digit.start):
+            here = [d for d in part[0].digits if d.source.place == place] if part and isinstance(part[0], Factor) else []
+            keys = [(digit.source, digit.stride) for digit in here]
+            if len(set(keys)) < len(keys):  # two slices of one axis at once
+                return False
+            for digit, key in zip(here, keys, strict=True):
+                if key in last and not _grows(last[key], digit.start):
                     return False
                 last[key] = digit.start + digit.size
     return True

@@ -99,12 +99,12 @@ def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:
 
     Both must run along something in common; what else one of them was met with is then evidence of what the axis is for both.
     """
-    if old == new or not _informed(new):
+    if old == new or not informed(new):
         return old
     old, new = (tuple(factor for factor in axis if not same(factor.size, 1)) for axis in (old, new))  # places that parts were taken at
     if old == new:
         return old
-    if not _informed(old):
+    if not informed(old):
         return new
     aligned = align(old, new) or []
     pairs = [(f, g) for f, g in aligned if isinstance(f, Factor) and isinstance(g, Factor)]
@@ -112,6 +112,6 @@ def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:
     return merge_factors(combine(old, new)) if shared else lost
 
 
-def _informed(axis: Axis) -> bool:
+def informed(axis: Axis) -> bool:
     """Whether an axis says anything about inputs or counts."""
     return any(factor.kinds & {INPUT, ARANGE, LOST} for factor in leaves(axis))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lvsa_compile.axes.algebra import CREATED, INPUT, Axis, Concat, Size, axis_size, leaves, quotient, same, slice_axis, split_axis
+from lvsa_compile.axes.algebra import CREATED, INPUT, Axis, Concat, Size, axis_size, concat, leaves, quotient, same, slice_axis, split_axis
 from lvsa_compile.axes.call import Axes, Call, axis_index, sizes_of
+from lvsa_compile.compat import size_expression
 
 
 def convolution(call: Call) -> Sequence[Axes]:
@@ -44,6 +45,24 @@ def _under_window(axis: Axis, size: Size, step: Any, window: Size) -> Axis | Non
     whole = slice_axis(axis, 0, size * step)
     halves = None if whole is None else split_axis(whole, size)
     return None if halves is None else halves[0]
+
+
+def pad(call: Call) -> Sequence[Axes]:
+    """Padding before and after some of the last axes; a negative amount cuts."""
+    axes = list(call.input())
+    amounts = [size_expression(n) for n in call.arg(1, "pad")]
+    sizes = sizes_of(call.outputs[0])
+    for i in range(len(amounts) // 2):
+        dim, (before, after) = len(axes) - 1 - i, amounts[2 * i : 2 * i + 2]
+        if same(before, 0) and same(after, 0):
+            continue
+        cut = [-n if isinstance(n, int) and n < 0 else 0 for n in (before, after)]
+        inner = slice_axis(axes[dim], cut[0], axis_size(axes[dim]) - cut[1])
+        edges = [[] if n == 0 or (isinstance(n, int) and n < 0) else [call.new_axis(n, CREATED, dim)] for n in (before, after)]
+        joined = None if inner is None else concat([*edges[0], inner, *edges[1]])
+        known = joined is not None and same(axis_size(joined), sizes[dim])
+        axes[dim] = joined if known and joined is not None else call.new_axis(sizes[dim], axis=dim, of=axes[dim])
+    return [tuple(axes)]
 
 
 def pool(call: Call) -> Sequence[Axes]:

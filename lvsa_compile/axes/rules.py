@@ -30,8 +30,8 @@ from lvsa_compile.axes.algebra import (
     slice_axis,
 )
 from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, with_axis
-from lvsa_compile.axes.overwriting import lost_axes, overwritten, runs_of
-from lvsa_compile.axes.patch_rules import columns_to_image, convolution, image_to_columns, pixel_shuffle, pool, unfold
+from lvsa_compile.axes.overwriting import informed, lost_axes, overwritten, runs_of
+from lvsa_compile.axes.patch_rules import columns_to_image, convolution, image_to_columns, pad, pixel_shuffle, pool, unfold
 from lvsa_compile.axes.values import Array
 from lvsa_compile.axes.view_rules import (
     expand,
@@ -46,7 +46,6 @@ from lvsa_compile.axes.view_rules import (
     view,
     with_place_apart,
 )
-from lvsa_compile.compat import size_expression
 
 # --- elementwise, copies, creation ---------------------------------------------------------------------------------------------
 
@@ -101,7 +100,7 @@ def view_as_real(call: Call) -> Sequence[Axes]:
 def reduction(call: Call) -> Sequence[Axes] | None:
     """A sum, mean or maximum over some axes."""
     axes = call.input()
-    dims = call.arg(1, "dim")
+    dims = call.arg(2 if call.op in ("linalg_vector_norm", "norm") else 1, "dim")
     if dims is None or isinstance(dims, bool) or dims == []:
         gone = set(range(len(axes)))
     else:
@@ -189,27 +188,6 @@ def _common(axes: Sequence[Axis]) -> Axis:
     return result
 
 
-def pad(call: Call) -> Sequence[Axes]:
-    """Padding before and after some of the last axes."""
-    axes = list(call.input())
-    amounts = [size_expression(n) for n in call.arg(1, "pad")]
-    for i in range(len(amounts) // 2):
-        dim, (before, after) = len(axes) - 1 - i, amounts[2 * i : 2 * i + 2]
-        if all(not isinstance(n, int) or n >= 0 for n in (before, after)):
-            axes[dim] = concat(
-                [call.new_axis(before, CREATED, dim)] * (not same(before, 0))
-                + [axes[dim]]
-                + [call.new_axis(after, CREATED, dim)] * (not same(after, 0))
-            )
-    sizes = sizes_of(call.outputs[0])
-    return [
-        tuple(
-            axis if same(axis_size(axis), size) else call.new_axis(size, axis=i)
-            for i, (axis, size) in enumerate(zip(axes, sizes, strict=True))
-        )
-    ]
-
-
 def repeat(call: Call) -> Sequence[Axes]:
     """The whole tensor several times along some axes."""
     sizes = sizes_of(call.outputs[0])
@@ -234,11 +212,18 @@ def gather_rows(call: Call) -> Sequence[Axes] | None:
 
 
 def index(call: Call) -> Sequence[Axes] | None:
-    """``x[index_tensor]`` with one index tensor that is not a mask."""
+    """``x[index_tensor]`` with one index tensor that is not a mask; with several side by side the axes they index are lost."""
     used = [(dim, by) for dim, by in enumerate(call.arg(1, "indices")) if by is not None]
-    if len(used) != 1 or used[0][1].dtype in _MASK_DTYPES:
+    if any(by.dtype in _MASK_DTYPES for _, by in used):
         return None
-    return _taken(call, call.input(), *used[0])
+    if len(used) == 1:
+        return _taken(call, call.input(), *used[0])
+    axes, sizes, first = call.input(), sizes_of(call.outputs[0]), used[0][0]
+    if [dim for dim, _ in used] != list(range(first, first + len(used))):
+        return None
+    after = axes[first + len(used) :]
+    indexed = range(first, len(sizes) - len(after))
+    return [(*axes[:first], *(call.new_axis(sizes[i], axis=i) for i in indexed), *after)]
 
 
 def _taken(call: Call, axes: Axes, dim: int, by: Tensor) -> Sequence[Axes] | None:
@@ -265,6 +250,8 @@ def _taken(call: Call, axes: Axes, dim: int, by: Tensor) -> Sequence[Axes] | Non
 def index_put(call: Call) -> Sequence[Axes] | None:
     """``x[index_tensor] = y``: places in the order of the index are overwritten, or added to."""
     used = [(dim, by) for dim, by in enumerate(call.arg(1, "indices")) if by is not None]
+    if len(used) == 1 and used[0][1].dtype in _MASK_DTYPES and not any(informed(axis) for axis in call.axes_of(call.arg(2, "values"))):
+        return [call.input()]  # some elements become a constant, all stay where they are
     if len(used) != 1 or used[0][1].dtype in _MASK_DTYPES:
         return None
     return _placed(call, used[0][0], call.value_of(used[0][1]), call.arg(2, "values"), bool(call.arg(3, "accumulate", False)))

@@ -70,6 +70,8 @@ class AxisTracker(compat.TorchDispatchMode):
     def _note(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         op = func._schema.name.split("::")[1]
         outputs = tuple(t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor))
+        if func._schema.is_mutable and not (bool(args) and outputs and outputs[0] is args[0]):
+            self._lose_written(func, args, kwargs)
         if not outputs:
             return
         in_place = op.endswith("_") and not op.endswith("__") and bool(args) and outputs[0] is args[0]
@@ -86,6 +88,17 @@ class AxisTracker(compat.TorchDispatchMode):
             view = _ViewCall(func, call, args[0])
             self._views_of.setdefault(id(args[0]), []).append(view)
             self._made_by.update((id(output), (view, position)) for position, output in enumerate(outputs))
+
+    def _lose_written(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Marks what a call writes to beside its first argument: ``out=`` and the ``_foreach`` ops are not followed."""
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        written = [given.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        targets = [t for some in written for t in (some if isinstance(some, (list, tuple)) else (some,)) if isinstance(t, Tensor)]
+        tensors = [t for some in given.values() for t in (some if isinstance(some, (list, tuple)) else (some,)) if isinstance(t, Tensor)]
+        counted = [axis for tensor in tensors for axis in self.axes_of(tensor)]
+        for target in targets:
+            self._write(target, lost_axes(func._schema.name.split("::")[1], self.place, sizes_of(target), counted))
+            self.values.set(target, None)
 
     def _output_axes(self, func: compat.OpOverload, call: Call) -> list[Axes]:
         rule = RULES.get(call.op)

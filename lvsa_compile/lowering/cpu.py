@@ -79,6 +79,11 @@ def attention_cpu(
         shared = keys.taken(plan.shared)
         for rows in plan.sparse_rows:
             attend(rows, shared)
+    elif any(not block.own for block in plan.blocks):  # rows that a mask leaves no key
+        output.zero_()
+        log_sum_exp.fill_(float("-inf"))
+        for rows in plan.dense_rows:
+            attend(rows, keys)
     if plan.rest:
         rest = keys.taken(plan.rest)
         for block in plan.blocks:

@@ -19,7 +19,7 @@ from lvsa_compile.passes.trace_layout.token_layout import CONTRADICTED, IMAGE, S
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import Miss
 from lvsa_compile.sparsity.frame_pattern import FramePattern
-from lvsa_compile.sparsity.key_ranges import Range, VideoSpan, query_blocks
+from lvsa_compile.sparsity.key_ranges import Range, VideoSpan, key_range_table, query_blocks
 
 
 def decide(compilation: Compilation) -> Compilation:
@@ -112,7 +112,14 @@ def _decide(
     if form is not None and form.pairs is not None and allowed is None:
         return reasons.MASK_NOT_EXPRESSIBLE.because("the rows of a latent frame do not share one mask")
     outcome = _plan(compilation, call, query_span.frames)
+    if isinstance(outcome, SparsePlan) and allowed is not None and _leaves_a_row_empty(outcome, allowed, compilation.options.rotate):
+        return reasons.MASK_NOT_EXPRESSIBLE.because("pattern and mask together leave a query without keys")
     return dataclasses.replace(outcome, mask=form, allowed=allowed) if isinstance(outcome, SparsePlan) else outcome
+
+
+def _leaves_a_row_empty(plan: SparsePlan, allowed: tuple[tuple[Range, ...], ...], rotate: bool) -> bool:
+    table = key_range_table(plan.call.pattern, plan.call.query, plan.call.key, rotate, allowed=allowed)
+    return any(all(start == end for start, end in ranges) for phase in table.key_ranges for ranges in phase)
 
 
 def _allowed(pairs: Array, query: VideoSpan, key: VideoSpan) -> tuple[tuple[Range, ...], ...] | None:
@@ -154,7 +161,7 @@ def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout, has_vide
     """Why the site is not self-attention over the generated video, or None."""
     query_videos, key_videos = query.of_kind(VIDEO), key.of_kind(VIDEO)
     for segment in (*query.segments, *key.segments):
-        if segment.kind == UNKNOWN:
+        if segment.kind == UNKNOWN and (has_video or _may_be_video(node.graph, segment)):
             return _lost(node, segment)
         if segment.kind == CONTRADICTED:
             return reasons.LAYOUT_CONTRADICTED.because(segment.lost_at)
@@ -181,6 +188,12 @@ def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout, has_vide
     if not (query_grid.frame_sources & key_grid.frame_sources) or not same_size:
         return reasons.OTHER_VIDEO.because(f"query {query} from {query_videos[0].source}, key {key} from {key_videos[0].source}")
     return None
+
+
+def _may_be_video(graph: fx.Graph, lost: Segment) -> bool:
+    """Whether an input with axes enough for frames, rows and columns went into a segment, or one that nobody knows."""
+    values = [example_value(node) for node in graph.nodes if node.op == "placeholder" and node.name in lost.origins]
+    return not values or any(isinstance(value, Tensor) and value.dim() >= 4 for value in values)
 
 
 def _lost(node: fx.Node, lost: Segment) -> Miss:

@@ -21,7 +21,7 @@ _AND_ONCE_BOOL = _AND | frozenset("mul __mul__ multiply".split())
 def parts_of(mask: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
     """Boolean parts whose conjunction is ``mask``, each of its shape, and the nodes that were added for them; one part: the mask."""
     value = value_of(mask)
-    if value.dtype != torch.bool:
+    if value.dtype != torch.bool or not all(isinstance(size, int) for size in value.shape):
         return (mask,), ()
     shadow = Shadow(mask.next)
     try:

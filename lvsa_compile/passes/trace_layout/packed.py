@@ -44,32 +44,41 @@ class Evidence:
 
 def packed_evidence(
     tokens: Iterable[Axis], outputs: Sequence[Axes], read: Callable[[str], Array | None]
-) -> tuple[dict[Source, Evidence], dict[str, str]]:
-    """For each packed axis among ``tokens`` what is known of it, and for the places of inputs whose witnesses disagree, what they say."""
-    found: dict[Source, dict[Evidence, None]] = {}
+) -> tuple[dict[Digit, Evidence], dict[str, str]]:
+    """For each packed axis, or slice of one, among ``tokens`` what is known of it.
+
+    And for the places of inputs whose witnesses disagree, what they say.
+    """
+    found: dict[Digit, dict[Evidence, None]] = {}
     for axis in tokens:
         for source, shape in _counted(axis):
-            found.setdefault(source, {})[Evidence("counts of a rope table", (Stretch(source.size, shape),))] = None
+            found.setdefault(Digit(source, source.size), {})[Evidence("counts of a rope table", (Stretch(source.size, shape),))] = None
         for factor in leaves(axis):
-            for source in _whole_sources(factor):
-                found.setdefault(source, {}).update(dict.fromkeys(_from_coordinates(factor, source, read)))
-    for source, said in found.items():
-        said.update(dict.fromkeys(e for axes in outputs if (e := _from_output(axes, source)) is not None))
+            for piece in _pieces(factor):
+                found.setdefault(piece, {}).update(dict.fromkeys(_from_coordinates(factor, piece.source, read)))
+    for piece, said in found.items():
+        if _is_whole(piece):
+            said.update(dict.fromkeys(e for axes in outputs if (e := _from_output(axes, piece.source)) is not None))
     contradictions = {
-        source.place: " against ".join(map(str, said))
-        for source, said in found.items()
+        piece.source.place: " against ".join(map(str, said))
+        for piece, said in found.items()
         if len({evidence.stretches for evidence in said}) > 1
     }
-    return {source: next(iter(said)) for source, said in found.items() if said and source.place not in contradictions}, contradictions
+    return {piece: next(iter(said)) for piece, said in found.items() if said and piece.source.place not in contradictions}, contradictions
 
 
-def _whole_sources(factor: Factor) -> list[Source]:
-    """Packed axes that a factor runs along from end to end."""
-    return sorted({digit.source for digit in factor.digits if digit.source.kind == INPUT and _is_whole(digit)}, key=lambda s: s.place)
+def _pieces(factor: Factor) -> list[Digit]:
+    """Packed axes, or slices of them, that a factor runs along."""
+    pieces = {digit for digit in factor.digits if digit.source.kind == INPUT and same(digit.stride, 1) and digit.source.rank <= 3}
+    return sorted((piece for piece in pieces if _is_whole(piece) or _is_slice(piece)), key=lambda d: (d.source.place, d.source.axis))
 
 
 def _is_whole(digit: Digit) -> bool:
-    return same(digit.start, 0) and same(digit.stride, 1) and same(digit.size, digit.source.size) and digit.source.rank <= 3
+    return same(digit.start, 0) and same(digit.size, digit.source.size)
+
+
+def _is_slice(digit: Digit) -> bool:
+    return isinstance(digit.start, int) and isinstance(digit.size, int) and digit.size > 1
 
 
 def _counted(axis: Axis) -> Iterable[tuple[Source, Shape]]:
@@ -166,8 +175,8 @@ def _raster(frame: Array) -> tuple[int, int] | None:
 # --- showing it ----------------------------------------------------------------------------------------------------------------
 
 
-def refined(axis: Axis, evidence: Mapping[Source, Evidence], contradictions: Container[str]) -> Axis:
-    """The axis with every whole packed axis replaced by its stretches, the video's as frames, rows and columns.
+def refined(axis: Axis, evidence: Mapping[Digit, Evidence], contradictions: Container[str]) -> Axis:
+    """The axis with every packed axis replaced by its stretches, the video's as frames, rows and columns.
 
     Nothing is replaced where an input at one of ``contradictions`` runs along.
     """
@@ -176,19 +185,22 @@ def refined(axis: Axis, evidence: Mapping[Source, Evidence], contradictions: Con
         if isinstance(factor, Concat):
             done.extend(concat([refined(part, evidence, contradictions) for part in factor.parts]))
             continue
-        known = [source for source in _whole_sources(factor) if source in evidence]
-        said = {evidence[source].stretches for source in known}
-        disputed = any(source.place in contradictions for source in _whole_sources(factor))
+        known = [piece for piece in _pieces(factor) if piece in evidence]
+        said = {evidence[piece].stretches for piece in known}
+        disputed = any(piece.source.place in contradictions for piece in _pieces(factor))
         done.extend(_stretched(known, said.pop()) if len(said) == 1 and not disputed else (factor,))
     return tuple(done)
 
 
-def _stretched(sources: Sequence[Source], stretches: Sequence[Stretch]) -> Axis:
+def _stretched(pieces: Sequence[Digit], stretches: Sequence[Stretch]) -> Axis:
     parts: list[Axis] = []
     offset: Size = 0
     for stretch in stretches:
-        part = f"[{offset}:{offset + stretch.size}]" if len(stretches) > 1 else ""
-        wholes = [Source(INPUT, s.name + part, s.axis, stretch.size, s.place, s.rank) for s in sources]
+        wholes = []
+        for piece in pieces:
+            source, start = piece.source, piece.start + offset
+            part = f"[{start}:{start + stretch.size}]" if len(stretches) > 1 or not _is_whole(piece) else ""
+            wholes.append(Source(INPUT, source.name + part, source.axis, stretch.size, source.place, source.rank))
         if stretch.shape is None:
             parts.append((Factor(stretch.size, frozenset(Digit(whole, stretch.size) for whole in wholes)),))
         else:

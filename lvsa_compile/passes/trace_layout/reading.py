@@ -64,10 +64,16 @@ def _is_real(tensor: Tensor) -> bool:
     return compat.fake_mode_of(tensor) is None and tensor.device.type != "meta" and tensor.numel() <= _MOST
 
 
+def _waits(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values waits for a device."""
+    return tensor.device.type != "cpu"
+
+
 class SameValue:
     """Whether a tensor holds what it should.
 
-    The last tensor that did is remembered: unless it was written to since, it is not compared again, so that nothing waits for a device.
+    On another device than the CPU the last tensor that did is remembered: unless it was written to since, it is not compared again, so
+    that nothing waits for a device.  (Writes that torch does not count, through ``.data``, are seen on the CPU alone.)
     """
 
     def __init__(self, expected: Tensor) -> None:
@@ -77,7 +83,7 @@ class SameValue:
     def __call__(self, tensor: Tensor) -> bool:
         """Compares, or remembers."""
         version = -1 if tensor.is_inference() else tensor._version
-        if self._last is not None and self._last[0]() is tensor and self._last[1] == version >= 0:
+        if _waits(tensor) and self._last is not None and self._last[0]() is tensor and self._last[1] == version >= 0:
             return True
         here = tensor.detach().to("cpu")
         if here.shape != self._expected.shape or here.dtype != self._expected.dtype or not bool((here == self._expected).all()):

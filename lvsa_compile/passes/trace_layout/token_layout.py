@@ -36,7 +36,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of one kind.  ``source`` names the input they come from, or the op at ``lost_at`` where the trail was lost.
+    """Consecutive tokens of one kind.  ``source`` names the input they come from, or the op at ``lost_at`` where the trail of
+    ``origins``, places of inputs, was lost.
 
     CONTRADICTED tokens are packed, and witnesses of their grid disagree: ``lost_at`` says how.  SCRAMBLED tokens come from a video, but
     frames are not whole, not in order or not contiguous.
@@ -47,6 +48,7 @@ class Segment:
     source: str
     grid: Grid | None = None
     lost_at: str = ""
+    origins: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         shape = "×".join(str(n) for n in self.grid.shape) if self.grid else str(self.size)
@@ -103,20 +105,25 @@ def token_layout(tokens: Axis, batch: Axis, targets: Targets, contradictions: Ma
     ``targets`` are the inputs that hold the generated video; ``contradictions`` those of packed inputs whose grid is not
     agreed on, with what is said of it.
     """
-    along_video = any(d.source.kind == INPUT and d.source.rank >= 4 and d.source.axis > 0 for f in leaves(batch) for d in f.digits)
+    taken = {d.source for f in leaves(tokens) if same(f.size, 1) for d in f.digits if not same(d.source.size, 1)}
+    outside = [d.source for f in leaves(batch) for d in f.digits if d.source.kind == INPUT and d.source.axis > 0]
+    along_video = any(source.rank >= 5 or (source.rank == 4 and source.place in targets) for source in outside)
     along = sorted(origins([tokens]) & targets.keys())
     if all(in_order(tokens, place) for place in along):
         seen = [_segments(narrowed(tokens, place), {place: targets[place]}, contradictions) for place in along]
         videos = [segments for segments in seen if any(segment.kind == VIDEO for segment in segments)]
         if videos:
             sources = frozenset[Source]().union(*(s.grid.frame_sources for some in videos for s in some if s.grid and s.kind == VIDEO))
-            return TokenLayout(tuple(_running_along(segment, sources) for segment in videos[0]), along_video)
+            return TokenLayout(tuple(_running_along(segment, sources, taken) for segment in videos[0]), along_video)
     return TokenLayout(tuple(_segments(tokens, targets, contradictions)), along_video)
 
 
-def _running_along(segment: Segment, sources: frozenset[Source]) -> Segment:
+def _running_along(segment: Segment, sources: frozenset[Source], taken: set[Source]) -> Segment:
+    """A video segment with all sources its frames run along; SCRAMBLED where it is every n-th frame of one of ``taken``."""
     if segment.kind != VIDEO or segment.grid is None:
         return segment
+    if any(not same(source.size, segment.grid.frames) for source in sources & taken):
+        return Segment(SCRAMBLED, segment.size, segment.source)
     return dataclasses.replace(segment, grid=dataclasses.replace(segment.grid, frame_sources=sources))
 
 
@@ -135,6 +142,7 @@ def _segments(tokens: Axis, targets: Targets, contradictions: Mapping[str, str])
 
 def _parts(tokens: Axis) -> list[Axis]:
     """The pieces of a sequence; a concatenation of frames, each of the same places, is one of stretches of tokens."""
+    tokens = tuple(factor for factor in tokens if not same(factor.size, 1))
     if tokens and isinstance(tokens[0], Concat):
         return [part for frames in tokens[0].parts for part in _parts((*frames, *tokens[1:]))]
     return [tokens]
@@ -157,7 +165,7 @@ def _segment(axis: Axis, targets: Targets, contradictions: Mapping[str, str]) ->
         if found is not None:
             return found
     if lost is not None:
-        return Segment(UNKNOWN, size, lost.name, lost_at=lost.place)
+        return Segment(UNKNOWN, size, lost.name, lost_at=lost.place, origins=counted)
     if len(factors) < len(axis):
         return Segment(SCRAMBLED, size, name)  # a concatenation inside frames
     for place in sorted(_places(factors), key=lambda p: (p not in targets, p)):
@@ -226,6 +234,9 @@ def _latent_grid(factors: list[Factor], own: list[Digit]) -> Grid | None:
     axes = sorted({digit.source.axis for digit in own})
     frame = own[0]
     alone = sum(digit.source.axis == axes[0] for digit in own) == 1
+    item_of_a_list = frame.source.name.endswith("]")  # four axes are [C, F, H, W] in a list; by themselves they are [B, C, H, W]
+    if frame.source.rank < 5 and not item_of_a_list:
+        return None
     if not (_side_by_side(axes) and frame.source.axis == axes[0] and alone and _is_whole(frame)):
         return None
     return _grid(factors)

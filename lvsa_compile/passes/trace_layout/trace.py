@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 
-from lvsa_compile.axes.algebra import Axis
+from lvsa_compile.axes.algebra import LOST, Axis, leaves
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.passes.trace_layout.interpreter import run_on_fakes
@@ -49,7 +50,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
     targets = video_inputs(axis for axes in outputs for axis in axes)
     if not targets:  # the way to the outputs was lost; where one video alone is attended, it is the one
         shown = [grid_places(axes[-2]) for pair in pairs.values() for axes in pair]
-        candidates = frozenset[str]().union(*shown)
+        candidates = frozenset[str]().union(*shown) & _lost_on_the_way(outputs)
         targets = dict.fromkeys(candidates, frozenset[int]()) if len(candidates) == 1 else {}
     layouts = {
         node: (
@@ -64,6 +65,12 @@ def trace_layout(compilation: Compilation) -> Compilation:
         if site.mask is not None
     }
     return dataclasses.replace(compilation, layouts=layouts, masks=masks, has_video=bool(targets), reader=traced.reader)
+
+
+def _lost_on_the_way(outputs: Iterable[Axes]) -> frozenset[str]:
+    """Places of inputs that an output may count, though in what order was lost."""
+    lost = (d.source.origins for axes in outputs for axis in axes for f in leaves(axis) for d in f.digits if d.source.kind == LOST)
+    return frozenset[str]().union(*lost)
 
 
 def _outside_tokens(axes: Axes) -> Axis:
