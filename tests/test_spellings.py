@@ -88,7 +88,8 @@ def query_with_control(model, tokens, grid, text):
 @pytest.mark.parametrize(
     ("function", "layout"),
     [
-        (None, {}), (first_frame_apart, {}), (first_frame_written, {}), (joint, {"prefix": 7}), (registers, {"suffix": 3}), (text_cut_off_by_padding, {"suffix": 7}), (normalised, {}), (first_frame_scaled_apart, {}),
+        (None, {}), (first_frame_apart, {}), (first_frame_written, {}), (joint, {"prefix": 7}), (registers, {"suffix": 3}),
+        (text_cut_off_by_padding, {"suffix": 7}), (normalised, {}), (first_frame_scaled_apart, {}),
         (rearranged, {}), (rope_in_place, {}),
     ],
 )  # fmt: skip

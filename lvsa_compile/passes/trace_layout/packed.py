@@ -13,7 +13,22 @@ from dataclasses import dataclass
 
 import numpy
 
-from lvsa_compile.axes.algebra import ARANGE, INPUT, Axis, Concat, Digit, Factor, Size, Source, axis_size, concat, leaves, same
+from lvsa_compile.axes.algebra import (
+    ARANGE,
+    INPUT,
+    LOST,
+    Axis,
+    Concat,
+    Digit,
+    Factor,
+    Size,
+    Source,
+    axis_size,
+    concat,
+    leaves,
+    merge_factors,
+    same,
+)
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.values import Array
 
@@ -181,7 +196,7 @@ def refined(axis: Axis, evidence: Mapping[Digit, Evidence], contradictions: Cont
     Nothing is replaced where an input at one of ``contradictions`` runs along.
     """
     done: list[Factor | Concat] = []
-    for factor in axis:
+    for factor in _whole_again(axis, evidence):
         if isinstance(factor, Concat):
             done.extend(concat([refined(part, evidence, contradictions) for part in factor.parts]))
             continue
@@ -190,6 +205,17 @@ def refined(axis: Axis, evidence: Mapping[Digit, Evidence], contradictions: Cont
         disputed = any(piece.source.place in contradictions for piece in _pieces(factor))
         done.extend(_stretched(known, said.pop()) if len(said) == 1 and not disputed else (factor,))
     return tuple(done)
+
+
+def _whole_again(axis: Axis, evidence: Mapping[Digit, Evidence]) -> Axis:
+    """The axis with a packed axis of which something is known in one piece, where counts of something else had split it."""
+    factors = [factor for factor in axis if isinstance(factor, Factor)]
+    if len(factors) < len(axis) or len(axis) < 2 or any(LOST in factor.kinds for factor in factors):
+        return axis
+    inputs = [frozenset(digit for digit in factor.digits if digit.source.kind == INPUT) for factor in factors]
+    merged = merge_factors(tuple(Factor(factor.size, own) for factor, own in zip(factors, inputs, strict=True))) if all(inputs) else axis
+    known = any(piece in evidence for factor in merged if isinstance(factor, Factor) for piece in _pieces(factor))
+    return merged if known else axis
 
 
 def _stretched(pieces: Sequence[Digit], stretches: Sequence[Stretch]) -> Axis:
