@@ -61,7 +61,7 @@ FORM_NOT_REWRITTEN: Final = Reason(
 LAYOUT_UNKNOWN: Final = Reason(
     "layout_unknown",
     "The trail from the model's inputs to this site was lost.",
-    "Please report the op that is named; a rule for it makes the site sparse.",
+    "If the op keeps the order of frames, please report it: a rule for it makes the site sparse. If it reorders them, dense is right.",
 )
 LAYOUT_CONTRADICTED: Final = Reason(
     "layout_contradicted",
@@ -69,7 +69,7 @@ LAYOUT_CONTRADICTED: Final = Reason(
     "Check the numbers of frames, rows and columns, and the coordinates, that the model is called with.",
 )
 FRAMES_NOT_CONTIGUOUS: Final = Reason(
-    "frames_not_contiguous", "The tokens of a latent frame do not lie together, or frames are out of order."
+    "frames_not_contiguous", "The tokens of a latent frame do not lie together, or frames are missing or out of order."
 )
 SEVERAL_VIDEOS: Final = Reason("several_videos", "The sequence holds more than one stretch of the generated video.")
 TRAINING: Final = Reason(

@@ -83,8 +83,8 @@ def text_only(model, tokens, grid, text):
         (temporal, "spatial_or_temporal", "tokens: image 9"),
         (reversed_frames, "layout_unknown", "layout unknown at flip, File "),
         (shuffled, "layout_unknown", "layout unknown at index, File "),
-        (places_first, "frames_not_contiguous", "108 tokens of latents are not whole frames in order"),
-        (halves_swapped, "frames_not_contiguous", "108 tokens of latents are not whole frames in order"),
+        (places_first, "frames_not_contiguous", "108 tokens of latents are not the video's frames, all of them, whole and in order"),
+        (halves_swapped, "frames_not_contiguous", "108 tokens of latents are not the video's frames, all of them, whole and in order"),
         (masked, "mask_not_expressible", "the rows of a latent frame do not share one mask"),
         (lambda m, x, g, t: m.attention(x, is_causal=True), "causal", "The site is causal token by token."),
         (lambda m, x, g, t: m.attention(x, dropout_p=1e-9), "dropout", "dropout_p=1e-09"),
@@ -108,7 +108,7 @@ def test_the_op_and_the_line_where_the_trail_was_lost_are_named():
     (site,) = explained(block(reversed_frames), *dit_inputs())
     assert "test_left_dense.py" in site.detail
     assert "reversed_frames" in site.detail
-    assert site.remedy == "Please report the op that is named; a rule for it makes the site sparse."
+    assert site.remedy.startswith("If the op keeps the order of frames, please report it")
 
 
 def test_text_as_long_as_the_video_is_still_text():

@@ -166,7 +166,9 @@ def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout, has_vide
         if segment.kind == CONTRADICTED:
             return reasons.LAYOUT_CONTRADICTED.because(segment.lost_at)
         if segment.kind == SCRAMBLED:
-            return reasons.FRAMES_NOT_CONTIGUOUS.because(f"{segment.size} tokens of {segment.source} are not whole frames in order")
+            return reasons.FRAMES_NOT_CONTIGUOUS.because(
+                f"{segment.size} tokens of {segment.source} are not the video's frames, all of them, whole and in order"
+            )
     if query.batch_video:
         return reasons.SPATIAL_OR_TEMPORAL.because(f"batch counts frames or places of the video; tokens: {query}")
     if not query_videos or not key_videos:
