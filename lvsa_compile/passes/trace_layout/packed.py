@@ -100,12 +100,21 @@ def _counted(axis: Axis) -> Iterable[tuple[Source, Shape]]:
     """Packed axes that were multiplied with a table of three counts, and the counts."""
     for part in [axis, *(part for factor in axis if isinstance(factor, Concat) for part in factor.parts)]:
         factors = [factor for factor in part if isinstance(factor, Factor) and not same(factor.size, 1)]
-        if len(factors) == 3 and all(ARANGE in factor.kinds for factor in factors):
+        named = all(may_count_frames(digit.source) for digit in factors[0].digits) if factors else False
+        if len(factors) == 3 and named and all(ARANGE in factor.kinds for factor in factors):
             sources = [{digit.source for digit in factor.digits if digit.source.kind == INPUT} for factor in factors]
             shape = (factors[0].size, factors[1].size, factors[2].size)
             for source in sources[0] & sources[1] & sources[2]:
                 if same(axis_size(part), source.size) and source.rank <= 3:
                     yield source, shape
+
+
+def may_count_frames(source: Source) -> bool:
+    """Whether the name of a count does not say that it counts rows or columns."""
+    return source.kind != ARANGE or not set(source.name.lower().split("_")) & _NOT_FRAMES
+
+
+_NOT_FRAMES = frozenset(("h", "w", "x", "y", "height", "width", "row", "rows", "col", "cols", "column", "columns"))
 
 
 def _from_output(axes: Axes, source: Source) -> Evidence | None:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from lvsa_compile.axes.algebra import ARANGE, INPUT, LOST, Axis, Concat, Digit, Factor, Size, Source, axis_size, leaves, origins, same
 from lvsa_compile.axes.inputs import in_order, narrowed
+from lvsa_compile.passes.trace_layout.packed import may_count_frames
 
 VIDEO, OTHER, CONDITIONING, IMAGE, SCRAMBLED, UNKNOWN, CONTRADICTED = (
     "video", "other", "conditioning", "image", "scrambled", "unknown", "contradicted"
@@ -252,16 +253,13 @@ def _packed_grid(factors: list[Factor], own: list[Digit]) -> Grid | None:
     counts = [{d.source for d in factor.digits if d.source.kind == ARANGE and same(d.size, d.source.size)} for factor in factors]
     if not all(counts) or counts[0] & counts[1] or counts[1] & counts[2] or counts[0] & counts[2]:
         return None
-    if any(set(source.name.lower().split("_")) & _NOT_FRAMES for source in counts[0]):
+    if not all(may_count_frames(source) for source in counts[0]):
         return None
     sizes, packed = [factor.size for factor in factors], own[0].source
     in_order = same(own[2].stride, 1) and same(own[1].stride, sizes[2]) and same(own[0].stride, sizes[1] * sizes[2])
     if not (in_order and same(sizes[0] * own[0].stride, packed.size)):
         return None
     return _grid(factors)
-
-
-_NOT_FRAMES = frozenset(("h", "w", "x", "y", "height", "width", "row", "rows", "col", "cols", "column", "columns"))
 
 
 def _grid(factors: list[Factor]) -> Grid:
