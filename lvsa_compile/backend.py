@@ -17,10 +17,11 @@ from torch import fx
 
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import PARAMETER
+from lvsa_compile.compat import example_value
 from lvsa_compile.errors import LvsaWarning
 from lvsa_compile.lowering import verification
 from lvsa_compile.options import Options, parse_options
-from lvsa_compile.passes.compilation import Compilation, Pass, example_value
+from lvsa_compile.passes.compilation import Compilation, Pass
 from lvsa_compile.passes.decide import decide
 from lvsa_compile.passes.find_attention import find_attention
 from lvsa_compile.passes.find_horizon import find_horizon

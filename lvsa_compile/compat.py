@@ -256,6 +256,11 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
+def example_value(node: fx.Node) -> Any:
+    """The fake value Dynamo recorded for a node; None where it recorded none."""
+    return node.meta.get("example_value")
+
+
 def source_line(node: fx.Node) -> str:
     """File, line and function a node was traced from; the node's name where Dynamo gave none."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]

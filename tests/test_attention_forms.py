@@ -33,7 +33,7 @@ def at_sign(q, k, v):
 
 def scaled_before(q, k, v):
     attn = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    attn = attn - 3.0 + 1.0 if False else attn + 1.0
+    attn = attn + 1.0
     return F.dropout(attn.softmax(-1), 0.1, training=False) @ v
 
 
@@ -297,6 +297,18 @@ def test_flash_attention_is_sparse(flash_attn):
 )  # fmt: skip
 def test_flash_attention_that_is_more_than_attention_is_left_alone(flash_attn, changes, reason, detail):
     left_alone(VideoDiT(block_of(through_flash(flash_attn, **changes))), reason, detail)
+
+
+def test_flash_attention_with_a_computed_scale_is_left_alone(flash_attn):
+    def weigh(q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return flash_attn(q, k, v, 0.0, q.shape[1] ** -0.5, False, -1, -1, 0.0, None, False)[0].transpose(1, 2)
+
+    model, inputs = randomise(VideoDiT(block_of(weigh))), dit_inputs()
+    with torch.no_grad():
+        torch.compile(model, backend="lvsa", options={**EXACT, "inner": "eager"}, dynamic=True)(*inputs)
+    (site,) = lvsa_compile.reports()[-1].sites
+    assert (site.reason, site.detail) == ("form_not_rewritten", "flash_attn._flash_attn_forward with a scale that is computed")
 
 
 # --- written-out softmax that must not be rewritten ---------------------------------------------------------------------------

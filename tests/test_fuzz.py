@@ -28,12 +28,12 @@ SPARSE_OR_WHY = {  # reasons a site over the target video may be left dense for,
 
 def shows_grid(recipe: Recipe) -> bool:
     """Whether anything in a packed model tells its grid."""
-    rope = recipe.rope != "none" and WIDE(recipe) and recipe.form != "multihead"
+    rope = recipe.rope != "none" and _is_wide(recipe) and recipe.form != "multihead"
     counts = rope and recipe.rope != "input" and recipe.latent != "packed coordinates"
     return recipe.latent == "packed ints" or counts or (rope and recipe.latent == "packed coordinates")
 
 
-def WIDE(recipe: Recipe) -> bool:
+def _is_wide(recipe: Recipe) -> bool:
     return 12 // recipe.heads >= 2
 
 

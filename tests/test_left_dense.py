@@ -407,7 +407,23 @@ def even_frames_ask_odd_ones(model, tokens, grid, text):
     return tokens + out.mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("function", [foreach_copied, written_by_out, shifted_by_padding, rolled_by_cat, even_frames_ask_odd_ones])
+def gathered_by_an_index_written_through_a_view(model, tokens, grid, text):
+    order = torch.arange(tokens.shape[1])
+    torch._foreach_copy_([order.view(grid[0], -1)], [torch.arange(tokens.shape[1]).flip(0).view(grid[0], -1)])
+    return model.attention(tokens[:, order])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        gathered_by_an_index_written_through_a_view,
+        foreach_copied,
+        written_by_out,
+        shifted_by_padding,
+        rolled_by_cat,
+        even_frames_ask_odd_ones,
+    ],
+)
 def test_whatever_moves_frames_is_seen(function):
     for report in explained(block(function), *dit_inputs(), reference_frames=2):
         assert report.decision == "dense", report

@@ -70,9 +70,6 @@ def inputs_of(batch=2):
 
 def with_masks(model, inputs, masks):
     """The model's answer with ``masks`` bool ``[B, 1, S, S]`` at its attention, and zero for rows without keys."""
-    mode = oracle.MaskedAttention(torch.ones(VIDEO + TEXT, VIDEO + TEXT, dtype=torch.bool))
-    mode.mask = masks
-    mode.replaces_masks = True
 
     class Anywhere(oracle.MaskedAttention):
         def __torch_function__(self, func, types, args=(), kwargs=None):

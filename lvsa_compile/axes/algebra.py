@@ -48,6 +48,11 @@ class Digit:
     stride: Size = 1
     start: Size = 0
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it counts its source's axis from the first place to the last, in steps of ``stride``."""
+        return same(self.start, 0) and same(self.size * self.stride, self.source.size)
+
 
 @dataclass(frozen=True)
 class Factor:

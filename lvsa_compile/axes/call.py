@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,8 +40,7 @@ class Call:
     @cached_property
     def all_axes(self) -> tuple[Axis, ...]:
         """Axes of all tensor arguments."""
-        tensors = [t for value in (*self.args, *self.kwargs.values()) for t in (value if isinstance(value, (list, tuple)) else (value,))]
-        return tuple(axis for tensor in tensors if isinstance(tensor, Tensor) for axis in self.axes_of(tensor))
+        return tuple(axis for tensor in tensors_in(self.args, self.kwargs.values()) for axis in self.axes_of(tensor))
 
     def new_axis(self, size: Size, kind: str = "", axis: int = 0, of: Axis | None = None) -> Axis:
         """An axis whose trail starts at this call.
@@ -60,6 +59,12 @@ class Call:
 
 
 Rule = Callable[[Call], "Sequence[Axes] | None"]
+
+
+def tensors_in(*arguments: Iterable[Any]) -> list[Tensor]:
+    """The tensors among some arguments, those in lists too."""
+    flat = [item for some in arguments for value in some for item in (value if isinstance(value, (list, tuple)) else (value,))]
+    return [item for item in flat if isinstance(item, Tensor)]
 
 
 def sizes_of(tensor: Tensor) -> list[Size]:

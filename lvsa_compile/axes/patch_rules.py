@@ -70,9 +70,8 @@ def pool(call: Call) -> Sequence[Axes]:
     axes, sizes = call.input(), sizes_of(call.outputs[0])
     kept = []
     for i, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
-        times = quotient(axis_size(axis), size)
-        halves = None if times is None else split_axis(axis, size)
-        kept.append(axis if same(axis_size(axis), size) else call.new_axis(size, axis=i, of=axis) if halves is None else halves[0])
+        halves = split_axis(axis, size)
+        kept.append(call.new_axis(size, axis=i, of=axis) if halves is None else halves[0])
     return [tuple(kept)] * len(call.outputs)
 
 
@@ -105,8 +104,8 @@ def image_to_columns(call: Call) -> Sequence[Axes] | None:
     axes, patch, stride = call.input(), call.arg(1, "kernel_size"), call.arg(4, "stride")
     if len(axes) != 4 or list(patch) != list(stride) or any(call.arg(3, "padding")):
         return None
-    halves = [split_axis(axis, n) for axis, n in zip(axes[2:], _patches(axes[2:], patch), strict=True) if n is not None]
-    rows, columns = (halves[0], halves[1]) if len(halves) == 2 else (None, None)
+    counts = [quotient(axis_size(axis), n) for axis, n in zip(axes[2:], patch, strict=True)]
+    rows, columns = (None if count is None else split_axis(axis, count) for axis, count in zip(axes[2:], counts, strict=True))
     if rows is None or columns is None:
         return None
     return [(axes[0], call.new_axis(sizes_of(call.outputs[0])[1], axis=1), (*rows[0], *columns[0]))]
@@ -124,7 +123,3 @@ def columns_to_image(call: Call) -> Sequence[Axes] | None:
         return None
     inside = [call.new_axis(n, CREATED, i) for i, n in enumerate(patch)]
     return [(axes[0], call.new_axis(sizes[1], axis=1), (*halves[0], *inside[0]), (*halves[1], *inside[1]))]
-
-
-def _patches(axes: Axes, patch: Sequence[int]) -> list[Size | None]:
-    return [quotient(axis_size(axis), n) for axis, n in zip(axes, patch, strict=True)]

@@ -29,7 +29,7 @@ from lvsa_compile.axes.algebra import (
     same,
     slice_axis,
 )
-from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, with_axis
+from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, tensors_in, with_axis
 from lvsa_compile.axes.overwriting import informed, lost_axes, overwritten, runs_of
 from lvsa_compile.axes.patch_rules import columns_to_image, convolution, image_to_columns, pad, pixel_shuffle, pool, unfold
 from lvsa_compile.axes.values import Array
@@ -61,9 +61,8 @@ def broadcast_axes(all_axes: Sequence[Axes], rank: int) -> Axes:
 
 def pointwise(call: Call) -> Sequence[Axes]:
     """Elementwise with broadcasting."""
-    operands = [*call.args, *call.kwargs.values()]
-    flat = [t for operand in operands for t in (operand if isinstance(operand, (list, tuple)) else (operand,)) if isinstance(t, Tensor)]
-    return [broadcast_axes([call.axes_of(t) for t in flat], output.dim()) for output in call.outputs]
+    operands = [call.axes_of(tensor) for tensor in tensors_in(call.args, call.kwargs.values())]
+    return [broadcast_axes(operands, output.dim()) for output in call.outputs]
 
 
 def unchanged(call: Call) -> Sequence[Axes] | None:

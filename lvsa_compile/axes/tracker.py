@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import CREATED, Source, axis_of, axis_size, regroup, same
-from lvsa_compile.axes.call import Axes, Call, sizes_of
+from lvsa_compile.axes.call import Axes, Call, sizes_of, tensors_in
 from lvsa_compile.axes.overwriting import lost_axes, overwritten
 from lvsa_compile.axes.rules import RULES, pointwise
-from lvsa_compile.axes.values import KnownValues, View
+from lvsa_compile.axes.values import KnownValues, Later, View
 from lvsa_compile.axes.view_rules import expand, slice_bounds, with_place_apart
 
 _REGROUPING = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "alias", "detach"))
@@ -93,12 +93,10 @@ class AxisTracker(compat.TorchDispatchMode):
         """Marks what a call writes to beside its first argument: ``out=`` and the ``_foreach`` ops are not followed."""
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         written = [given.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        targets = [t for some in written for t in (some if isinstance(some, (list, tuple)) else (some,)) if isinstance(t, Tensor)]
-        tensors = [t for some in given.values() for t in (some if isinstance(some, (list, tuple)) else (some,)) if isinstance(t, Tensor)]
-        counted = [axis for tensor in tensors for axis in self.axes_of(tensor)]
-        for target in targets:
+        counted = [axis for tensor in tensors_in(given.values()) for axis in self.axes_of(tensor)]
+        for target in tensors_in(written):
             self._write(target, lost_axes(func._schema.name.split("::")[1], self.place, sizes_of(target), counted))
-            self.values.set(target, None)
+            self._set_value(self._root(target)[0], None)
 
     def _output_axes(self, func: compat.OpOverload, call: Call) -> list[Axes]:
         rule = RULES.get(call.op)
@@ -139,20 +137,28 @@ class AxisTracker(compat.TorchDispatchMode):
 
     def _write_value(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the value of what a call writes to, as far as it is known, in every tensor that shares its memory."""
-        root: Tensor = args[0]
+        root, path = self._root(args[0])
+        self._set_value(root, self.values.written(func, args, kwargs, root, path))
+
+    def _root(self, tensor: Tensor) -> tuple[Tensor, list[View]]:
+        """The tensor whose memory a view shows, and the calls that lead from it to the view."""
         path: list[View] = []
-        while (made_by := self._made_by.get(id(root))) is not None:
+        while (made_by := self._made_by.get(id(tensor))) is not None:
             view, position = made_by
             path.insert(0, (view.func, view.call.args, view.call.kwargs, position))
-            root = view.parent
-        self.values.set(root, self.values.written(func, args, kwargs, root, path))
+            tensor = view.parent
+        return tensor, path
+
+    def _set_value(self, root: Tensor, later: Later | None) -> None:
+        """Says what a tensor's value is, or that it is not known any more; what its views show follows."""
+        self.values.set(root, later)
         waiting = list(self._views_of.get(id(root), ()))
         while waiting:
             view = waiting.pop(0)
             several = len(view.call.outputs) > 1
             for position, output in enumerate(view.call.outputs):
-                later = self.values.result(view.func, view.call.args, view.call.kwargs, position if several else None, output)
-                self.values.set(output, later)
+                seen = self.values.result(view.func, view.call.args, view.call.kwargs, position if several else None, output)
+                self.values.set(output, seen)
                 waiting.extend(self._views_of.get(id(output), ()))
 
     def _parent_axes(self, call: Call, parent: Tensor, position: int, child: Axes) -> Axes:

@@ -68,41 +68,42 @@ class KnownValues:
 
     def result(self, func: compat.OpOverload, args: Any, kwargs: Any, position: int | None, like: Tensor) -> Later | None:
         """What a call would return at ``position``; None where an argument is not known, or chance decides."""
-        held = self._held((args, kwargs))
-        if held is None or torch.Tag.nondeterministic_seeded in func.tags or not _is_small(like):
-            return None
 
-        def compute() -> Tensor | None:
-            real: Any = _real(held)
-            if real is None:
-                return None
-            with compat.no_modes():
-                found = func(*real[0], **real[1])
+        def compute(real: Any) -> Tensor | None:
+            found = func(*real[0], **real[1])
             chosen = found if position is None else found[position]
             return chosen if isinstance(chosen, Tensor) else None
 
-        return Later(compute, _is_constant(held))
+        return self._later(func, (args, kwargs), like, compute)
 
     def written(self, func: compat.OpOverload, args: Any, kwargs: Any, root: Tensor, views: Sequence[View]) -> Later | None:
         """What an in-place call on a view of ``root``, reached by ``views`` in turn, leaves in ``root``."""
-        held = self._held((root, list(args[1:]), kwargs, [list(view_args[1:]) for _, view_args, _, _ in views]))
-        if held is None or torch.Tag.nondeterministic_seeded in func.tags or not _is_small(root):
+
+        def compute(real: Any) -> Tensor:
+            whole: Tensor = real[0].clone()
+            target: Any = whole
+            for (view, _, view_kwargs, position), view_args in zip(views, real[3], strict=True):
+                target = view(target, *view_args, **view_kwargs)
+                target = target[position] if isinstance(target, (tuple, list)) else target
+            func(target, *real[1], **real[2])
+            return whole
+
+        return self._later(func, (root, list(args[1:]), kwargs, [list(view_args[1:]) for _, view_args, _, _ in views]), root, compute)
+
+    def _later(self, func: compat.OpOverload, arguments: Any, like: Tensor, compute: Callable[[Any], Tensor | None]) -> Later | None:
+        """What ``compute`` makes of the real ``arguments`` of a call; None where one is not known, or chance decides."""
+        held = self._held(arguments)
+        if held is None or torch.Tag.nondeterministic_seeded in func.tags or not _is_small(like):
             return None
 
-        def compute() -> Tensor | None:
+        def later() -> Tensor | None:
             real: Any = _real(held)
             if real is None:
                 return None
             with compat.no_modes():
-                whole: Tensor = real[0].clone()
-                target: Any = whole
-                for (view, _, view_kwargs, position), view_args in zip(views, real[3], strict=True):
-                    target = view(target, *view_args, **view_kwargs)
-                    target = target[position] if isinstance(target, (tuple, list)) else target
-                func(target, *real[1], **real[2])
-            return whole
+                return compute(real)
 
-        return Later(compute, _is_constant(held))
+        return Later(later, _is_constant(held))
 
     def _held(self, arguments: Any) -> Any:
         """Arguments with every tensor as the ``Later`` it is now; None where one is not known."""

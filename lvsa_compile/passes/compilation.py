@@ -118,8 +118,3 @@ class Compilation:
 
 
 Pass = Callable[[Compilation], Compilation]
-
-
-def example_value(node: fx.Node) -> Any:
-    """The fake value Dynamo recorded for a node."""
-    return node.meta.get("example_value")

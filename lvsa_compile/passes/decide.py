@@ -11,10 +11,11 @@ from torch import Tensor, fx
 from lvsa_compile import compat, reasons
 from lvsa_compile.axes.algebra import same
 from lvsa_compile.axes.values import Array
+from lvsa_compile.compat import example_value
 from lvsa_compile.errors import LoweringUnavailableError, OptionError
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.select import select
-from lvsa_compile.passes.compilation import Compilation, Decision, SparsePlan, example_value
+from lvsa_compile.passes.compilation import Compilation, Decision, SparsePlan
 from lvsa_compile.passes.trace_layout.token_layout import CONTRADICTED, IMAGE, SCRAMBLED, UNKNOWN, VIDEO, Segment, TokenLayout
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import Miss
@@ -55,11 +56,15 @@ def _decision(
     attention = site if isinstance(site, AttentionSite) else None
     if isinstance(outcome, SparsePlan):
         return Decision(name, site.node, attention, shown, plan=outcome)
-    form = compilation.masks.get(site.node)
-    apart = form is not None and form.queries and form.pairs is None and compilation.options.lower_padding_masks
-    if outcome.reason in (reasons.TRAINING, reasons.DROPOUT) or attention is None or attention.causal or attention.stands_for is not None:
-        apart = False
-    return Decision(name, site.node, attention, shown, form if apart else None, miss=outcome)
+    form = compilation.masks.get(site.node) if _could_be_masked(attention, outcome) and compilation.options.lower_padding_masks else None
+    apart = form if form is not None and form.queries and form.pairs is None else None
+    return Decision(name, site.node, attention, shown, apart, miss=outcome)
+
+
+def _could_be_masked(site: AttentionSite | None, miss: Miss) -> bool:
+    """Whether a dense site is plain attention of inference, as it stands in the graph."""
+    plain = site is not None and not site.causal and site.stands_for is None
+    return plain and miss.reason not in (reasons.TRAINING, reasons.DROPOUT)
 
 
 def _shown(layouts: tuple[TokenLayout, TokenLayout] | None) -> str:
@@ -84,11 +89,12 @@ def _decide(
         return miss
     if site.causal:
         return reasons.CAUSAL.because()
+    form = compilation.masks.get(site.node)
     if site.mask is not None:
         mask = example_value(site.mask)
         if not compilation.options.lower_padding_masks:
             return reasons.MASK_NOT_EXPRESSIBLE.because("lower_padding_masks=False")
-        if compilation.masks.get(site.node) is None:
+        if form is None:
             return reasons.MASK_NOT_EXPRESSIBLE.because(f"attn_mask is {mask.dtype} {_sizes(mask)}" if isinstance(mask, Tensor) else "")
     if not _shapes_supported(query, key, value):
         named = zip(("query", "key", "value"), (query, key, value), strict=True)
@@ -107,7 +113,6 @@ def _decide(
     def call(pattern: FramePattern) -> AttentionCall:
         return AttentionCall(device, dtype, batch, query_heads, key_heads, head_dim, value_dim, query_span, key_span, pattern)
 
-    form = compilation.masks.get(site.node)
     allowed = None if form is None or form.pairs is None else _allowed(form.pairs, query_span, key_span)
     if form is not None and form.pairs is not None and allowed is None:
         return reasons.MASK_NOT_EXPRESSIBLE.because("the rows of a latent frame do not share one mask")
@@ -226,9 +231,9 @@ def _span(layout: TokenLayout, tensor: Tensor, specialised: list[str]) -> VideoS
     before = sum(segment.size for segment in layout.segments[:at])
     after = sum(segment.size for segment in layout.segments[at + 1 :])
     free_start = not isinstance(before, int) and isinstance(after, int)  # what is before the video is then the length less the rest
-    numbers = [1] if free_start else []
-    fixed = (("prefix tokens", before),)[len(numbers) :]
-    for what, size in (*fixed, ("frames", grid.frames), ("tokens per frame", grid.tokens_per_frame)):
+    numbers = []
+    wanted = {"prefix tokens": 1 if free_start else before, "frames": grid.frames, "tokens per frame": grid.tokens_per_frame}
+    for what, size in wanted.items():
         number = compat.specialise(size, tensor)
         if number is None:
             return None

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from lvsa_compile.axes.algebra import INPUT
-from lvsa_compile.passes.compilation import Compilation, TimestepInput, example_value
+from lvsa_compile.compat import example_value
+from lvsa_compile.passes.compilation import Compilation, TimestepInput
 from lvsa_compile.passes.trace_layout.interpreter import input_kind
 
 _NAMES = tuple(

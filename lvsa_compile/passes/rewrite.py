@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from lvsa_compile import compat
+from lvsa_compile.compat import example_value
 from lvsa_compile.lowering.attention_op import ATTENTION, accumulation_dtype
 from lvsa_compile.lowering.verification import VERIFIED
-from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput, example_value
+from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput
 from lvsa_compile.passes.trace_layout.mask_form import MaskForm
-from lvsa_compile.patterns.shadow import step_in, withdraw, writes
+from lvsa_compile.patterns.shadow import called, provenance, step_in, withdraw, writes
 from lvsa_compile.sparsity.key_ranges import KeyRangeTable, VideoSpan, key_range_table, slopes
 
 
@@ -71,11 +71,8 @@ class _ExtraInputs:
         if key not in self._nodes:
             graph = self._graph_module.graph
             with graph.inserting_before(before):
-                size = graph.call_method("size", (tokens, 2))
-                size.meta["example_value"] = length
-                more = graph.call_function(operator.sub, (size, span.length))
-                more.meta["example_value"] = length - span.length
-                self._nodes[key] = _called(graph, torch.add, base, _called(graph, torch.mul, slope, more))
+                more = called(graph, operator.sub, called(graph, "size", tokens, 2), span.length)
+                self._nodes[key] = called(graph, torch.add, base, called(graph, torch.mul, slope, more))
         return self._nodes[key]
 
     def phase(self, phases: int, dense_steps: int, device: torch.device) -> fx.Node:
@@ -115,7 +112,7 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
             ATTENTION, (site.query, site.key, site.value, bounds, ranges, phase), {"scale": site.scale, "key_mask": key_mask}
         )
         output = node.graph.call_function(operator.getitem, (attention, 0))
-        kept: dict[str, Any] = {k: node.meta[k] for k in ("stack_trace", "nn_module_stack", "source_fn_stack") if k in node.meta}
+        kept = provenance(node)
         attention.meta = {**kept, "example_value": (result, _log_sum_exp_like(result))}
         output.meta = {**kept, "example_value": result}
         if options.verify:
@@ -158,14 +155,14 @@ def _take_mask_apart(decision: Decision) -> fx.Node:
 def _key_mask(graph: fx.Graph, form: MaskForm | None) -> fx.Node | None:
     """The parts of a mask that tell keys, as one row ``[.., .., 1, Sk]``."""
     rows = [] if form is None else [_four_axes(graph, _sliced(graph, part, -2)) for part in form.keys]
-    return functools.reduce(lambda a, b: _called(graph, torch.logical_and, a, b), rows) if rows else None
+    return functools.reduce(lambda a, b: called(graph, torch.logical_and, a, b), rows) if rows else None
 
 
 def _without_masked_queries(graph: fx.Graph, output: fx.Node, form: MaskForm | None) -> fx.Node:
     """An attention output ``[B, heads, Sq, value_dim]`` with zero in the rows of queries that the mask leaves no key."""
     for part in () if form is None else form.queries:
         column = _four_axes(graph, _sliced(graph, part, -1))
-        output = _called(graph, torch.where, column, output, _called(graph, torch.zeros_like, output))
+        output = called(graph, torch.where, column, output, called(graph, torch.zeros_like, output))
     return output
 
 
@@ -176,20 +173,13 @@ def _sliced(graph: fx.Graph, mask: fx.Node, axis: int) -> fx.Node:
         return mask
     index = [slice(None)] * value.dim()
     index[axis] = slice(0, 1)
-    return _called(graph, operator.getitem, mask, tuple(index))
+    return called(graph, operator.getitem, mask, tuple(index))
 
 
 def _four_axes(graph: fx.Graph, mask: fx.Node) -> fx.Node:
     for _ in range(4 - example_value(mask).dim()):
-        mask = _called(graph, torch.unsqueeze, mask, 0)
+        mask = called(graph, torch.unsqueeze, mask, 0)
     return mask
-
-
-def _called(graph: fx.Graph, function: Callable[..., Any], *args: Any) -> fx.Node:
-    node = graph.call_function(function, args)
-    with compat.tracing_on_fakes(compat.fake_mode_of_graph(graph)):
-        node.meta["example_value"] = function(*fx.node.map_arg(args, example_value))
-    return node
 
 
 def _log_sum_exp_like(result: Tensor) -> Tensor:

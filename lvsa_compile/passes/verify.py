@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lvsa_compile.compat import example_value
 from lvsa_compile.errors import RewriteError
-from lvsa_compile.passes.compilation import Compilation, example_value
+from lvsa_compile.passes.compilation import Compilation
 
 
 def verify(compilation: Compilation) -> Compilation:

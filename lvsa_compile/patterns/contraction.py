@@ -18,7 +18,11 @@ from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT, Axis, Digit, Factor, Size, Source, axis_of, leaves, merge_factors, same, split_factor
 from lvsa_compile.axes.call import Axes, sizes_of
 from lvsa_compile.axes.tracker import AxisTracker
-from lvsa_compile.patterns.shadow import Shadow, value_of
+from lvsa_compile.compat import example_value
+from lvsa_compile.patterns.shadow import Shadow
+
+PRODUCTS = frozenset("matmul __matmul__ bmm baddbmm einsum".split())
+"""Names of the ops that multiply two tensors."""
 
 FIRST, SECOND, VALUE = "first", "second", "value"
 """Names of the operands: of the product that gives the scores, and the other factor of the product with the weights."""
@@ -49,7 +53,7 @@ def follow(way: list[fx.Node], first: fx.Node, second: fx.Node, value: fx.Node) 
         for node in way:
             if node is way[-1]:
                 env[value] = _labelled(tracker, value, VALUE)
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env.get(n, value_of(n)))
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env.get(n, example_value(n)))
             call: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
             env[node] = call(*(args[1:] if node.op == "call_method" else args), **kwargs)
             found[node] = tracker.axes_of(env[node])
@@ -65,7 +69,7 @@ def follow(way: list[fx.Node], first: fx.Node, second: fx.Node, value: fx.Node) 
 
 
 def _labelled(tracker: AxisTracker, node: fx.Node, name: str) -> Tensor:
-    alias: Tensor = value_of(node).detach()
+    alias: Tensor = example_value(node).detach()
     tracker.set_axes(alias, tuple(axis_of(Source(INPUT, name, dim, size)) for dim, size in enumerate(sizes_of(alias))))
     return alias
 
@@ -145,7 +149,7 @@ def _digits(factor: Factor, name: str) -> list[Digit]:
 def _contracted(node: fx.Node, name: str, kept: Sequence[Factor]) -> Factor:
     """The one axis of an operand that a product has summed over."""
     seen = {digit.source.axis for factor in kept for digit in _digits(factor, name)}
-    left = [(dim, size) for dim, size in enumerate(sizes_of(value_of(node))) if dim not in seen and not same(size, 1)]
+    left = [(dim, size) for dim, size in enumerate(sizes_of(example_value(node))) if dim not in seen and not same(size, 1)]
     if len(left) != 1:
         raise NotThisForm(f"a product sums over {len(left)} axes")
     dim, size = left[0]
@@ -168,7 +172,7 @@ def brought(shadow: Shadow, node: fx.Node, name: str, atoms: Sequence[Factor], l
             raise NotThisForm("an operand is broadcast")
         digits.append(own[0])
     in_memory = sorted(range(len(digits)), key=lambda i: (digits[i].source.axis, -_int(digits[i].stride)))
-    for dim, size in enumerate(sizes_of(value_of(node))):
+    for dim, size in enumerate(sizes_of(example_value(node))):
         here = tuple(Factor(digits[i].size, frozenset((digits[i],))) for i in in_memory if digits[i].source.axis == dim)
         if merge_factors(here) != axis_of(Source(INPUT, name, dim, size)):
             raise NotThisForm("an operand is not used whole")

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lvsa_compile.patterns.shadow import Shadow, is_tensor, name_of, value_of
+from lvsa_compile.compat import example_value
+from lvsa_compile.patterns.shadow import Shadow, is_tensor, name_of
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import DROPOUT, FORM_NOT_REWRITTEN, SHAPE_NOT_SUPPORTED
 
@@ -49,11 +50,13 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
         return None
     said = _arguments(node)
     query, key, value = (said.pop(name, None) for name in ("query", "key", "value"))
-    if not (is_tensor(query) and is_tensor(key) and is_tensor(value) and value_of(query).dim() == 4):
+    if not (is_tensor(query) and is_tensor(key) and is_tensor(value) and example_value(query).dim() == 4):
         return DenseSite(node, SHAPE_NOT_SUPPORTED.because(f"{_library_name(node)} without batch and heads"))
     scale, causal, dropout = said.pop("scale", None), bool(said.pop("is_causal", False)), said.pop("dropout_p", 0.0)
     if dropout != 0.0:
         return DenseSite(node, DROPOUT.because(f"dropout_p={dropout}"))
+    if not (scale is None or isinstance(scale, (int, float))):
+        return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with a scale that is computed"))
     for name, given in said.items():
         if name not in _NO_MATTER and not any(type(given) is type(plain) and given == plain for plain in (*_PLAIN, 0.0)):
             return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with {name}={given}"))
@@ -62,16 +65,16 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"more than the output of {_library_name(node)} is used"))
     shadow = Shadow(replaces)
     turned = [node if layout == BHSD else shadow.call(torch.transpose, node, 1, 2) for node in (query, key, value)]
-    attention = shadow.attention(*turned, scale=scale if isinstance(scale, (int, float)) else None, causal=causal)
+    attention = shadow.attention(*turned, scale=scale, causal=causal)
     result = attention if layout == BHSD else shadow.call(torch.transpose, attention, 1, 2)
-    if value_of(result).dtype != value_of(replaces).dtype:
-        result = shadow.method("to", result, value_of(replaces).dtype)
+    if example_value(result).dtype != example_value(replaces).dtype:
+        result = shadow.call("to", result, example_value(replaces).dtype)
     return shadow.site(attention, result, replaces, (node,) if replaces is node else (node, replaces))
 
 
 def _output(node: fx.Node) -> fx.Node | None:
     """The node that holds the attention output, if no other output is used."""
-    if not isinstance(value_of(node), (tuple, list)):
+    if not isinstance(example_value(node), (tuple, list)):
         return node
     users = [user for user in node.users if user.users]
     return users[0] if len(users) == 1 and users[0].target is operator.getitem and users[0].args[1] == 0 else None

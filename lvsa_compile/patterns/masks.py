@@ -11,7 +11,11 @@ import operator
 import torch
 from torch import fx
 
-from lvsa_compile.patterns.shadow import Shadow, is_tensor, name_of, value_of
+from lvsa_compile.compat import example_value
+from lvsa_compile.patterns.shadow import Shadow, is_tensor, name_of
+
+AS_GOOD_AS_MINUS_INFINITY = -9999.0
+"""What is added to a score that is not to count; models write anything from here down."""
 
 _SAME_TRUTH = frozenset("bool to type contiguous clone type_as".split())
 _AND = frozenset("and_ __and__ logical_and bitwise_and iand".split())
@@ -20,7 +24,7 @@ _AND_ONCE_BOOL = _AND | frozenset("mul __mul__ multiply".split())
 
 def parts_of(mask: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
     """Boolean parts whose conjunction is ``mask``, each of its shape, and the nodes that were added for them; one part: the mask."""
-    value = value_of(mask)
+    value = example_value(mask)
     if value.dtype != torch.bool or not all(isinstance(size, int) for size in value.shape):
         return (mask,), ()
     shadow = Shadow(mask.next)
@@ -52,13 +56,13 @@ def _split(node: fx.Node, after: list[fx.Node], shadow: Shadow) -> list[fx.Node]
 def _split_shaped(part: fx.Node, conjunction: fx.Node, after: list[fx.Node], shadow: Shadow) -> list[fx.Node]:
     """Parts of one side of a conjunction, each as a view of the whole mask's shape."""
     sides = _split(part, [], shadow)
-    whole = list(value_of(conjunction).shape)
+    whole = list(example_value(conjunction).shape)
     views = []
     for side in sides:
         view = shadow.call(torch.broadcast_to, side, whole)
         for step in reversed(after):
             view = shadow.call(torch.unsqueeze if name_of(step) == "unsqueeze" else operator.getitem, view, *step.args[1:])
-        views.append(view if value_of(view).dtype == torch.bool else shadow.method("to", view, torch.bool))
+        views.append(view if example_value(view).dtype == torch.bool else shadow.call("to", view, torch.bool))
     return views
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lvsa_compile.patterns.shadow import Shadow, is_tensor, value_of
+from lvsa_compile.compat import example_value
+from lvsa_compile.patterns.shadow import Shadow, is_tensor
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import DROPOUT, FORM_NOT_REWRITTEN, SHAPE_NOT_SUPPORTED
 
@@ -29,7 +30,7 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"nn.MultiheadAttention: {problem}"))
     if said["training"] and said["dropout_p"] != 0.0:
         return DenseSite(node, DROPOUT.because(f"dropout_p={said['dropout_p']}"))
-    if value_of(said["query"]).dim() != 3 or not all(isinstance(n, int) for n in value_of(said["query"]).shape):
+    if example_value(said["query"]).dim() != 3 or not all(isinstance(n, int) for n in example_value(said["query"]).shape):
         return DenseSite(node, SHAPE_NOT_SUPPORTED.because("nn.MultiheadAttention without a batch axis, or of unknown size"))
     outputs = [user for user in node.users if user.args[1:] == (0,)]
     shadow = Shadow(outputs[0])
@@ -84,9 +85,9 @@ def _mask(shadow: Shadow, said: dict[str, Any]) -> fx.Node | None:
     """``key_padding_mask`` ``[B, Sk]`` or ``attn_mask`` ``[Sq, Sk]`` or ``[B * heads, Sq, Sk]``; True is masked in both."""
     padding, mask = said["key_padding_mask"], said["attn_mask"]
     if is_tensor(padding):
-        mask = shadow.method("unsqueeze", shadow.method("unsqueeze", padding, 1), 1)
+        mask = shadow.call("unsqueeze", shadow.call("unsqueeze", padding, 1), 1)
     elif not is_tensor(mask):
         return None
-    elif value_of(mask).dim() == 3:
+    elif example_value(mask).dim() == 3:
         mask = shadow.call(torch.unflatten, mask, 0, (-1, said["num_heads"]))
-    return shadow.call(torch.logical_not, mask) if value_of(mask).dtype == torch.bool else mask
+    return shadow.call(torch.logical_not, mask) if example_value(mask).dtype == torch.bool else mask

@@ -13,9 +13,27 @@ import torch
 from torch import Tensor, fx
 
 from lvsa_compile import compat
+from lvsa_compile.compat import example_value
 from lvsa_compile.patterns.site import AttentionSite, Stands
 
-_KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack")
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+def provenance(node: fx.Node) -> dict[str, Any]:
+    """What a node's meta says of where it was traced."""
+    return {name: node.meta[name] for name in _PROVENANCE if name in node.meta}
+
+
+def called(graph: fx.Graph, function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new node that calls ``function``, or the method of that name, with the fake value it would have."""
+    fakes = fx.node.map_arg(args, example_value)
+    with compat.tracing_on_fakes(compat.fake_mode_of_graph(graph)):
+        if isinstance(function, str):
+            node, value = graph.call_method(function, args, kwargs), getattr(fakes[0], function)(*fakes[1:])
+        else:
+            node, value = graph.call_function(function, args, kwargs), function(*fakes, **fx.node.map_arg(kwargs, example_value))
+    node.meta["example_value"] = value
+    return node
 
 
 class Shadow:
@@ -28,36 +46,25 @@ class Shadow:
         self.graph, self._beside = beside.graph, beside
         self.nodes: list[fx.Node] = []
 
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """A node that calls ``function``."""
+    def call(self, function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node that calls ``function``, or the method of that name of its first argument."""
         with self.graph.inserting_before(self._beside):
-            node = self.graph.call_function(function, args, kwargs)
-        return self._noted(node, lambda: function(*_values(args), **_values(kwargs)))
-
-    def method(self, name: str, this: fx.Node, *args: Any) -> fx.Node:
-        """A node that calls a method of ``this``."""
-        with self.graph.inserting_before(self._beside):
-            node = self.graph.call_method(name, (this, *args))
-        return self._noted(node, lambda: getattr(value_of(this), name)(*_values(args)))
-
-    def _noted(self, node: fx.Node, compute: Callable[[], Any]) -> fx.Node:
-        node.meta = {name: self._beside.meta[name] for name in _KEPT if name in self._beside.meta}
+            node = called(self.graph, function, *args, **kwargs)
+        node.meta |= provenance(self._beside)
         self.nodes.append(node)
-        with compat.tracing_on_fakes(compat.fake_mode_of_graph(self.graph)):
-            node.meta["example_value"] = compute()
         return node
 
     def attention(
         self, query: fx.Node, key: fx.Node, value: fx.Node, *, mask: fx.Node | None = None, scale: float | None = None, causal: bool = False
     ) -> fx.Node:
         """The attention node itself, in the widest dtype of its inputs."""
-        dtypes = [value_of(node).dtype for node in (query, key, value)]
+        dtypes = [example_value(node).dtype for node in (query, key, value)]
         widest = max(dtypes, key=lambda dtype: dtype.itemsize)
         query, key, value = (
-            node if dtype == widest else self.method("to", node, widest) for node, dtype in zip((query, key, value), dtypes, strict=True)
+            node if dtype == widest else self.call("to", node, widest) for node, dtype in zip((query, key, value), dtypes, strict=True)
         )
-        if mask is not None and value_of(mask).dtype not in (torch.bool, widest):
-            mask = self.method("to", mask, widest)
+        if mask is not None and example_value(mask).dtype not in (torch.bool, widest):
+            mask = self.call("to", mask, widest)
         return self.call(torch.nn.functional.scaled_dot_product_attention, query, key, value, attn_mask=mask, scale=scale, is_causal=causal)
 
     def site(self, node: fx.Node, result: fx.Node, replaces: fx.Node, retired: tuple[fx.Node, ...]) -> AttentionSite:
@@ -98,15 +105,6 @@ def step_in(site: AttentionSite, rewritten: fx.Node) -> None:
                 node.graph.erase_node(node)
 
 
-def value_of(node: fx.Node) -> Any:
-    """The fake value Dynamo recorded for a node."""
-    return node.meta.get("example_value")
-
-
-def _values(arguments: Any) -> Any:
-    return fx.node.map_arg(arguments, value_of)
-
-
 def name_of(node: Any) -> str:
     """The bare name of the function or method a node calls; "" for anything else."""
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
@@ -142,4 +140,4 @@ def thread_writes(graph: fx.Graph) -> None:
 
 def is_tensor(node: Any) -> TypeGuard[fx.Node]:
     """Whether a node's value is one tensor."""
-    return isinstance(node, fx.Node) and isinstance(value_of(node), Tensor)
+    return isinstance(node, fx.Node) and isinstance(example_value(node), Tensor)

@@ -13,8 +13,10 @@ import torch
 from torch import fx
 
 from lvsa_compile.axes.call import Axes
+from lvsa_compile.compat import example_value
 from lvsa_compile.patterns.contraction import (
     FIRST,
+    PRODUCTS,
     VALUE,
     NotThisForm,
     Roles,
@@ -28,11 +30,11 @@ from lvsa_compile.patterns.contraction import (
     value_atoms,
     without,
 )
-from lvsa_compile.patterns.shadow import Shadow, is_tensor, name_of, value_of, writes
+from lvsa_compile.patterns.masks import AS_GOOD_AS_MINUS_INFINITY
+from lvsa_compile.patterns.shadow import Shadow, is_tensor, name_of, writes
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import DROPOUT, FORM_NOT_REWRITTEN
 
-_PRODUCTS = frozenset("matmul __matmul__ bmm baddbmm einsum".split())
 _CASTS = frozenset("to type type_as float half bfloat16 double contiguous clone".split())
 _SHAPES = frozenset("view reshape flatten unflatten unsqueeze squeeze permute transpose swapaxes swapdims movedim".split())
 _MULTIPLIES = frozenset("mul __mul__ imul mul_ multiply".split())
@@ -41,7 +43,6 @@ _ADDS = frozenset("add __add__ iadd add_".split())
 _FILLS = frozenset("masked_fill masked_fill_ where".split())
 _SEEN = _CASTS | _SHAPES | _MULTIPLIES | _DIVIDES | _ADDS | _FILLS | {"dropout", "clamp", "tanh", "sub", "nan_to_num"}
 _FAR = 12  # nodes between a product and its softmax
-_AS_GOOD_AS_MINUS_INFINITY = -9999.0
 
 
 def match(node: fx.Node) -> AttentionSite | DenseSite | None:
@@ -69,7 +70,7 @@ def _way(softmax: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> list
     while ways:
         way = ways.pop(0)
         name = name_of(way[-1])
-        if name in _PRODUCTS:
+        if name in PRODUCTS:
             return way
         if name in _SEEN and len(way) < _FAR:
             ways.extend([*way, node] for node in step(way[-1]) if is_tensor(node))
@@ -119,9 +120,9 @@ def _site(softmax: fx.Node, before: list[fx.Node], after: list[fx.Node], shadow:
         mask=mask,
         scale=scores.scale,
     )
-    answer = laid_out(shadow, attention, [*found.batch, found.query, values[-1]], axes[result], value_of(result))
-    if value_of(answer).dtype != value_of(result).dtype:
-        answer = shadow.method("to", answer, value_of(result).dtype)
+    answer = laid_out(shadow, attention, [*found.batch, found.query, values[-1]], axes[result], example_value(result))
+    if example_value(answer).dtype != example_value(result).dtype:
+        answer = shadow.call("to", answer, example_value(result).dtype)
     return shadow.site(attention, answer, result, tuple(way))
 
 
@@ -194,7 +195,7 @@ def _after(scores: _Scores, node: fx.Node, earlier: fx.Node, axes: Axes) -> _Sco
     if name in _ADDS and len(others) == 1:
         return scores if isinstance(others[0], (int, float)) else _masked(scores, others[0], axes)
     if name in _FILLS and len(others) == 2 and isinstance(others[1], (int, float)):
-        if others[1] > _AS_GOOD_AS_MINUS_INFINITY:
+        if others[1] > AS_GOOD_AS_MINUS_INFINITY:
             raise NotThisForm(f"masked scores become {others[1]}")
         return _masked(scores, others[0], axes, fill=float(others[1]), kept=name == "where" and node.args[1] is earlier)
     raise NotThisForm(f"{name} is applied to the scores")
@@ -221,15 +222,15 @@ def _mask(shadow: Shadow, scores: _Scores, found: Roles) -> fx.Node:
     in_order = tuple(factor for axis in leading for factor in axis) == found.batch
     if scores.axes[-2:] != ((found.query,), (found.key,)) or len(leading) > 2 or not in_order:
         raise NotThisForm("the mask meets the scores where they are not [batch, heads, queries, keys]")
-    if len(leading) == 1 and value_of(mask).dim() == 3:
-        mask = shadow.method("unsqueeze", mask, 1)
-    elif value_of(mask).dim() == 1:
-        mask = shadow.method("unsqueeze", mask, 0)
+    if len(leading) == 1 and example_value(mask).dim() == 3:
+        mask = shadow.call("unsqueeze", mask, 1)
+    elif example_value(mask).dim() == 1:
+        mask = shadow.call("unsqueeze", mask, 0)
     if scores.fill is None:
         return mask
     if scores.fill == -math.inf:
         return mask if scores.kept else shadow.call(torch.logical_not, mask)
-    device = value_of(mask).device
+    device = example_value(mask).device
     nothing, fill = (shadow.call(torch.full, (), n, dtype=torch.float32, device=device) for n in (0.0, scores.fill))
     return shadow.call(torch.where, mask, *((nothing, fill) if scores.kept else (fill, nothing)))
 
@@ -239,4 +240,4 @@ def _uncast(node: fx.Node, value: fx.Node) -> fx.Node:
     if name_of(node) not in ("to", "float", "type") or len(node.all_input_nodes) != 1:
         return node
     before = node.all_input_nodes[0]
-    return before if is_tensor(before) and value_of(before).dtype == value_of(value).dtype else node
+    return before if is_tensor(before) and example_value(before).dtype == example_value(value).dtype else node

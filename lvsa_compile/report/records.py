@@ -12,8 +12,9 @@ import torch
 
 from lvsa_compile import compat
 from lvsa_compile.clock import explicit_step
+from lvsa_compile.compat import example_value
 from lvsa_compile.lowering import verification
-from lvsa_compile.passes.compilation import Compilation, Decision, example_value
+from lvsa_compile.passes.compilation import Compilation, Decision
 from lvsa_compile.reasons import REASONS
 
 SPARSE, MASKED, DENSE = "sparse", "masked", "dense"

@@ -11,9 +11,8 @@ from torch import fx
 from lvsa_compile.axes.algebra import BROADCAST, Axis, axis_size, leaves, same
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.values import Array
-from lvsa_compile.patterns.shadow import value_of
-
-_AS_GOOD_AS_MINUS_INFINITY = -9999.0
+from lvsa_compile.compat import example_value
+from lvsa_compile.patterns.masks import AS_GOOD_AS_MINUS_INFINITY
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +37,7 @@ def mask_form(parts: Sequence[fx.Node], axes: Sequence[Axes], constant: Callable
             return None
         if _repeats(part_axes[-2]) and not same(axis_size(part_axes[-1]), 1):
             keys.append(part)
-        elif _repeats(part_axes[-1]) and value_of(part).dtype == torch.bool and not same(axis_size(part_axes[-2]), 1):
+        elif _repeats(part_axes[-1]) and example_value(part).dtype == torch.bool and not same(axis_size(part_axes[-2]), 1):
             queries.append(part)
         else:
             table = _pairs(constant(part))
@@ -63,5 +62,5 @@ def _pairs(values: Array | None) -> Array | None:
     table: Array = tables[0]
     if table.dtype == bool:
         return table
-    masked: Array = table <= _AS_GOOD_AS_MINUS_INFINITY
+    masked: Array = table <= AS_GOOD_AS_MINUS_INFINITY
     return ~masked if (masked | (table == 0)).all() else None

@@ -65,14 +65,14 @@ def packed_evidence(
     And for the places of inputs whose witnesses disagree, what they say.
     """
     found: dict[Digit, dict[Evidence, None]] = {}
-    for axis in tokens:
+    for axis in dict.fromkeys(tokens):
         for source, shape in _counted(axis):
             found.setdefault(Digit(source, source.size), {})[Evidence("counts of a rope table", (Stretch(source.size, shape),))] = None
         for factor in leaves(axis):
             for piece in _pieces(factor):
                 found.setdefault(piece, {}).update(dict.fromkeys(_from_coordinates(factor, piece.source, read)))
     for piece, said in found.items():
-        if _is_whole(piece):
+        if piece.is_whole:
             said.update(dict.fromkeys(e for axes in outputs if (e := _from_output(axes, piece.source)) is not None))
     contradictions = {
         piece.source.place: " against ".join(map(str, said))
@@ -85,11 +85,7 @@ def packed_evidence(
 def _pieces(factor: Factor) -> list[Digit]:
     """Packed axes, or slices of them, that a factor runs along."""
     pieces = {digit for digit in factor.digits if digit.source.kind == INPUT and same(digit.stride, 1) and digit.source.rank <= 3}
-    return sorted((piece for piece in pieces if _is_whole(piece) or _is_slice(piece)), key=lambda d: (d.source.place, d.source.axis))
-
-
-def _is_whole(digit: Digit) -> bool:
-    return same(digit.start, 0) and same(digit.size, digit.source.size)
+    return sorted((piece for piece in pieces if piece.is_whole or _is_slice(piece)), key=lambda d: (d.source.place, d.source.axis))
 
 
 def _is_slice(digit: Digit) -> bool:
@@ -234,7 +230,7 @@ def _stretched(pieces: Sequence[Digit], stretches: Sequence[Stretch]) -> Axis:
         wholes = []
         for piece in pieces:
             source, start = piece.source, piece.start + offset
-            part = f"[{start}:{start + stretch.size}]" if len(stretches) > 1 or not _is_whole(piece) else ""
+            part = f"[{start}:{start + stretch.size}]" if len(stretches) > 1 or not piece.is_whole else ""
             wholes.append(Source(INPUT, source.name + part, source.axis, stretch.size, source.place, source.rank))
         if stretch.shape is None:
             parts.append((Factor(stretch.size, frozenset(Digit(whole, stretch.size) for whole in wholes)),))

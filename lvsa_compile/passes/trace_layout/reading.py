@@ -26,6 +26,7 @@ class Reader:
         }
         self._nodes = {node.name: node for node in nodes}
         self._read: dict[str, Tensor] = {}
+        self._looked_at: dict[str, Array] = {}
 
     def later(self, place: str) -> Later | None:
         """The value of an input, read when it is asked for."""
@@ -41,18 +42,14 @@ class Reader:
         return self._read[place]
 
     def look_at(self, place: str) -> Array | None:
-        """The value of an input as an array, without relying on it yet: whoever does must ``read`` it."""
+        """The value of an input that may be coordinates (an axis of three), not relied on yet: whoever does must ``read`` it."""
         tensor = self._real.get(place)
-        if tensor is None or tensor.is_complex():
+        if tensor is None or tensor.is_complex() or not 2 <= tensor.dim() <= 4 or 3 not in tensor.shape:
             return None
-        with compat.no_modes():
-            array: Array = tensor.detach().to("cpu", torch.float64).numpy()
-        return array
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """Placeholders read so far."""
-        return tuple(self._read)
+        if place not in self._looked_at:
+            with compat.no_modes():
+                self._looked_at[place] = tensor.detach().to("cpu", torch.float64).numpy()
+        return self._looked_at[place]
 
     def guard(self) -> None:
         """Has Dynamo compile anew when an input that was read holds something else."""

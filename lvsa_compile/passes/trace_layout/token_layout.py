@@ -193,7 +193,7 @@ def _frames_in_order(factors: list[Factor], targets: Targets) -> Segment | None:
         inside = {digit.source.axis for factor in factors[1:] for digit in factor.digits if digit.source.place == place}
         if len(frame) != 1 or not all(place in origins([(factor,)]) for factor in factors[1:]):
             continue
-        if _side_by_side(sorted(axes)) and frame[0].source.axis == min(axes) not in inside and _is_whole(frame[0]):
+        if _side_by_side(sorted(axes)) and frame[0].source.axis == min(axes) not in inside and frame[0].is_whole:
             size = axis_size(tuple(factors[1:]))
             grid = Grid(frozenset((frame[0].source,)), frame[0].size, size, (frame[0].size, size))
             return Segment(VIDEO, axis_size(tuple(factors)), frame[0].source.name, grid)
@@ -203,10 +203,6 @@ def _frames_in_order(factors: list[Factor], targets: Targets) -> Segment | None:
 def _side_by_side(axes: list[int]) -> bool:
     """Whether three axes of a latent can be frames, rows and columns: at most the channels lie between."""
     return len(axes) == 3 and axes[0] >= 1 and axes[2] - axes[1] == 1 and axes[1] - axes[0] <= 2
-
-
-def _is_whole(digit: Digit) -> bool:
-    return same(digit.start, 0) and same(digit.size * digit.stride, digit.source.size)
 
 
 def _places(factors: list[Factor]) -> list[str]:
@@ -238,7 +234,7 @@ def _latent_grid(factors: list[Factor], own: list[Digit]) -> Grid | None:
     item_of_a_list = frame.source.name.endswith("]")  # four axes are [C, F, H, W] in a list; by themselves they are [B, C, H, W]
     if frame.source.rank < 5 and not item_of_a_list:
         return None
-    if not (_side_by_side(axes) and frame.source.axis == axes[0] and alone and _is_whole(frame)):
+    if not (_side_by_side(axes) and frame.source.axis == axes[0] and alone and frame.is_whole):
         return None
     return _grid(factors)
 
