@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from lvsa_compile import compat
-from lvsa_compile.axes.algebra import PARAMETER
+from lvsa_compile import clock, compat
+from lvsa_compile.axes.algebra import INPUT, PARAMETER
+from lvsa_compile.axes.labels import SameAxes, said_of
 from lvsa_compile.compat import example_value
 from lvsa_compile.errors import LvsaWarning
 from lvsa_compile.lowering import verification
 from lvsa_compile.options import Options, parse_options
-from lvsa_compile.passes.compilation import Compilation, Pass
+from lvsa_compile.passes.compilation import Compilation, Pass, Place
 from lvsa_compile.passes.decide import decide
 from lvsa_compile.passes.find_attention import find_attention
 from lvsa_compile.passes.find_horizon import find_horizon
@@ -33,7 +34,7 @@ from lvsa_compile.passes.verify import verify
 from lvsa_compile.reasons import TRAINING
 from lvsa_compile.report.records import Report, report_of
 from lvsa_compile.report.store import forget, keep
-from lvsa_compile.runtime import with_clock
+from lvsa_compile.runtime import with_clock, with_labels
 
 log = logging.getLogger(__name__)
 
@@ -61,25 +62,41 @@ def lvsa(
         OptionError: an option has a value it cannot have, or does not exist.
     """
     parsed = parse_options(options, mode)
-    compilation = _run(PIPELINE, Compilation(compat.copy_graph(graph_module), parsed, example_inputs, compile_id=compat.compile_id()))
+    compilation = _run(PIPELINE, _beginning(graph_module, example_inputs, parsed))
     _publish(report_of(compilation), compilation)
-    if compilation.reader is not None:
-        compilation.reader.guard()  # also where all stays dense: other values may be another layout
-    if not compilation.sparse and not compilation.masked:
-        return _compile_inner(graph_module, example_inputs, parsed, stamp="")
+    _guard(compilation)
+    if compilation.sparse or compilation.masked:
+        fake_mode = compat.tracing_fake_mode()
+        appended = [compat.fake_like(extra.value, fake_mode) for extra in compilation.extra_inputs]
+        compiled = _compile_inner(compilation.graph_module, [*example_inputs, *appended], parsed, stamp=_cache_stamp())
+    else:
+        compiled = _compile_inner(graph_module, example_inputs, parsed, stamp="")
+    return with_clock(with_labels(compiled, compilation), compilation, _owner_position(graph_module))
 
-    fake_mode = compat.tracing_fake_mode()
-    appended = [compat.fake_like(extra.value, fake_mode) for extra in compilation.extra_inputs]
-    compiled = _compile_inner(compilation.graph_module, [*example_inputs, *appended], parsed, stamp=_cache_stamp())
-    if not appended:
-        return compiled
-    return with_clock(compiled, compilation.extra_inputs, compilation.timestep, _owner_position(graph_module))
+
+def _beginning(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options, device: torch.device | None = None
+) -> Compilation:
+    place = Place(*compat.place_in_forward(graph_module))
+    return Compilation(compat.copy_graph(graph_module), options, example_inputs, device, compile_id=compat.compile_id(), place=place)
+
+
+def _guard(compilation: Compilation) -> None:
+    """Has Dynamo compile anew where what was relied on no longer holds; also where all stays dense, which may be sparse then."""
+    if compilation.reader is not None:
+        compilation.reader.guard()
+    if compilation.place.continues and (compilation.sites or compilation.outgoing):
+        placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
+        for node, value in zip(placeholders, compilation.example_inputs, strict=False):
+            if isinstance(value, torch.Tensor) and value.dim() >= 2 and input_kind(node)[0] == INPUT:
+                compat.guard_input(node, SameAxes(said_of(value)), "carries the token layout it was compiled for")
 
 
 def _reset() -> None:
     """What ``torch._dynamo.reset()`` does here."""
     forget()
     verification.forget()
+    clock.forget()
     _warned.clear()
     compat.reset_cuda_graphs()
 
@@ -91,7 +108,7 @@ def analyse(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options, device: torch.device | None = None
 ) -> Compilation:
     """What the backend would decide for a graph that is to run on ``device``, without rewriting or compiling anything."""
-    return _run(ANALYSIS, Compilation(compat.copy_graph(graph_module), options, example_inputs, device, compile_id=compat.compile_id()))
+    return _run(ANALYSIS, _beginning(graph_module, example_inputs, options, device))
 
 
 def _run(passes: Sequence[Pass], compilation: Compilation) -> Compilation:
@@ -164,7 +181,7 @@ def _publish(report: Report, compilation: Compilation) -> None:
             counts[f"dense.{site.reason}"] += 1
     if any(site.reason == TRAINING.code for site in report.sites):
         _warn_once(f"lvsa left attention dense: {TRAINING.meaning} {TRAINING.remedy}")
-    if report.sparse_sites and compilation.options.rotate and compilation.timestep is None:
+    if report.sparse_sites and compilation.options.rotate and compilation.timestep is None and not compilation.clock_before:
         _warn_once(
             f"lvsa found no timestep among the inputs of {report.model or 'the model'}, so the anchor grid stays at step 0. "
             "Wrap each denoising step in `with lvsa_compile.step(i):`, or pass options={'rotate': False} if that is meant."

@@ -106,6 +106,7 @@ class Clock:
 
 _clocks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of parameters and of the modules that own them
 _clocks_lock = threading.Lock()
+_told: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _everywhere: weakref.WeakSet[Clock] = weakref.WeakSet()
 
 
@@ -127,6 +128,22 @@ def clock_of(parameter: object, model: Callable[[], object | None] = lambda: Non
             if owner is not None:
                 _clocks[owner] = clock
         return clock
+
+
+def tells(model: object, name: str, code: str) -> None:
+    """Says that the graphs of ``code``, the first of a model's forward to see a timestep, move its clock by their input ``name``."""
+    _told[model] = (name, code)
+
+
+def told_before(model: object, code: str) -> str:
+    """The input that moves a model's clock before graphs of ``code`` run; "" where none does."""
+    name, first = ("", "") if model is None else _told.get(model, ("", ""))
+    return "" if first == code else name
+
+
+def forget() -> None:
+    """Drops what is known of graphs that move a clock."""
+    _told.clear()
 
 
 def reset() -> None:

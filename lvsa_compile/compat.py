@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import functools
 import inspect
 import itertools
@@ -15,6 +16,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload as OpOverload
@@ -360,23 +362,54 @@ def statically_true(condition: Any) -> bool:
 
 
 def size_expression(size: Any) -> Any:
-    """An int as it is, a symbolic size as its sympy expression (hashable, and combinable without guards)."""
-    if isinstance(size, int):
+    """An int or an expression as it is, a symbolic size as its sympy expression (hashable, and combinable without guards)."""
+    if not isinstance(size, torch.SymInt):
         return size
     expression = size.node.expr
     return int(expression) if expression.is_number else expression
+
+
+def symbol_positions(graph_module: fx.GraphModule) -> dict[Any, int]:
+    """Symbols of sizes that are inputs of a graph by themselves, and their positions."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    sizes = ((position, example_value(node)) for position, node in enumerate(placeholders))
+    return {size_expression(size): position for position, size in sizes if isinstance(size, torch.SymInt)}
+
+
+def number_of(size: Any, symbols: Mapping[Any, int]) -> int:
+    """A size as an int, given what its symbols stand for; -1 where that is not known."""
+    value = size if isinstance(size, int) else size.subs(symbols)
+    return int(value) if getattr(value, "is_number", True) else -1
+
+
+def settle_slice(output: Tensor, dim: int, low: Any, high: Any, size: Any) -> None:
+    """Says that ``x[low:high]`` of an axis of ``size`` has ``high - low`` elements, where its bounds are sure to lie within the axis.
+
+    torch gives a slice by sizes that only run time knows a new symbol each time it is traced, so that equal lengths look different.
+    Only for tensors of a trace of our own: the symbol is forgotten with it.
+    """
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    mode, symbol = fake_mode_of(output), size_expression(output.shape[dim])
+    if mode is None or isinstance(symbol, int) or not symbol.is_Symbol or not free_unbacked_symbols(output.shape[dim]):
+        return
+    environment, length = mode.shape_env, high - low
+    known = set().union(*(getattr(bound, "free_symbols", ()) for bound in (low, high, size)))
+    if symbol not in known and all(isinstance(n, int) or environment.bound_sympy(n).lower >= 0 for n in (low, length, size - high)):
+        environment._set_replacement(symbol, sympy.sympify(length), "lvsa: a slice within its axis")
 
 
 def specialise(size: Any, tensor: Tensor) -> int | None:
     """A symbolic size as the int it has now, with the guard that says so; None where the size is known only at run time."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-    if isinstance(size, int):
-        return size
+    expression = size_expression(size)
+    if isinstance(expression, int):
+        return expression
     mode = fake_mode_of(tensor)
-    if mode is None or mode.shape_env is None or free_unbacked_symbols(size):
+    if mode is None or mode.shape_env is None or free_unbacked_symbols(expression):
         return None
-    return int(mode.shape_env.evaluate_expr(size))
+    return int(mode.shape_env.evaluate_expr(expression))
 
 
 # --- modules of the model being compiled ---------------------------------------------------------------------------------------
@@ -402,8 +435,14 @@ def compiled_entry() -> Any:
     return entry
 
 
+parent: contextvars.ContextVar[Any] = contextvars.ContextVar("lvsa_parent", default=None)
+"""The model whose blocks are compiled one by one, while its forward runs."""
+
+
 def root_module() -> Any:
     """The module the user compiled, else the one whose forward is being compiled, or None."""
+    if (model := parent.get()) is not None:
+        return model
     scope, entry = root_scope(), compiled_entry()
     function = scope.get("function")  # what ``trace_apart`` calls
     found = (entry, getattr(entry, "__self__", None), function, getattr(function, "__self__", None), scope.get("self"))
@@ -412,7 +451,28 @@ def root_module() -> Any:
 
 def is_whole_of_compiled() -> bool:
     """Whether the graph begins where the compiled module begins, rather than after a graph break."""
-    return root_scope().get("self") is not None and root_scope().get("self") is root_module()
+    scope = root_scope()
+    return scope.get("self") is not None and scope.get("self") is root_module() and not _resumes()
+
+
+def place_in_forward(graph_module: fx.GraphModule) -> tuple[bool, bool]:
+    """Whether the graph being compiled continues an earlier one of the same forward, and whether another one may follow it."""
+    scope, entry = root_scope(), compiled_entry()
+    root = root_module()
+    at_root = scope.get("self") is root if root is not None and "function" not in scope else True
+    continues = _resumes() or (bool(scope) and entry is not None and not at_root)
+    breaks = getattr(getattr(graph_module, "compile_subgraph_reason", None), "graph_break", False)
+    return continues, continues or bool(breaks)
+
+
+def _resumes() -> bool:
+    """Whether the code being compiled is what Dynamo made of a function after a graph break."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().f_code.co_name.startswith("torch_dynamo_resume_in")
+    except AttributeError:
+        return False
 
 
 def modules_around(node: fx.Node) -> list[tuple[str, Any]]:

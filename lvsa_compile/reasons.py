@@ -40,7 +40,7 @@ NOT_VIDEO: Final = Reason("not_video", "No token of the query or of the key come
 NO_GRID: Final = Reason(
     "no_grid",
     "No input of this graph shows the frames, rows and columns of a video.",
-    "For a part of a video model: compile the whole model rather than its blocks, and without graph breaks. Otherwise nothing to do.",
+    "For a part of a video model: lvsa_compile.compile_repeated_blocks(model), or compile the model as a whole. Otherwise nothing to do.",
 )
 SPATIAL_OR_TEMPORAL: Final = Reason(
     "spatial_or_temporal", "The site attends within each frame or along time at each place; there is no frame-by-frame pattern to thin out."

@@ -1,33 +1,63 @@
-"""The callable Dynamo gets back: asks the clock for the step, then calls the compiled graph with its tables."""
+"""The callable Dynamo gets back: asks the clock for the step, calls the compiled graph with its tables, tells the next graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from lvsa_compile import compat
+from lvsa_compile.axes.call import Axes
+from lvsa_compile.axes.labels import in_numbers, say
 from lvsa_compile.clock import Clock, clock_of
-from lvsa_compile.passes.compilation import ExtraInput, TimestepInput
+from lvsa_compile.passes.compilation import Compilation, ExtraInput
 
 
-def with_clock(
-    compiled: Callable[..., Any], extra_inputs: Sequence[ExtraInput], timestep: TimestepInput | None, owner_position: int | None
-) -> Callable[..., Any]:
-    """Wraps a compiled graph so that each call gets the appended inputs.
+def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner_position: int | None) -> Callable[..., Any]:
+    """Wraps a compiled graph so that each call gets the appended inputs and moves the clock.
 
-    The clock belongs to the parameter at ``owner_position`` of the call, since Dynamo runs one graph for all models of a class; a
-    graph without parameters has a clock of its own.
+    The clock belongs to the model whose parameter stands at ``owner_position`` of the call, since Dynamo runs one graph for all models
+    of a class; to the model itself where its blocks are compiled one by one or a graph has no parameters; and to the graph itself
+    where there is no model.
     """
+    extra_inputs, timestep = compilation.extra_inputs, compilation.timestep
+    turning = any(extra.phases > 1 or extra.dense_steps for extra in extra_inputs) or compilation.place.leads_on
+    ticks = turning and timestep is not None
+    if not extra_inputs and not ticks:
+        return compiled
     own_clock = Clock()
-    turning = any(extra.phases > 1 or extra.dense_steps for extra in extra_inputs)
 
     def appended(clock: Clock, extra: ExtraInput) -> Any:
         return clock.phase(extra.phases, extra.value.device, extra.dense_steps) if extra.phases else extra.value
 
     def run(*args: Any) -> Any:
-        clock = own_clock if owner_position is None else clock_of(args[owner_position], compat.root_module)
-        if turning and timestep is not None:
+        owner = compat.parent.get() or (compat.root_module() if owner_position is None else args[owner_position])
+        clock = own_clock if owner is None else clock_of(owner, compat.root_module)
+        if ticks and timestep is not None:
             clock.tick(args[timestep.position])
         return compiled(*args, *(appended(clock, extra) for extra in extra_inputs))
+
+    return run
+
+
+def with_labels(compiled: Callable[..., Any], compilation: Compilation) -> Callable[..., Any]:
+    """Wraps a compiled graph so that what is known of its outputs' axes is said of the tensors, for the next graph."""
+    outgoing = compilation.outgoing
+    if not outgoing:
+        return compiled
+    symbols = compat.symbol_positions(compilation.graph_module)
+    known: dict[tuple[int, ...], tuple[tuple[int, Axes], ...]] = {}
+
+    def run(*args: Any) -> Any:
+        outputs = compiled(*args)
+        numbers = tuple(int(args[position]) for position in symbols.values())
+        if numbers not in known:
+            values = dict(zip(symbols, numbers, strict=True))
+            known[numbers] = tuple((i, in_numbers(axes, lambda size: compat.number_of(size, values))) for i, axes in outgoing)
+        for position, axes in known[numbers]:
+            if isinstance(outputs[position], Tensor):
+                say(outputs[position], axes)
+        return outputs
 
     return run

@@ -7,7 +7,7 @@ from typing import Any
 
 from lvsa_compile.axes.algebra import BROADCAST, INPUT, Factor, Size, axis_size, regroup, same, slice_axis
 from lvsa_compile.axes.call import Axes, Call, axis_index, sizes_of, with_axis
-from lvsa_compile.compat import size_expression
+from lvsa_compile.compat import settle_slice, size_expression
 
 
 def view(call: Call) -> Sequence[Axes] | None:
@@ -84,8 +84,11 @@ def slice_(call: Call) -> Sequence[Axes]:
     """``x[start:stop:step]`` along one axis."""
     axes = call.input()
     dim = axis_index(call.arg(1, "dim", 0), len(axes))
-    wanted = sizes_of(call.outputs[0])[dim]
-    low, high = slice_bounds(axis_size(axes[dim]), call.arg(2, "start"), call.arg(3, "end"))
+    size, output = axis_size(axes[dim]), call.outputs[0]
+    low, high = slice_bounds(size, call.arg(2, "start"), call.arg(3, "end"))
+    if call.arg(4, "step", 1) == 1:
+        settle_slice(output, dim, low, high, size)
+    wanted = sizes_of(output)[dim]
     piece = slice_axis(axes[dim], low, high) if call.arg(4, "step", 1) == 1 else None
     if piece is None or not same(axis_size(piece), wanted):
         piece = call.new_axis(wanted, axis=dim, of=axes[dim])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lvsa_compile.axes.call import Axes
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.select import Choice
 from lvsa_compile.options import Options
@@ -79,12 +80,22 @@ class TimestepInput:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a graph stands in a forward: whether it ``continues`` an earlier graph, and whether another one follows (``leads_on``)."""
+
+    continues: bool = False
+    leads_on: bool = False
+
+
+@dataclass(frozen=True)
 class Compilation:
     """The state of one compile.
 
     ``device`` is where the model will run if that is not where it is traced; ``masks`` says of each
     masked site what its mask says, None where that cannot be told; ``scaffold`` are nodes that were added to be looked at;
-    ``has_video`` says whether any input shows a video grid that is generated; ``reader`` knows which inputs' values were read.
+    ``has_video`` says whether any input shows a video grid that is generated; ``reader`` knows which inputs' values were read;
+    ``clock_before`` is the input that moved the clock before this graph runs; ``outgoing`` is what to say of outputs, by position, for
+    the next graph of the same forward.
     """
 
     graph_module: fx.GraphModule
@@ -93,6 +104,7 @@ class Compilation:
     device: torch.device | None = None
     model: str = ""
     compile_id: str = "-"
+    place: Place = Place()
     sites: tuple[AttentionSite | DenseSite, ...] = ()
     layouts: dict[fx.Node, tuple[TokenLayout, TokenLayout]] = field(default_factory=dict)
     masks: dict[fx.Node, MaskForm | None] = field(default_factory=dict)
@@ -102,9 +114,11 @@ class Compilation:
     trace_failure: str = ""
     horizon: Horizon | None = None
     timestep: TimestepInput | None = None
+    clock_before: str = ""
     decisions: tuple[Decision, ...] = ()
     specialised: tuple[str, ...] = ()
     extra_inputs: tuple[ExtraInput, ...] = ()
+    outgoing: tuple[tuple[int, Axes], ...] = ()
 
     @property
     def masked(self) -> tuple[Decision, ...]:

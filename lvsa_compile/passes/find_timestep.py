@@ -8,7 +8,9 @@ import re
 import torch
 from torch import Tensor, fx
 
+from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT
+from lvsa_compile.clock import tells, told_before
 from lvsa_compile.compat import example_value
 from lvsa_compile.passes.compilation import Compilation, TimestepInput
 from lvsa_compile.passes.trace_layout.interpreter import input_kind
@@ -31,7 +33,13 @@ _CARRY_ON = frozenset(
 
 
 def find_timestep(compilation: Compilation) -> Compilation:
-    """Fills in ``timestep``: an input with a timestep's name, else the one whose sine or cosine goes through a linear layer."""
+    """Fills in ``timestep``: an input with a timestep's name, else the one whose sine or cosine goes through a linear layer.
+
+    Of several graphs of one forward the first that sees a timestep moves the clock: what the others get may be made of it.
+    """
+    root, code = compat.root_module(), compilation.compile_id.split("/")[0]
+    if compilation.place.continues and told_before(root, code):
+        return dataclasses.replace(compilation, clock_before=told_before(root, code))
     placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
     candidates = [
         (position, node, name)
@@ -44,6 +52,8 @@ def find_timestep(compilation: Compilation) -> Compilation:
     if not ranked or ranked[0][0] >= _UNLIKELY:
         return compilation
     _, position, name = ranked[0]
+    if compilation.place.leads_on and root is not None:
+        tells(root, name, code)
     return dataclasses.replace(compilation, timestep=TimestepInput(position, name))
 
 

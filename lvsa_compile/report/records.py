@@ -147,6 +147,8 @@ def report_of(compilation: Compilation) -> Report:
         clock = "lvsa_compile.step(i), as given when this was compiled"
     elif timestep is not None:
         clock = f"value of input {timestep.name!r}"
+    elif compilation.clock_before:
+        clock = f"value of input {compilation.clock_before!r}, where the forward began"
     else:
         clock = "no timestep input found; step 0 unless lvsa_compile.step(i) says otherwise"
     graph = GraphReport(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,17 +21,23 @@ from lvsa_compile.passes.trace_layout.reading import Reader
 class LayoutInterpreter(fx.Interpreter):
     """Runs the graph under an ``AxisTracker`` and keeps the axes of the tensors that are asked for.
 
-    ``watched`` maps a node to the argument nodes whose axes are wanted as they are just before it runs.
+    ``watched`` maps a node to the argument nodes whose axes are wanted as they are just before it runs; ``brought`` holds the axes of
+    inputs, by placeholder, that another graph of the same forward told.
     """
 
     def __init__(
-        self, graph_module: fx.GraphModule, tracker: AxisTracker, watched: Mapping[fx.Node, tuple[fx.Node, ...]], reader: Reader
+        self,
+        graph_module: fx.GraphModule,
+        tracker: AxisTracker,
+        watched: Mapping[fx.Node, tuple[fx.Node, ...]],
+        reader: Reader,
+        brought: Mapping[str, Axes],
     ) -> None:
         super().__init__(graph_module)
-        self.tracker, self.watched, self.reader = tracker, watched, reader
+        self.tracker, self.watched, self.reader, self.brought = tracker, watched, reader, brought
         self.found: dict[fx.Node, dict[fx.Node, Axes]] = {}
         self.values: dict[fx.Node, Tensor] = {}
-        self.output_axes: list[Axes] = []
+        self.output_axes: dict[int, Axes] = {}
         self.failed: dict[fx.Node, str] = {}
         self._autocasts: list[Any] = []
 
@@ -40,7 +47,9 @@ class LayoutInterpreter(fx.Interpreter):
             self.values.update((arg, self.env[arg]) for arg in self.watched[n] if isinstance(self.env.get(arg), Tensor))
             self.found[n] = {arg: self.tracker.axes_of(self.env[arg]) for arg in self.watched[n] if isinstance(self.env.get(arg), Tensor)}
         if n.op == "output":
-            self.output_axes = [self.tracker.axes_of(self.env[arg]) for arg in n.all_input_nodes if isinstance(self.env.get(arg), Tensor)]
+            outputs = n.args[0] if isinstance(n.args[0], (tuple, list)) else n.args[:1]
+            tensors = {i: self.env[arg] for i, arg in enumerate(outputs) if isinstance(arg, fx.Node) and isinstance(self.env[arg], Tensor)}
+            self.output_axes = {i: self.tracker.axes_of(tensor) for i, tensor in tensors.items()}
         self.tracker.place = n.name
         try:
             result = super().run_node(n)
@@ -68,9 +77,8 @@ class LayoutInterpreter(fx.Interpreter):
             return value
         alias = value.detach()
         kind, name = input_kind(node)
-        self.tracker.set_axes(
-            alias, tuple(axis_of(Source(kind, name, i, size, node.name, value.dim())) for i, size in enumerate(sizes_of(value)))
-        )
+        own = tuple(axis_of(Source(kind, name, i, size, node.name, value.dim())) for i, size in enumerate(sizes_of(value)))
+        self.tracker.set_axes(alias, self.brought.get(node.name, own))
         self.tracker.values.set(alias, self.reader.later(node.name) if kind == INPUT else None)
         return alias
 
@@ -98,14 +106,17 @@ def input_kind(node: fx.Node) -> tuple[str, str]:
 
 
 def run_on_fakes(
-    graph_module: fx.GraphModule, watched: Mapping[fx.Node, tuple[fx.Node, ...]], example_inputs: Sequence[Any] = ()
+    graph_module: fx.GraphModule,
+    watched: Mapping[fx.Node, tuple[fx.Node, ...]],
+    example_inputs: Sequence[Any] = (),
+    brought: Mapping[str, Axes] = MappingProxyType({}),
 ) -> LayoutInterpreter | None:
     """Follows the axes of a whole graph, reading ``example_inputs`` where only values tell; None where it has no fake tensors to run on."""
     fake_mode = compat.fake_mode_of_graph(graph_module.graph)
     if fake_mode is None:
         return None
     tracker = AxisTracker()
-    interpreter = LayoutInterpreter(graph_module, tracker, watched, Reader(graph_module.graph, example_inputs))
+    interpreter = LayoutInterpreter(graph_module, tracker, watched, Reader(graph_module.graph, example_inputs), brought)
     inputs = [None for node in graph_module.graph.nodes if node.op == "placeholder"]
     with compat.tracing_on_fakes(fake_mode), interpreter.surroundings(), tracker:
         interpreter.run(*inputs, enable_io_processing=False)

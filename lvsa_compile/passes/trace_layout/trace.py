@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from torch import Tensor
+
+from lvsa_compile import compat
 from lvsa_compile.axes.algebra import LOST, Axis, leaves
 from lvsa_compile.axes.call import Axes
+from lvsa_compile.axes.labels import carried, is_conditioning, said_of
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.passes.trace_layout.interpreter import run_on_fakes
 from lvsa_compile.passes.trace_layout.mask_form import mask_form
 from lvsa_compile.passes.trace_layout.packed import packed_evidence, refined
-from lvsa_compile.passes.trace_layout.token_layout import grid_places, token_layout, video_inputs
+from lvsa_compile.passes.trace_layout.token_layout import Targets, grid_places, token_layout, video_inputs
 from lvsa_compile.patterns.site import AttentionSite
 
 log = logging.getLogger(__name__)
 
 
 def trace_layout(compilation: Compilation) -> Compilation:
-    """Fills in ``layouts``: for each site's node the layouts of query and key, where both have a batch and a token axis."""
+    """Fills in ``layouts``: for each site's node the layouts of query and key, where both have a batch and a token axis.
+
+    And ``outgoing``: what the next graph of the same forward should know of this one's outputs.
+    """
     sites = [site for site in compilation.sites if isinstance(site, AttentionSite)]
-    if not sites:
+    if not sites and not compilation.place.leads_on:
         return compilation
     watched = {site.node: (site.query, site.key, site.value, *site.mask_parts) for site in sites}
     try:
-        traced = run_on_fakes(compilation.graph_module, watched, compilation.example_inputs)
+        traced = run_on_fakes(compilation.graph_module, watched, compilation.example_inputs, _brought(compilation))
     except Exception as error:  # a graph that cannot be traced is dense and says so; it must not fail to compile
         log.debug("tracing failed", exc_info=True)
         return dataclasses.replace(compilation, trace_failure=f"tracing failed: {type(error).__name__}: {error}")
@@ -37,7 +44,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
         if len(query) >= 3 and len(key) >= 3:
             pairs[site.node] = (query, key)
     tokens = [axes[-2] for pair in pairs.values() for axes in pair]
-    evidence, contradictions = packed_evidence(tokens, traced.output_axes, traced.reader.look_at)
+    evidence, contradictions = packed_evidence(tokens, list(traced.output_axes.values()), traced.reader.look_at)
     for said in evidence.values():
         if said.relies_on:
             traced.reader.read(said.relies_on)
@@ -46,11 +53,13 @@ def trace_layout(compilation: Compilation) -> Compilation:
         return tuple(refined(axis, evidence, contradictions) for axis in axes)
 
     pairs = {node: (refine(query), refine(key)) for node, (query, key) in pairs.items()}
-    outputs = [refine(axes) for axes in traced.output_axes]
-    targets = video_inputs(axis for axes in outputs for axis in axes)
+    outputs = {position: refine(axes) for position, axes in traced.output_axes.items()}
+    reached = video_inputs(axis for axes in outputs.values() for axis in axes)
+    targets = {place: axes for place, axes in reached.items() if not is_conditioning(place)}
     if not targets:  # the way to the outputs was lost; where one video alone is attended, it is the one
         shown = [grid_places(axes[-2]) for pair in pairs.values() for axes in pair]
-        candidates = frozenset[str]().union(*shown) & _lost_on_the_way(outputs)
+        lost = _lost_on_the_way(outputs.values())
+        candidates = {place for places in shown for place in places if place in lost and not is_conditioning(place)}
         targets = dict.fromkeys(candidates, frozenset[int]()) if len(candidates) == 1 else {}
     layouts = {
         node: (
@@ -64,7 +73,29 @@ def trace_layout(compilation: Compilation) -> Compilation:
         for site in sites
         if site.mask is not None
     }
-    return dataclasses.replace(compilation, layouts=layouts, masks=masks, has_video=bool(targets), reader=traced.reader)
+    outgoing = _outgoing(outputs, targets) if compilation.place.leads_on else ()
+    return dataclasses.replace(compilation, layouts=layouts, masks=masks, has_video=bool(targets), reader=traced.reader, outgoing=outgoing)
+
+
+def _brought(compilation: Compilation) -> dict[str, Axes]:
+    """Axes of inputs that an earlier graph of the same forward told, by placeholder; their sizes are fixed."""
+    if not compilation.place.continues:
+        return {}
+    placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
+    found = {}
+    for node, value in zip(placeholders, compilation.example_inputs, strict=False):
+        axes = said_of(value) if isinstance(value, Tensor) else None
+        fake = compat.example_value(node)
+        if axes is not None and all(compat.specialise(size, fake) is not None for size in fake.shape):
+            found[node.name] = axes
+    return found
+
+
+def _outgoing(outputs: Mapping[int, Axes], targets: Targets) -> tuple[tuple[int, Axes], ...]:
+    """What is to be said of the outputs, by position.  Of several videos that may be generated, it is not known here which one is."""
+    generated = targets if len(targets) == 1 else {}
+    told = ((position, carried(axes, generated)) for position, axes in outputs.items())
+    return tuple((position, axes) for position, axes in told if axes is not None)
 
 
 def _lost_on_the_way(outputs: Iterable[Axes]) -> frozenset[str]:

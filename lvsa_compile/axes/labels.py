@@ -1,0 +1,129 @@
+"""What is kept of a tensor's axes when it leaves the graph it was made in, and the tensors of which something is kept.
+
+A forward may be several graphs: Dynamo breaks it, or its blocks are compiled one by one.  What one graph found out about its outputs is
+said of the tensors themselves, so that the next graph that gets such a tensor goes on from there.  Nothing is said of tensors that eager
+code made of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Container, Sequence
+
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lvsa_compile.axes.algebra import ARANGE, INPUT, LOST, Axis, Concat, Digit, Factor, Size, Source, axis_size, leaves
+from lvsa_compile.axes.call import Axes
+
+_GENERATED, _CONDITIONING = "^", "~"
+_OTHER = f"{_CONDITIONING}other"
+
+
+def is_conditioning(place: str) -> bool:
+    """Whether what comes from another graph is known not to be the generated video."""
+    return place.startswith(_CONDITIONING)
+
+
+def carried(axes: Axes, generated: Container[str]) -> Axes | None:
+    """What the next graph should know of a tensor's axes; None where they show no picture, video or table of counts.
+
+    Blocks that pass the same video on get equal axes, whatever else they did to it: only the places of latents, counts of a rope table
+    and lost orders are kept.  ``generated`` are the places of inputs that hold the generated video.
+    """
+    kept = tuple(_kept(axis, position, generated) for position, axis in enumerate(axes))
+    return kept if any(digit.source.place != _OTHER for axis in kept for factor in leaves(axis) for digit in factor.digits) else None
+
+
+def _kept(axis: Axis, position: int, generated: Container[str]) -> Axis:
+    telling = _telling([digit.source for factor in axis if isinstance(factor, Factor) for digit in factor.digits])
+    done: list[Factor | Concat] = []
+    for factor in axis:
+        if isinstance(factor, Concat):
+            done.append(Concat(tuple(_kept(part, position, generated) for part in factor.parts)))
+        else:
+            told = {Digit(_renamed(d.source, generated), d.size, d.stride, d.start) for d in factor.digits if d.source in telling}
+            done.append(Factor(factor.size, frozenset(told or {_other(position, factor.size)})))
+    whole = Factor(axis_size(axis), frozenset({_other(position, axis_size(axis))}))
+    return tuple(done) if not axis or any(d.source.place != _OTHER for f in leaves(tuple(done)) for d in f.digits) else (whole,)
+
+
+def _other(position: int, size: Size) -> Digit:
+    return Digit(Source(INPUT, "other tokens", position, size, _OTHER, 3), size)
+
+
+def _telling(sources: Sequence[Source]) -> frozenset[Source]:
+    """Which of the sources that the factors of one axis run along are worth keeping: latents and, where there are none, counts."""
+    lost = [source for source in sources if source.kind == LOST and source.origins]
+    inputs = [source for source in sources if source.kind == INPUT and source.place != _OTHER]
+    latents = [source for source in inputs if source.rank >= 5 or source.name.endswith("]")]
+    witnessed = [source for source in sources if source.kind == ARANGE and source.place == ""]
+    counts = {source for source in sources if source.kind == ARANGE}
+    if latents:
+        return frozenset((*lost, *latents))
+    if witnessed:
+        return frozenset((*lost, *inputs, *witnessed))
+    return frozenset((*lost, *counts)) if len(counts) >= 3 else frozenset(lost)
+
+
+def _renamed(source: Source, generated: Container[str]) -> Source:
+    """The source under a place that no node of another graph has."""
+
+    def marked(place: str) -> str:
+        if place[:1] in (_GENERATED, _CONDITIONING):
+            return place
+        return (_GENERATED if place in generated else _CONDITIONING) + place
+
+    if source.kind == LOST:
+        return Source(LOST, source.name, 0, source.size, "", 1, frozenset(map(marked, source.origins)))
+    return dataclasses.replace(source, place=marked(source.place) if source.place else "")
+
+
+def in_numbers(axes: Axes, number: Callable[[Size], int]) -> Axes:
+    """The axes with every size as the int it has now."""
+
+    def factor_of(factor: Factor | Concat) -> Factor | Concat:
+        if isinstance(factor, Concat):
+            return Concat(tuple(tuple(map(factor_of, part)) for part in factor.parts))
+        digits = (
+            Digit(dataclasses.replace(d.source, size=number(d.source.size)), number(d.size), number(d.stride), number(d.start))
+            for d in factor.digits
+        )
+        return Factor(number(factor.size), frozenset(digits))
+
+    return tuple(tuple(map(factor_of, axis)) for axis in axes)
+
+
+# --- the tensors ---------------------------------------------------------------------------------------------------------------
+
+_labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def say(tensor: Tensor, axes: Axes | None) -> None:
+    """Says what the axes of a real tensor are, or that nothing is known any more."""
+    if axes is None:
+        _labels.pop(tensor, None)
+    elif [axis_size(axis) for axis in axes] == list(tensor.shape):
+        _labels[tensor] = (axes, _version(tensor))
+
+
+def said_of(tensor: Tensor) -> Axes | None:
+    """What was said of a tensor's axes; None where nothing was, or it was written to since."""
+    found = _labels.get(tensor)
+    return found[0] if found is not None and found[1] == _version(tensor) else None
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class SameAxes:
+    """Whether a tensor carries the axes a graph was compiled for."""
+
+    def __init__(self, expected: Axes | None) -> None:
+        self._expected = expected
+
+    def __call__(self, tensor: Tensor) -> bool:
+        """Compares."""
+        axes = said_of(tensor)
+        return axes is self._expected or axes == self._expected
