@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lvsa_compile.explaining import explain
     from lvsa_compile.functional import sparse_attention
     from lvsa_compile.options import make_options
+    from lvsa_compile.regional import compile_repeated_blocks
     from lvsa_compile.report.records import Report
     from lvsa_compile.report.store import reports
     from lvsa_compile.sparsity.frame_pattern import FramePattern
@@ -26,6 +27,7 @@ _HOMES = {
     "LvsaWarning": "errors",
     "OptionError": "errors",
     "Report": "report.records",
+    "compile_repeated_blocks": "regional",
     "explain": "explaining",
     "make_options": "options",
     "reports": "report.store",
@@ -40,6 +42,7 @@ __all__ = [
     "LvsaWarning",
     "OptionError",
     "Report",
+    "compile_repeated_blocks",
     "explain",
     "make_options",
     "reports",

@@ -29,6 +29,7 @@ from lvsa_compile.passes.find_horizon import find_horizon
 from lvsa_compile.passes.find_timestep import find_timestep
 from lvsa_compile.passes.rewrite import lower, rewrite
 from lvsa_compile.passes.trace_layout.interpreter import input_kind
+from lvsa_compile.passes.trace_layout.reading import SameValue
 from lvsa_compile.passes.trace_layout.trace import trace_layout
 from lvsa_compile.passes.verify import verify
 from lvsa_compile.reasons import TRAINING
@@ -83,10 +84,11 @@ def _beginning(
 
 def _guard(compilation: Compilation) -> None:
     """Has Dynamo compile anew where what was relied on no longer holds; also where all stays dense, which may be sparse then."""
-    if compilation.reader is not None:
-        compilation.reader.guard()
+    placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
+    for place, held in (compilation.reader.relied_on if compilation.reader is not None else {}).items():
+        node = next(node for node in placeholders if node.name == place)
+        compat.guard_input(node, SameValue(held), "holds the values that the token layout was read from")
     if compilation.place.continues and (compilation.sites or compilation.outgoing):
-        placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
         for node, value in zip(placeholders, compilation.example_inputs, strict=False):
             if isinstance(value, torch.Tensor) and value.dim() >= 2 and input_kind(node)[0] == INPUT:
                 compat.guard_input(node, SameAxes(said_of(value)), "carries the token layout it was compiled for")

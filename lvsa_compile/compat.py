@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload as OpOverload
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 # --- ops -----------------------------------------------------------------------------------------------------------------------
@@ -150,6 +151,11 @@ def _stamp_class() -> Callable[[str], Any]:
             return self.stamp
 
     return CacheStamp
+
+
+def takes_recompile_limit() -> bool:
+    """Whether ``torch.compile`` takes a limit of recompiles for one call."""
+    return "recompile_limit" in inspect.signature(torch.compile).parameters
 
 
 def reset_cuda_graphs() -> None:
@@ -293,6 +299,19 @@ def fake_like(tensor: Tensor, fake_mode: Any) -> Tensor:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
+def new_fake_mode() -> Any:
+    """A fake mode of its own, without symbols: ops that need values raise one of ``NEEDS_VALUES``."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+"""What fake tensors raise where the values of real ones decide."""
+
+INDEXING_OPS = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+
+
 def tracing_fake_mode() -> Any:
     """The fake mode of the compile in progress, in which the inner compiler traces; None outside a compile."""
     from torch._guards import TracingContext
@@ -410,6 +429,45 @@ def specialise(size: Any, tensor: Tensor) -> int | None:
     if mode is None or mode.shape_env is None or free_unbacked_symbols(expression):
         return None
     return int(mode.shape_env.evaluate_expr(expression))
+
+
+# --- arguments of a call -------------------------------------------------------------------------------------------------------
+
+
+def named_leaves(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Names of the leaves among a method's arguments, the leaves, and their structure; see ``tree_unflatten``."""
+    import torch.utils._pytree as pytree
+
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    found, structure = pytree.tree_flatten_with_path((args, dict(kwargs)))
+    names = []
+    for (side, place, *inside), _ in found:
+        position = place.idx if side.idx == 0 else None  # type: ignore[attr-defined]
+        name = place.key if position is None else plain[position] if position < len(plain) else f"args[{position}]"  # type: ignore[attr-defined]
+        names.append(f"{name}{pytree.keystr(tuple(inside))}")
+    return tuple(names), tuple(leaf for _, leaf in found), structure
+
+
+def tree_leaves(value: Any) -> list[Any]:
+    """All leaves of nested lists, tuples, dicts and the output classes of known libraries."""
+    import torch.utils._pytree as pytree
+
+    return pytree.tree_leaves(value)
+
+
+def tree_map(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same structure with ``function`` of every leaf."""
+    import torch.utils._pytree as pytree
+
+    return pytree.tree_map(function, value)
+
+
+def tree_unflatten(leaves: list[Any], structure: Any) -> Any:
+    """The structure with other leaves."""
+    import torch.utils._pytree as pytree
+
+    return pytree.tree_unflatten(leaves, structure)
 
 
 # --- modules of the model being compiled ---------------------------------------------------------------------------------------

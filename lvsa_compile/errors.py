@@ -54,6 +54,17 @@ class ShapeError(LvsaError, ValueError):
         return type(self), (self.argument, self.value, self.problem, self.remedy)
 
 
+class RegionError(LvsaError, ValueError):
+    """Something that cannot be compiled block by block."""
+
+    def __init__(self, argument: str, value: object, problem: str, remedy: str) -> None:
+        super().__init__(f"compile_repeated_blocks({argument}={value}): {problem}. {remedy}")
+        self.argument, self.value, self.problem, self.remedy = argument, value, problem, remedy
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.argument, self.value, self.problem, self.remedy)
+
+
 class StepError(LvsaError, ValueError):
     """An explicit denoising step that is not a whole number from 0."""
 

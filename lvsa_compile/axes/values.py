@@ -66,6 +66,11 @@ class KnownValues:
         else:
             self._known[id(tensor)] = (tensor, later)
 
+    def real(self, arguments: Any) -> Any:
+        """Arguments of a call with the real tensors in place of fakes; None where one is not known."""
+        held = self._held(arguments)
+        return None if held is None else _real(held)
+
     def result(self, func: compat.OpOverload, args: Any, kwargs: Any, position: int | None, like: Tensor) -> Later | None:
         """What a call would return at ``position``; None where an argument is not known, or chance decides."""
 

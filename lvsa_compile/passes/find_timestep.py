@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
@@ -57,10 +58,22 @@ def find_timestep(compilation: Compilation) -> Compilation:
     return dataclasses.replace(compilation, timestep=TimestepInput(position, name))
 
 
+def timestep_among(names: Sequence[str]) -> int | None:
+    """Which of the names of a model's inputs says most surely that it is the timestep; None where none does."""
+    ranked = [(_named(name), position) for position, name in enumerate(names)]
+    known = [(rank, position) for rank, position in ranked if rank is not None]
+    return min(known)[1] if known else None
+
+
+def _named(name: str) -> int | None:
+    short = name.split("[")[0].lower()
+    return next((rank for rank, pattern in enumerate(_NAMES) if pattern.fullmatch(short)), None)
+
+
 def _rank(node: fx.Node, name: str) -> int:
     """How likely an input is the timestep, the lowest rank first: by its name, among equals by what becomes of it."""
     short = name.split("[")[0].lower()
-    named = next((rank for rank, pattern in enumerate(_NAMES) if pattern.fullmatch(short)), None)
+    named = _named(name)
     if named == 0:
         return 0
     embedded = example_value(node).dim() <= 2 and not _OTHERS.search(short) and _is_embedded_as_sinusoid(node)

@@ -116,8 +116,9 @@ def run_on_fakes(
     if fake_mode is None:
         return None
     tracker = AxisTracker()
-    interpreter = LayoutInterpreter(graph_module, tracker, watched, Reader(graph_module.graph, example_inputs), brought)
-    inputs = [None for node in graph_module.graph.nodes if node.op == "placeholder"]
+    placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
+    interpreter = LayoutInterpreter(graph_module, tracker, watched, Reader(dict(zip(placeholders, example_inputs, strict=False))), brought)
+    inputs = [None for _ in placeholders]
     with compat.tracing_on_fakes(fake_mode), interpreter.surroundings(), tracker:
         interpreter.run(*inputs, enable_io_processing=False)
     return interpreter

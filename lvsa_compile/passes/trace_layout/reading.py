@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from lvsa_compile import compat
 from lvsa_compile.axes.values import Array, Later
@@ -17,14 +17,10 @@ _MOST = 1 << 24
 
 
 class Reader:
-    """Reads graph inputs, and remembers which."""
+    """Reads the inputs of a graph or a model, by place, and remembers which."""
 
-    def __init__(self, graph: fx.Graph, example_inputs: Sequence[Any]) -> None:
-        nodes = [node for node in graph.nodes if node.op == "placeholder"]
-        self._real: Mapping[str, Tensor] = {
-            node.name: value for node, value in zip(nodes, example_inputs, strict=False) if isinstance(value, Tensor) and _is_real(value)
-        }
-        self._nodes = {node.name: node for node in nodes}
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        self._real = {place: value for place, value in inputs.items() if isinstance(value, Tensor) and _is_real(value)}
         self._read: dict[str, Tensor] = {}
         self._looked_at: dict[str, Array] = {}
 
@@ -33,7 +29,7 @@ class Reader:
         return Later(lambda: self.read(place), constant=False) if place in self._real else None
 
     def read(self, place: str) -> Tensor | None:
-        """The value of the input at a placeholder, on the CPU; None where the caller gave no real tensor."""
+        """The value of an input, on the CPU; None where the caller gave no real tensor."""
         if place not in self._real:
             return None
         if place not in self._read:
@@ -51,10 +47,10 @@ class Reader:
                 self._looked_at[place] = tensor.detach().to("cpu", torch.float64).numpy()
         return self._looked_at[place]
 
-    def guard(self) -> None:
-        """Has Dynamo compile anew when an input that was read holds something else."""
-        for place, value in self._read.items():
-            compat.guard_input(self._nodes[place], SameValue(value), "holds the values that the token layout was read from")
+    @property
+    def relied_on(self) -> Mapping[str, Tensor]:
+        """The inputs that were read, by place, and what they held."""
+        return self._read
 
 
 def _is_real(tensor: Tensor) -> bool:

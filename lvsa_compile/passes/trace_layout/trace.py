@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from lvsa_compile import compat
-from lvsa_compile.axes.algebra import LOST, Axis, leaves
+from lvsa_compile.axes.algebra import Axis
 from lvsa_compile.axes.call import Axes
-from lvsa_compile.axes.labels import carried, is_conditioning, said_of
+from lvsa_compile.axes.labels import carried, said_of
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.passes.trace_layout.interpreter import run_on_fakes
 from lvsa_compile.passes.trace_layout.mask_form import mask_form
-from lvsa_compile.passes.trace_layout.packed import packed_evidence, refined
-from lvsa_compile.passes.trace_layout.token_layout import Targets, grid_places, token_layout, video_inputs
+from lvsa_compile.passes.trace_layout.token_layout import token_layout
+from lvsa_compile.passes.trace_layout.witnessed import Witnessed, witnessed
 from lvsa_compile.patterns.site import AttentionSite
 
 log = logging.getLogger(__name__)
@@ -43,38 +42,23 @@ def trace_layout(compilation: Compilation) -> Compilation:
         query, key = (traced.found.get(site.node, {}).get(node, ()) for node in (site.query, site.key))
         if len(query) >= 3 and len(key) >= 3:
             pairs[site.node] = (query, key)
-    tokens = [axes[-2] for pair in pairs.values() for axes in pair]
-    evidence, contradictions = packed_evidence(tokens, list(traced.output_axes.values()), traced.reader.look_at)
-    for said in evidence.values():
-        if said.relies_on:
-            traced.reader.read(said.relies_on)
-
-    def refine(axes: Axes) -> Axes:
-        return tuple(refined(axis, evidence, contradictions) for axis in axes)
-
-    pairs = {node: (refine(query), refine(key)) for node, (query, key) in pairs.items()}
-    outputs = {position: refine(axes) for position, axes in traced.output_axes.items()}
-    reached = video_inputs(axis for axes in outputs.values() for axis in axes)
-    targets = {place: axes for place, axes in reached.items() if not is_conditioning(place)}
-    if not targets:  # the way to the outputs was lost; where one video alone is attended, it is the one
-        shown = [grid_places(axes[-2]) for pair in pairs.values() for axes in pair]
-        lost = _lost_on_the_way(outputs.values())
-        candidates = {place for places in shown for place in places if place in lost and not is_conditioning(place)}
-        targets = dict.fromkeys(candidates, frozenset[int]()) if len(candidates) == 1 else {}
+    seen = witnessed([axes[-2] for pair in pairs.values() for axes in pair], traced.output_axes, traced.reader)
     layouts = {
         node: (
-            token_layout(query[-2], _outside_tokens(query), targets, contradictions),
-            token_layout(key[-2], _outside_tokens(key), targets, contradictions),
+            token_layout(query[-2], _outside_tokens(query), seen.targets, seen.contradictions),
+            token_layout(key[-2], _outside_tokens(key), seen.targets, seen.contradictions),
         )
-        for node, (query, key) in pairs.items()
+        for node, (query, key) in ((node, (seen.refine(query), seen.refine(key))) for node, (query, key) in pairs.items())
     }
     masks = {
         site.node: mask_form(site.mask_parts, [traced.found.get(site.node, {}).get(part, ()) for part in site.mask_parts], traced.constant)
         for site in sites
         if site.mask is not None
     }
-    outgoing = _outgoing(outputs, targets) if compilation.place.leads_on else ()
-    return dataclasses.replace(compilation, layouts=layouts, masks=masks, has_video=bool(targets), reader=traced.reader, outgoing=outgoing)
+    outgoing = _outgoing(seen) if compilation.place.leads_on else ()
+    return dataclasses.replace(
+        compilation, layouts=layouts, masks=masks, has_video=bool(seen.targets), reader=traced.reader, outgoing=outgoing
+    )
 
 
 def _brought(compilation: Compilation) -> dict[str, Axes]:
@@ -91,17 +75,11 @@ def _brought(compilation: Compilation) -> dict[str, Axes]:
     return found
 
 
-def _outgoing(outputs: Mapping[int, Axes], targets: Targets) -> tuple[tuple[int, Axes], ...]:
+def _outgoing(seen: Witnessed) -> tuple[tuple[int, Axes], ...]:
     """What is to be said of the outputs, by position.  Of several videos that may be generated, it is not known here which one is."""
-    generated = targets if len(targets) == 1 else {}
-    told = ((position, carried(axes, generated)) for position, axes in outputs.items())
+    generated = seen.targets if len(seen.targets) == 1 else {}
+    told = ((position, carried(axes, generated)) for position, axes in seen.outputs.items())
     return tuple((position, axes) for position, axes in told if axes is not None)
-
-
-def _lost_on_the_way(outputs: Iterable[Axes]) -> frozenset[str]:
-    """Places of inputs that an output may count, though in what order was lost."""
-    lost = (d.source.origins for axes in outputs for axis in axes for f in leaves(axis) for d in f.digits if d.source.kind == LOST)
-    return frozenset[str]().union(*lost)
 
 
 def _outside_tokens(axes: Axes) -> Axis:

@@ -1,0 +1,199 @@
+"""What the blocks of a model get, found by one forward of the whole model on fake tensors.
+
+A block that is compiled by itself sees tokens and no latents.  So the model runs once without memory or arithmetic while an
+``AxisTracker`` follows the axes: a copy of it that has no hooks, whose weights and inputs are fakes of one dtype on one device, so that
+neither offloading nor casting nor parallelism matters.  Where it asks for a value, that is computed from the real inputs, if they decide
+it, and those inputs are remembered.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvsa_compile import compat
+from lvsa_compile.axes.algebra import INPUT, Axis, Source, axis_of
+from lvsa_compile.axes.call import Axes, tensors_in
+from lvsa_compile.axes.labels import carried
+from lvsa_compile.axes.tracker import AxisTracker
+from lvsa_compile.axes.values import Later
+from lvsa_compile.passes.trace_layout.reading import Reader
+from lvsa_compile.passes.trace_layout.witnessed import witnessed
+
+_NOT_COPIED = frozenset(("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl"))
+"""Attributes by which torch and other libraries put themselves around a module's ``forward``."""
+
+
+@dataclass(frozen=True)
+class ForwardInputs:
+    """The arguments of a call as leaves with names, such as ``hidden_states`` and ``latents[0]``."""
+
+    names: tuple[str, ...]
+    leaves: tuple[Any, ...]
+    structure: Any
+
+    @staticmethod
+    def of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardInputs:
+        """The inputs of ``model(*args, **kwargs)``."""
+        return ForwardInputs(*compat.named_leaves(type(model).forward, args, kwargs))
+
+    def rebuild(self, leaves: Collection[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the same structure made of other leaves."""
+        args, kwargs = compat.tree_unflatten(list(leaves), self.structure)
+        return args, kwargs
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What one call of a block gets: for each tensor among its arguments its shape, and its axes, None where nothing is known."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    axes: tuple[Axes | None, ...]
+
+
+@dataclass(frozen=True)
+class ParentTrace:
+    """Calls of blocks by path and number within one forward.
+
+    ``relied_on`` are the inputs whose values had a part in it, and ``failure`` says why there are no calls.
+    """
+
+    calls: Mapping[tuple[str, int], BlockCall] = field(default_factory=dict)
+    relied_on: Mapping[str, Tensor] = field(default_factory=dict)
+    failure: str = ""
+
+
+def trace_parent(model: nn.Module, blocks: Collection[str], inputs: ForwardInputs) -> ParentTrace:
+    """What each call of the ``blocks``, given by path, gets in ``model(inputs)``."""
+    reader = Reader(dict(zip(inputs.names, inputs.leaves, strict=True)))
+    tracker = _ParentTracker()
+    seen: list[tuple[str, list[tuple[Tensor, Axes]]]] = []
+    plain = torch.compiler.set_stance("force_eager"), torch.no_grad(), torch.autocast("cpu", enabled=False)
+    with plain[0], plain[1], plain[2], compat.tracing_on_fakes(compat.new_fake_mode()):
+        bare = _bare_copy(model)
+        for path in blocks:
+            bare.get_submodule(path).register_forward_pre_hook(_noting(path, tracker, seen), with_kwargs=True)
+        fakes = [_fake(leaf) for leaf in inputs.leaves]
+        for name, fake in zip(inputs.names, fakes, strict=True):
+            if isinstance(fake, Tensor):
+                tracker.set_axes(fake, tuple(axis_of(Source(INPUT, name, i, n, name, fake.dim())) for i, n in enumerate(fake.shape)))
+                tracker.values.set(fake, reader.later(name))
+        args, kwargs = inputs.rebuild(fakes)
+        with tracker:
+            output = bare(*args, **kwargs)
+    leaves = compat.tree_leaves(output)
+    outputs = {i: tracker.axes_of(leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    tokens = [*tracker.attended, *(axes[-2] for _, call in seen for _, axes in call if len(axes) >= 3)]
+    known = witnessed(tokens, outputs, reader)
+    calls: dict[tuple[str, int], BlockCall] = {}
+    for path, call in seen:
+        number = sum(other == path for other, _ in calls)
+        shapes = tuple(tuple(tensor.shape) for tensor, _ in call)
+        calls[path, number] = BlockCall(shapes, tuple(carried(known.refine(axes), known.targets) for _, axes in call))
+    return ParentTrace(calls, dict(reader.relied_on))
+
+
+def _noting(path: str, tracker: AxisTracker, seen: list[tuple[str, list[tuple[Tensor, Axes]]]]) -> Any:
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append((path, [(leaf, tracker.axes_of(leaf)) for leaf in compat.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]))
+
+    return note
+
+
+class _ParentTracker(AxisTracker):
+    """Follows a forward that is no graph: it knows where attention was, and answers the model's questions about values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attended: list[Axis] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Runs the op; one that fakes cannot run is computed from the values of its arguments."""
+        if "scaled_dot_product" in str(func):
+            self.attended.extend(self.axes_of(tensor)[-2] for tensor in tensors_in(args)[:2])
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except compat.NEEDS_VALUES:
+            return self._computed(func, args, kwargs or {})
+
+    def _computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in compat.INDEXING_OPS:  # by masks: what they choose is known even where what is chosen is not
+            indices = [entry for index in args[1] for entry in (self._places(index) if _is_mask(index) else [index])]
+            return func(args[0], indices, *args[2:], **kwargs)
+        real = self.values.real((args, kwargs))
+        if real is None:
+            raise ValueError(f"the model asks for a value that its inputs do not decide, at {func}")
+        with compat.no_modes():
+            result = func(*real[0], **real[1])
+        return compat.tree_map(lambda leaf: self._known(leaf) if isinstance(leaf, Tensor) else leaf, result)
+
+    def _places(self, mask: Tensor) -> list[Tensor]:
+        """What ``mask.nonzero()`` gives for each axis."""
+        real = self.values.real(mask)
+        if real is None:
+            raise ValueError("the model takes elements by a mask that its inputs do not decide")
+        with compat.no_modes():
+            places = real.nonzero(as_tuple=True)
+        return [self._known(axis) for axis in places]
+
+    def _known(self, real: Tensor) -> Tensor:
+        """A fake of a tensor whose value is known."""
+        fake = torch.empty(real.shape, dtype=real.dtype)
+        self.values.set(fake, Later(lambda: real, constant=False))
+        return fake
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _fake(value: Any) -> Any:
+    """A tensor as a fake on the CPU, floating numbers in float32; everything else as it is.  To be called in a fake mode."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty(tuple(value.shape), dtype=torch.float32 if value.is_floating_point() else value.dtype)
+
+
+def _bare_copy(model: nn.Module) -> nn.Module:
+    """A model with fakes for weights and without what others put around its modules; nothing it does reaches the original."""
+    modules = dict(model.named_modules())
+    copies: dict[int, nn.Module] = {id(module): object.__new__(type(module)) for module in modules.values()}
+    memo: dict[int, Any] = dict(copies)
+    weights: dict[int, Any] = {}
+
+    def weight(tensor: Tensor | None) -> Any:
+        if tensor is not None and id(tensor) not in weights:
+            fake = _fake(tensor)
+            weights[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+        return None if tensor is None else weights[id(tensor)]
+
+    for module in modules.values():
+        state = copies[id(module)].__dict__
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers"):
+                state[name] = {key: weight(tensor) for key, tensor in value.items()}
+            elif name == "_modules":
+                state[name] = {key: None if child is None else copies[id(child)] for key, child in value.items()}
+            elif name.startswith("_") and "_hooks" in name:
+                state[name] = OrderedDict()
+            elif name not in _NOT_COPIED:
+                state[name] = _copied(value, memo)
+    return copies[id(model)]
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy in which tensors are fakes and modules their copies; what cannot be copied is shared."""
+    memo.update((id(tensor), _fake(tensor)) for tensor in compat.tree_leaves(value) if isinstance(tensor, Tensor))
+    try:
+        done = copy.deepcopy(value, memo)
+    except Exception:  # locks, streams and process groups of other libraries
+        return value
+    if hasattr(done, "_parallel_config"):  # diffusers' attention processors: here a model runs by itself
+        done._parallel_config = None
+    return done

@@ -1,0 +1,186 @@
+"""``compile_repeated_blocks``: one graph for all blocks of a class, with the layout and the clock of the model around them."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvsa_compile import clock, compat
+from lvsa_compile.axes.labels import say
+from lvsa_compile.errors import RegionError
+from lvsa_compile.options import make_options
+from lvsa_compile.passes.find_timestep import timestep_among
+from lvsa_compile.passes.trace_layout.parent import ForwardInputs, ParentTrace, trace_parent
+from lvsa_compile.passes.trace_layout.reading import SameValue
+
+log = logging.getLogger(__name__)
+
+_MOST_TRACES = 64
+"""Kinds of forwards (sizes, and values that were read) that are remembered."""
+_RECOMPILES = 64
+"""Graphs per class of block, where the user sets no limit: one for each size of video, which Dynamo's own limit of 8 would end."""
+
+
+def compile_repeated_blocks(model: nn.Module, *, options: Mapping[str, Any] | None = None, **compile_kwargs: Any) -> nn.Module:
+    """Compiles the repeated blocks of a model with the ``lvsa`` backend, in place: one compile serves all blocks of a class.
+
+    The blocks are those that diffusers lists (``_repeated_blocks``), and children of one class in a list of modules.  At the first
+    forward of each size the whole model runs once on fake tensors, which says what each block gets; the class of the model and its state
+    dict stay as they are.
+
+    Args:
+        model: the model, or a wrapper of it; its blocks must not be compiled already.
+        options: as for ``torch.compile(backend="lvsa", options=...)``.
+        **compile_kwargs: further arguments of ``torch.compile``, such as ``dynamic`` or ``fullgraph``.
+
+    Returns:
+        The model.
+
+    Raises:
+        RegionError: ``model`` is no module, has no repeated blocks, or ``backend`` was given.
+        OptionError: an option has a value it cannot have.
+    """
+    if not isinstance(model, nn.Module):
+        raise RegionError("model", type(model).__name__, "not a module", "Give the transformer, such as pipe.transformer.")
+    if compile_kwargs.get("backend", "lvsa") != "lvsa":
+        raise RegionError("backend", compile_kwargs["backend"], "this function compiles for 'lvsa'", "Leave backend out.")
+    given = make_options(**{**({"mode": compile_kwargs["mode"]} if compile_kwargs.get("mode") else {}), **(options or {})})
+    blocks = repeated_blocks(model)
+    if not blocks:
+        raise RegionError(
+            "model", type(model).__name__, "no list of modules holds two blocks of a class", 'Use torch.compile(model, backend="lvsa").'
+        )
+    settings = {name: value for name, value in compile_kwargs.items() if name not in ("backend", "mode")}
+    if compat.takes_recompile_limit():
+        settings.setdefault("recompile_limit", _RECOMPILES)
+    _Region(model, blocks).install(lambda call: torch.compile(call, backend="lvsa", options=given, **settings))
+    return model
+
+
+def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a model by path: no block lies in another."""
+    listed = {name for module in model.modules() for name in getattr(module, "_repeated_blocks", None) or ()}
+    candidates = {path: module for path, module in model.named_modules() if path and type(module).__name__ in listed}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+            children = [(name, child) for name, child in module.named_children() if any(True for _ in child.children())]
+            classes = [type(child) for _, child in children]
+            candidates |= {f"{path}.{name}" if path else name: child for name, child in children if classes.count(type(child)) > 1}
+    outermost: dict[str, nn.Module] = {}
+    for path in sorted(candidates, key=lambda p: p.count(".")):
+        if not any(path.startswith(f"{other}.") for other in outermost):
+            outermost[path] = candidates[path]
+    return {path: module for path, module in model.named_modules() if path in outermost}
+
+
+@dataclass
+class _Running:
+    """One forward in progress: what its blocks get, and how often each was called."""
+
+    region: _Region
+    trace: ParentTrace
+    calls: dict[str, int] = field(default_factory=dict)
+
+
+_running: contextvars.ContextVar[tuple[_Running, ...]] = contextvars.ContextVar("lvsa_running", default=())
+
+
+class _Region:
+    """The compiled blocks of one model, and what is known of its forwards."""
+
+    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+        self._model = weakref.ref(model)
+        self._blocks = dict(blocks)
+        self._traces: dict[Any, list[tuple[ParentTrace, dict[str, SameValue]]]] = {}
+
+    def __deepcopy__(self, memo: Any) -> _Region:
+        return self  # a copy of the model is another model, whose blocks are not compiled
+
+    def __reduce__(self) -> Any:
+        return _no_region, ()
+
+    def install(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Puts the region around its model and blocks, in place of an earlier one."""
+        model = self._model()
+        assert model is not None
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Region)]:
+                del hooks[key]
+        model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        model.register_forward_hook(self.end, always_call=True)
+        for path, block in self._blocks.items():
+            block._compiled_call_impl = self._block(path, compiled(block._call_impl))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward: finds out what the blocks will get and moves the clock."""
+        if model is not self._model():
+            return
+        inputs = ForwardInputs.of(model, args, kwargs)
+        trace = self._trace(model, inputs)
+        timestep = timestep_among(inputs.names)
+        if timestep is not None:
+            value = inputs.leaves[timestep]
+            clock.tells(model, inputs.names[timestep], "")
+            clock.clock_of(model).tick(value if isinstance(value, Tensor) else torch.tensor(float(value)))
+        _running.set((*_running.get(), _Running(self, trace)))
+        compat.parent.set(model)
+
+    def end(self, model: nn.Module, args: Any, output: Any) -> None:
+        """After a forward, also one that failed."""
+        before = tuple(running for running in _running.get() if running.region is not self)
+        _running.set(before)
+        compat.parent.set(before[-1].region._model() if before else None)
+
+    def _trace(self, model: nn.Module, inputs: ForwardInputs) -> ParentTrace:
+        """What is known of forwards of this kind; a kind that was not seen is traced."""
+        kind = (inputs.names, tuple(map(_kind_of, inputs.leaves)))
+        by_name = dict(zip(inputs.names, inputs.leaves, strict=True))
+        for trace, conditions in self._traces.get(kind, ()):
+            if all(holds(by_name[name]) for name, holds in conditions.items()):
+                return trace
+        try:
+            trace = trace_parent(model, self._blocks, inputs)
+        except Exception as error:  # a model that cannot be traced is dense and says so; it must not fail to run
+            log.debug("tracing %s failed", type(model).__name__, exc_info=True)
+            trace = ParentTrace(failure=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            log.warning("lvsa could not trace %s, so its blocks stay dense: %s", type(model).__name__, trace.failure)
+        if sum(map(len, self._traces.values())) >= _MOST_TRACES:
+            self._traces.clear()
+        self._traces.setdefault(kind, []).append((trace, {name: SameValue(value) for name, value in trace.relied_on.items()}))
+        return trace
+
+    def _block(self, path: str, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """A compiled block that first says of its arguments what the trace of the model knows of them."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            running = _running.get()
+            if running and running[-1].region is self:
+                calls = running[-1].calls
+                number = calls[path] = calls.get(path, -1) + 1
+                known = running[-1].trace.calls.get((path, number))
+                tensors = [leaf for leaf in compat.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+                if known is not None and tuple(tuple(tensor.shape) for tensor in tensors) == known.shapes:
+                    for tensor, axes in zip(tensors, known.axes, strict=True):
+                        say(tensor, axes)
+            return compiled(*args, **kwargs)
+
+        return call
+
+
+def _kind_of(leaf: Any) -> Any:
+    """What distinguishes a leaf of the arguments from one of another kind of forward."""
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), leaf.dtype
+    return leaf if isinstance(leaf, (int, str, bool, type(None))) else (type(leaf), leaf if isinstance(leaf, float) else None)
+
+
+def _no_region(*_: Sequence[Any]) -> None:
+    """What stands for a region in a pickled model."""
