@@ -64,6 +64,7 @@ def lvsa(
     """
     parsed = parse_options(options, mode)
     compilation = _run(PIPELINE, _beginning(graph_module, example_inputs, parsed))
+    _leave_the_clock_to_this_graph(compilation)
     _publish(report_of(compilation), compilation)
     _guard(compilation)
     if compilation.sparse or compilation.masked:
@@ -80,6 +81,13 @@ def _beginning(
 ) -> Compilation:
     place = Place(*compat.place_in_forward(graph_module))
     return Compilation(compat.copy_graph(graph_module), options, example_inputs, device, compile_id=compat.compile_id(), place=place)
+
+
+def _leave_the_clock_to_this_graph(compilation: Compilation) -> None:
+    """Where a forward is several graphs, the first that sees a timestep moves the clock for all."""
+    root = compat.root_module()
+    if compilation.place.leads_on and compilation.timestep is not None and root is not None:
+        clock.tells(root, compilation.timestep.name, compilation.compile_id.split("/")[0])
 
 
 def _guard(compilation: Compilation) -> None:
@@ -172,7 +180,7 @@ _warned: set[str] = set()
 
 def _publish(report: Report, compilation: Compilation) -> None:
     """Keeps the report, logs its line, counts, and warns of what was most likely not meant."""
-    keep(report, compat.compiled_entry())
+    keep(report, compat.compiled_entry(), compat.parent.get())
     log.info("%s", report.summary)
     log.debug("%s", report)
     counts = compat.counters()

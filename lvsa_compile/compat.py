@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -151,6 +152,13 @@ def _stamp_class() -> Callable[[str], Any]:
             return self.stamp
 
     return CacheStamp
+
+
+def capture_failures() -> tuple[type[Exception], ...]:
+    """What Dynamo raises under ``fullgraph=True`` where it would otherwise break the graph."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, UncapturedHigherOrderOpError, Unsupported, UserError
+
+    return Unsupported, UserError, UncapturedHigherOrderOpError, FailOnRecompileLimitHit
 
 
 def takes_recompile_limit() -> bool:
@@ -474,9 +482,14 @@ def tree_unflatten(leaves: list[Any], structure: Any) -> Any:
 
 
 def module_path(node: fx.Node) -> str:
-    """Dotted path of the module a node was traced in, from the root of the compile; "" if unknown."""
-    stack = node.meta.get("nn_module_stack")
-    return ".".join(_path_parts(list(stack.values())[-1][0])[1:]) if stack else ""
+    """Dotted path of the module a node was traced in, from the root of the compile; "" if unknown.
+
+    The place of a block that is compiled for all of its kind is ``*``: ``blocks.*.attn1``.
+    """
+    stack, around = node.meta.get("nn_module_stack"), parent.get()
+    inside = _path_parts(list(stack.values())[-1][0])[1:] if stack else []
+    block = ["*" if part.isdigit() else part for part in around.block.split(".")] if around is not None else []
+    return ".".join([*block, *inside])
 
 
 def compiled_entry() -> Any:
@@ -493,14 +506,26 @@ def compiled_entry() -> Any:
     return entry
 
 
-parent: contextvars.ContextVar[Any] = contextvars.ContextVar("lvsa_parent", default=None)
+@dataclasses.dataclass
+class Parent:
+    """The model around a block that is compiled by itself.
+
+    ``block`` is the path of the block that is called, and ``problem`` says why nothing is known of what it gets.
+    """
+
+    model: Any
+    block: str = ""
+    problem: str = ""
+
+
+parent: contextvars.ContextVar[Parent | None] = contextvars.ContextVar("lvsa_parent", default=None)
 """The model whose blocks are compiled one by one, while its forward runs."""
 
 
 def root_module() -> Any:
     """The module the user compiled, else the one whose forward is being compiled, or None."""
-    if (model := parent.get()) is not None:
-        return model
+    if (around := parent.get()) is not None:
+        return around.model
     scope, entry = root_scope(), compiled_entry()
     function = scope.get("function")  # what ``trace_apart`` calls
     found = (entry, getattr(entry, "__self__", None), function, getattr(function, "__self__", None), scope.get("self"))

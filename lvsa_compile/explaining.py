@@ -16,6 +16,7 @@ from lvsa_compile.errors import ExplainError
 from lvsa_compile.options import parse_options
 from lvsa_compile.report.records import Report, report_of
 from lvsa_compile.report.store import merged
+from lvsa_compile.runtime import with_labels
 
 
 def explain(
@@ -41,8 +42,9 @@ def explain(
     graphs: list[Report] = []
 
     def note(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(report_of(analyse(graph_module, example_inputs, parsed, home)))
-        return graph_module.forward
+        compilation = analyse(graph_module, example_inputs, parsed, home)
+        graphs.append(report_of(compilation))
+        return with_labels(graph_module.forward, compilation)
 
     model = getattr(model, "_orig_mod", model)
     home = next((tensor.device for tensor in _tensors((model, args, kwargs))), None)

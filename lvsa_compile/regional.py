@@ -60,7 +60,11 @@ def compile_repeated_blocks(model: nn.Module, *, options: Mapping[str, Any] | No
     settings = {name: value for name, value in compile_kwargs.items() if name not in ("backend", "mode")}
     if compat.takes_recompile_limit():
         settings.setdefault("recompile_limit", _RECOMPILES)
-    _Region(model, blocks).install(lambda call: torch.compile(call, backend="lvsa", options=given, **settings))
+
+    def compiled(call: Callable[..., Any], whole: bool) -> Callable[..., Any]:
+        return torch.compile(call, backend="lvsa", options=given, **{"fullgraph": whole, **settings})
+
+    _Region(model, blocks).install(compiled)
     return model
 
 
@@ -86,6 +90,7 @@ class _Running:
 
     region: _Region
     trace: ParentTrace
+    parent: compat.Parent
     calls: dict[str, int] = field(default_factory=dict)
 
 
@@ -98,6 +103,7 @@ class _Region:
     def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
         self._model = weakref.ref(model)
         self._blocks = dict(blocks)
+        self._in_pieces: set[type] = set()
         self._traces: dict[Any, list[tuple[ParentTrace, dict[str, SameValue]]]] = {}
 
     def __deepcopy__(self, memo: Any) -> _Region:
@@ -106,7 +112,7 @@ class _Region:
     def __reduce__(self) -> Any:
         return _no_region, ()
 
-    def install(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def install(self, compiled: Callable[[Callable[..., Any], bool], Callable[..., Any]]) -> None:
         """Puts the region around its model and blocks, in place of an earlier one."""
         model = self._model()
         assert model is not None
@@ -116,7 +122,7 @@ class _Region:
         model.register_forward_pre_hook(self.begin, with_kwargs=True)
         model.register_forward_hook(self.end, always_call=True)
         for path, block in self._blocks.items():
-            block._compiled_call_impl = self._block(path, compiled(block._call_impl))
+            block._compiled_call_impl = self._block(path, self._as_whole(block, compiled))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -130,14 +136,15 @@ class _Region:
             value = inputs.leaves[timestep]
             clock.tells(model, inputs.names[timestep], "")
             clock.clock_of(model).tick(value if isinstance(value, Tensor) else torch.tensor(float(value)))
-        _running.set((*_running.get(), _Running(self, trace)))
-        compat.parent.set(model)
+        running = _Running(self, trace, compat.Parent(model))
+        _running.set((*_running.get(), running))
+        compat.parent.set(running.parent)
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """After a forward, also one that failed."""
         before = tuple(running for running in _running.get() if running.region is not self)
         _running.set(before)
-        compat.parent.set(before[-1].region._model() if before else None)
+        compat.parent.set(before[-1].parent if before else None)
 
     def _trace(self, model: nn.Module, inputs: ForwardInputs) -> ParentTrace:
         """What is known of forwards of this kind; a kind that was not seen is traced."""
@@ -150,12 +157,31 @@ class _Region:
             trace = trace_parent(model, self._blocks, inputs)
         except Exception as error:  # a model that cannot be traced is dense and says so; it must not fail to run
             log.debug("tracing %s failed", type(model).__name__, exc_info=True)
-            trace = ParentTrace(failure=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-            log.warning("lvsa could not trace %s, so its blocks stay dense: %s", type(model).__name__, trace.failure)
+            trace = ParentTrace(failure=f"the model could not be traced: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            log.warning("lvsa could not trace %s, so its blocks stay dense: %s", type(model).__name__, error)
         if sum(map(len, self._traces.values())) >= _MOST_TRACES:
             self._traces.clear()
         self._traces.setdefault(kind, []).append((trace, {name: SameValue(value) for name, value in trace.relied_on.items()}))
         return trace
+
+    def _as_whole(self, block: nn.Module, compiled: Callable[[Callable[..., Any], bool], Callable[..., Any]]) -> Callable[..., Any]:
+        """A block compiled as one graph; in pieces where Dynamo cannot.
+
+        Under ``fullgraph=True`` Dynamo captures lengths that only run time knows, and attention over them, instead of breaking there.
+        """
+        whole, pieces = compiled(block._call_impl, True), compiled(block._call_impl, False)
+        failures = compat.capture_failures()
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if type(block) not in self._in_pieces:
+                try:
+                    return whole(*args, **kwargs)
+                except failures as error:
+                    self._in_pieces.add(type(block))
+                    log.info("%s is no single graph and is compiled in pieces: %s", type(block).__name__, str(error).splitlines()[0])
+            return pieces(*args, **kwargs)
+
+        return call
 
     def _block(self, path: str, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """A compiled block that first says of its arguments what the trace of the model knows of them."""
@@ -163,16 +189,26 @@ class _Region:
         def call(*args: Any, **kwargs: Any) -> Any:
             running = _running.get()
             if running and running[-1].region is self:
-                calls = running[-1].calls
-                number = calls[path] = calls.get(path, -1) + 1
-                known = running[-1].trace.calls.get((path, number))
-                tensors = [leaf for leaf in compat.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-                if known is not None and tuple(tuple(tensor.shape) for tensor in tensors) == known.shapes:
-                    for tensor, axes in zip(tensors, known.axes, strict=True):
-                        say(tensor, axes)
+                running[-1].parent.problem = _say_what_is_known(running[-1], path, (args, kwargs))
             return compiled(*args, **kwargs)
 
         return call
+
+
+def _say_what_is_known(running: _Running, path: str, arguments: Any) -> str:
+    """Says of the tensors a block is called with what the trace of the model knows of them; returns why it could not, or ""."""
+    running.parent.block = path
+    number = running.calls[path] = running.calls.get(path, -1) + 1
+    known = running.trace.calls.get((path, number))
+    tensors = [leaf for leaf in compat.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+    if known is None:
+        return running.trace.failure or f"{path} was not called {number + 1} times where the model was traced"
+    if shapes != known.shapes:
+        return f"{path} got tensors of {shapes}, and of {known.shapes} where the model was traced"
+    for tensor, axes in zip(tensors, known.axes, strict=True):
+        say(tensor, axes)
+    return ""
 
 
 def _kind_of(leaf: Any) -> Any:

@@ -32,7 +32,7 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner_pos
         return clock.phase(extra.phases, extra.value.device, extra.dense_steps) if extra.phases else extra.value
 
     def run(*args: Any) -> Any:
-        owner = compat.parent.get() or (compat.root_module() if owner_position is None else args[owner_position])
+        owner = compat.root_module() if owner_position is None or compat.parent.get() is not None else args[owner_position]
         clock = own_clock if owner is None else clock_of(owner, compat.root_module)
         if ticks and timestep is not None:
             clock.tick(args[timestep.position])

@@ -53,16 +53,20 @@ def _other(position: int, size: Size) -> Digit:
 
 
 def _telling(sources: Sequence[Source]) -> frozenset[Source]:
-    """Which of the sources that the factors of one axis run along are worth keeping: latents and, where there are none, counts."""
+    """Which of the sources that the factors of one axis run along are worth keeping.
+
+    Latents; else the packed tokens, of all inputs that run along the one of the highest rank, and the counts that were witnessed; else
+    the counts of a rope table.
+    """
     lost = [source for source in sources if source.kind == LOST and source.origins]
     inputs = [source for source in sources if source.kind == INPUT and source.place != _OTHER]
-    latents = [source for source in inputs if source.rank >= 5 or source.name.endswith("]")]
+    latents = [source for source in inputs if source.rank >= 5 or (source.rank == 4 and source.name.endswith("]"))]
     witnessed = [source for source in sources if source.kind == ARANGE and source.place == ""]
     counts = {source for source in sources if source.kind == ARANGE}
     if latents:
         return frozenset((*lost, *latents))
     if witnessed:
-        return frozenset((*lost, *inputs, *witnessed))
+        return frozenset((*lost, *witnessed, *sorted(inputs, key=lambda source: (-source.rank, source.place))[:1]))
     return frozenset((*lost, *counts)) if len(counts) >= 3 else frozenset(lost)
 
 

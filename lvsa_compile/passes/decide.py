@@ -183,8 +183,10 @@ def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout, has_vide
             return reasons.SINGLE_FRAME.because(f"query {query}")
         if query.shows_pictures:
             return reasons.OTHER_VIDEO.because(f"query {query}, key {key}; a conditioning video's grid does not reach the model's output")
-        if not has_video:
-            return reasons.NO_GRID.because(f"query {query}, key {key}; no input of this graph shows a video grid")
+        parent = compat.parent.get()
+        if not has_video and (parent is None or parent.problem):
+            why = "no input of this graph shows a video grid" if parent is None else parent.problem
+            return reasons.NO_GRID.because(f"query {query}, key {key}; {why}")
         return reasons.NOT_VIDEO.because(f"query {query}, key {key}")
     if len(query_videos) > 1 or len(key_videos) > 1:
         return reasons.SEVERAL_VIDEOS.because(f"query {query}, key {key}")

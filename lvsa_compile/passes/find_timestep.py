@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT
-from lvsa_compile.clock import tells, told_before
+from lvsa_compile.clock import told_before
 from lvsa_compile.compat import example_value
 from lvsa_compile.passes.compilation import Compilation, TimestepInput
 from lvsa_compile.passes.trace_layout.interpreter import input_kind
@@ -53,8 +53,6 @@ def find_timestep(compilation: Compilation) -> Compilation:
     if not ranked or ranked[0][0] >= _UNLIKELY:
         return compilation
     _, position, name = ranked[0]
-    if compilation.place.leads_on and root is not None:
-        tells(root, name, code)
     return dataclasses.replace(compilation, timestep=TimestepInput(position, name))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 
+from lvsa_compile import compat
 from lvsa_compile.report.records import Report, with_errors_seen
 
 
@@ -12,20 +13,29 @@ from lvsa_compile.report.records import Report, with_errors_seen
 class _Kept:
     report: Report
     entry: tuple[int, int]
+    forward: compat.Parent | None = None
 
 
 _kept: list[_Kept] = []
 _lock = threading.Lock()
 
 
-def keep(report: Report, compiled: object) -> None:
+def keep(report: Report, compiled: object, forward: compat.Parent | None = None) -> None:
     """Adds the report of a graph; ``compiled`` is the compiled function the user called, None if unknown.
 
-    A graph joins the last report of the same function and thread whose code was not compiled there before: those are the pieces of
-    one forward.  The same code again is a new forward, with other sizes.
+    A graph joins the last report of the same ``forward`` of a model whose blocks are compiled one by one; else that of the same function
+    and thread whose code was not compiled there before: those are the pieces of one forward.  The same code again is a new forward, with
+    other sizes.
     """
     entry = (threading.get_ident(), id(compiled))
     with _lock:
+        if forward is not None:
+            last = next((kept for kept in _kept if kept.forward is forward), None)
+            if last is None:
+                _kept.append(_Kept(report, entry, forward))
+            else:
+                last.report = merged([last.report, report])
+            return
         last = next((kept for kept in reversed(_kept) if kept.entry == entry), None) if compiled is not None else None
         if last is not None and not _codes(last.report) & _codes(report):
             last.report = merged([last.report, report])
