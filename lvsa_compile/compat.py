@@ -307,6 +307,25 @@ def fake_like(tensor: Tensor, fake_mode: Any) -> Tensor:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
+@contextlib.contextmanager
+def no_fast_paths() -> Iterator[None]:
+    """Surroundings in which ``nn.MultiheadAttention`` runs op by op, as Dynamo traces it."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def group_of(name: str) -> tuple[int, int]:
+    """Size of a process group, and this process's rank in it."""
+    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+    group = _resolve_process_group(name)  # type: ignore[arg-type]
+    return group.size(), group.rank()
+
+
 def new_fake_mode() -> Any:
     """A fake mode of its own, without symbols: ops that need values raise one of ``NEEDS_VALUES``."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -510,11 +529,13 @@ def compiled_entry() -> Any:
 class Parent:
     """The model around a block that is compiled by itself.
 
-    ``block`` is the path of the block that is called, and ``problem`` says why nothing is known of what it gets.
+    ``block`` is the path of the block that is called, ``problem`` says why nothing is known of what it gets, and ``token`` is one object
+    per forward.
     """
 
     model: Any
     block: str = ""
+    token: object = dataclasses.field(default_factory=object)
     problem: str = ""
 
 

@@ -204,11 +204,12 @@ def _say_what_is_known(running: _Running, path: str, arguments: Any) -> str:
     shapes = tuple(tuple(tensor.shape) for tensor in tensors)
     if known is None:
         return running.trace.failure or f"{path} was not called {number + 1} times where the model was traced"
-    if shapes != known.shapes:
-        return f"{path} got tensors of {shapes}, and of {known.shapes} where the model was traced"
-    for tensor, axes in zip(tensors, known.axes, strict=True):
-        say(tensor, axes)
-    return ""
+    if len(shapes) != len(known.shapes):
+        return f"{path} got {len(shapes)} tensors, and {len(known.shapes)} where the model was traced"
+    for tensor, shape, axes in zip(tensors, known.shapes, known.axes, strict=True):
+        if tuple(tensor.shape) == shape:
+            say(tensor, axes)  # a tensor of another shape, such as one process's part, is what the block before it said
+    return "" if shapes == known.shapes else f"{path} got tensors of {shapes}, and of {known.shapes} where the model was traced"
 
 
 def _kind_of(leaf: Any) -> Any:

@@ -38,6 +38,7 @@ DECOYS = (
     "flipped rows",
 )
 OUTPUTS = ("reshape", "einops", "conv transpose", "fold frames")
+GRAPHS = ("whole", "breaks", "regional")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Recipe:
     heads: int
     blocks: int
     modulation: str
+    graphs: str
     seed: int
 
     @property
@@ -81,6 +83,7 @@ recipes = st.builds(
     heads=st.sampled_from([1, 2, 3]),
     blocks=st.integers(1, 2),
     modulation=st.sampled_from(["none", "per sample", "per frame", "per token"]),
+    graphs=st.sampled_from(GRAPHS),
     seed=st.integers(0, 1000),
 )
 
@@ -91,6 +94,19 @@ class Truth:
 
     layout: dict | None
     allowed: Tensor | None = None
+
+
+class Block(nn.Module):
+    """One block of a ``RandomDiT``; ``run`` is the model's method that computes it."""
+
+    def __init__(self, model: RandomDiT, index: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU())
+        self.mha = nn.ModuleList(nn.MultiheadAttention(WIDTH, model.recipe.heads, batch_first=True) for _ in range(2))
+        self.run, self.index = model.block, index
+
+    def forward(self, *inputs: object) -> Tensor:
+        return self.run(self.index, *inputs)
 
 
 class RandomDiT(nn.Module):
@@ -109,8 +125,8 @@ class RandomDiT(nn.Module):
         self.time = nn.Linear(8, WIDTH)
         self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2 * r.blocks))
         self.conv = nn.ModuleList(nn.Conv1d(WIDTH, 3 * WIDTH, 1) for _ in range(2 * r.blocks))
-        self.mha = nn.ModuleList(nn.MultiheadAttention(WIDTH, r.heads, batch_first=True) for _ in range(2 * r.blocks))
-        self.mlp = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(r.blocks))
+        self.blocks = nn.ModuleList(Block(self, index) for index in range(r.blocks))
+        self.mha = tuple(block.mha[place] for place in range(2) for block in self.blocks)
         self.head = nn.Linear(WIDTH, 16 * frames)
         self.unpack = nn.Linear(WIDTH, 5)
         self.transposed = nn.ConvTranspose3d(WIDTH, 4, (frames, 2, 2), (frames, 2, 2))
@@ -287,16 +303,26 @@ class RandomDiT(nn.Module):
         elif r.modulation == "per sample":
             video = video * (1 + emb[:, None])
         turn = self.angles(table, ids, grid)
-        for b in range(r.blocks):
-            if b == 0:
-                video = self.decoy(video, text, grid, b)
-            joint, segments = self.joined(video, text, self.patch1(condition))
-            before = sum(n for _, n in segments[: [n for n, _ in segments].index("video")])
-            layout = dict(frames=grid[0], tokens=places, prefix=before, suffix=joint.shape[1] - before - video.shape[1])
-            out = self.attend(joint, b, Truth(layout), self.mask_of(segments, grid, valid), (segments, turn))
-            video = video + out[:, before : before + video.shape[1]]
-            video = video + self.mlp[b](video)
+        if r.graphs == "breaks":  # and no loop: Dynamo gives up a function that breaks in one
+            torch._dynamo.graph_break()
+        video = self.blocks[0](video, text, condition, turn, valid, grid)
+        if r.graphs == "breaks":
+            torch._dynamo.graph_break()
+        if r.blocks > 1:
+            video = self.blocks[1](video, text, condition, turn, valid, grid)
+        if r.graphs == "breaks":
+            torch._dynamo.graph_break()
         return self.out(video, grid)
+
+    def block(self, b: int, video: Tensor, text: Tensor, condition: Tensor, turn: Tensor, valid: Tensor, grid) -> Tensor:
+        if b == 0:
+            video = self.decoy(video, text, grid, b)
+        joint, segments = self.joined(video, text, self.patch1(condition))
+        before = sum(n for _, n in segments[: [n for n, _ in segments].index("video")])
+        layout = dict(frames=grid[0], tokens=grid[1] * grid[2], prefix=before, suffix=joint.shape[1] - before - video.shape[1])
+        out = self.attend(joint, b, Truth(layout), self.mask_of(segments, grid, valid), (segments, turn))
+        video = video + out[:, before : before + video.shape[1]]
+        return video + self.blocks[b].mlp(video)
 
     def angles(self, table: Tensor, ids: Tensor, grid) -> Tensor:
         if self.recipe.latent == "packed coordinates":

@@ -25,6 +25,11 @@ def is_conditioning(place: str) -> bool:
     return place.startswith(_CONDITIONING)
 
 
+def shows_generated(axes: Axes) -> bool:
+    """Whether axes that were handed on run along the generated video."""
+    return any(digit.source.place.startswith(_GENERATED) for axis in axes for factor in leaves(axis) for digit in factor.digits)
+
+
 def carried(axes: Axes, generated: Container[str]) -> Axes | None:
     """What the next graph should know of a tensor's axes; None where they show no picture, video or table of counts.
 
@@ -60,7 +65,8 @@ def _telling(sources: Sequence[Source]) -> frozenset[Source]:
     """
     lost = [source for source in sources if source.kind == LOST and source.origins]
     inputs = [source for source in sources if source.kind == INPUT and source.place != _OTHER]
-    latents = [source for source in inputs if source.rank >= 5 or (source.rank == 4 and source.name.endswith("]"))]
+    packed = [source for source in inputs if source.stretches]
+    latents = packed or [source for source in inputs if source.rank >= 5 or (source.rank == 4 and source.name.endswith("]"))]
     witnessed = [source for source in sources if source.kind == ARANGE and source.place == ""]
     counts = {source for source in sources if source.kind == ARANGE}
     if latents:

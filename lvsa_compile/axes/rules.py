@@ -32,6 +32,7 @@ from lvsa_compile.axes.algebra import (
 from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, tensors_in, with_axis
 from lvsa_compile.axes.overwriting import informed, lost_axes, overwritten, runs_of
 from lvsa_compile.axes.patch_rules import columns_to_image, convolution, image_to_columns, pad, pixel_shuffle, pool, unfold
+from lvsa_compile.axes.shard_rules import all_to_all
 from lvsa_compile.axes.values import Array
 from lvsa_compile.axes.view_rules import (
     expand,
@@ -336,7 +337,7 @@ RULES: dict[str, Rule] = _table(
         unchanged,
         "clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy native_layer_norm native_group_norm native_batch_norm"
         " _fused_rms_norm rms_norm _softmax _log_softmax _safe_softmax cumsum native_dropout triu tril"
-        " cumprod renorm bernoulli bucketize _conj _neg_view",
+        " wait_tensor cumprod renorm bernoulli bucketize _conj _neg_view",
     ),
     (
         created,
@@ -364,6 +365,7 @@ RULES: dict[str, Rule] = _table(
         " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"
         " _scaled_dot_product_attention_math attention attention_cpu",
     ),
+    (all_to_all, "all_to_all_single"),
     (cat, "cat"),
     (stack, "stack"),
     (pad, "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d"),

@@ -13,7 +13,7 @@ from lvsa_compile.report.records import Report, with_errors_seen
 class _Kept:
     report: Report
     entry: tuple[int, int]
-    forward: compat.Parent | None = None
+    forward: object = None
 
 
 _kept: list[_Kept] = []
@@ -30,9 +30,9 @@ def keep(report: Report, compiled: object, forward: compat.Parent | None = None)
     entry = (threading.get_ident(), id(compiled))
     with _lock:
         if forward is not None:
-            last = next((kept for kept in _kept if kept.forward is forward), None)
+            last = next((kept for kept in _kept if kept.forward is forward.token), None)
             if last is None:
-                _kept.append(_Kept(report, entry, forward))
+                _kept.append(_Kept(report, entry, forward.token))
             else:
                 last.report = merged([last.report, report])
             return

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT, Axis, Source, axis_of
 from lvsa_compile.axes.call import Axes, tensors_in
-from lvsa_compile.axes.labels import carried
+from lvsa_compile.axes.labels import shows_generated
 from lvsa_compile.axes.tracker import AxisTracker
 from lvsa_compile.axes.values import Later
+from lvsa_compile.passes.trace_layout.handing_on import handed_on
 from lvsa_compile.passes.trace_layout.reading import Reader
 from lvsa_compile.passes.trace_layout.witnessed import witnessed
 
@@ -75,7 +76,7 @@ def trace_parent(model: nn.Module, blocks: Collection[str], inputs: ForwardInput
     tracker = _ParentTracker()
     seen: list[tuple[str, list[tuple[Tensor, Axes]]]] = []
     plain = torch.compiler.set_stance("force_eager"), torch.no_grad(), torch.autocast("cpu", enabled=False)
-    with plain[0], plain[1], plain[2], compat.tracing_on_fakes(compat.new_fake_mode()):
+    with plain[0], plain[1], plain[2], compat.no_fast_paths(), compat.tracing_on_fakes(compat.new_fake_mode()):
         bare = _bare_copy(model)
         for path in blocks:
             bare.get_submodule(path).register_forward_pre_hook(_noting(path, tracker, seen), with_kwargs=True)
@@ -95,7 +96,8 @@ def trace_parent(model: nn.Module, blocks: Collection[str], inputs: ForwardInput
     for path, call in seen:
         number = sum(other == path for other, _ in calls)
         shapes = tuple(tuple(tensor.shape) for tensor, _ in call)
-        calls[path, number] = BlockCall(shapes, tuple(carried(known.refine(axes), known.targets) for _, axes in call))
+        told = (handed_on(known.refine(axes), known.targets) for _, axes in call)
+        calls[path, number] = BlockCall(shapes, tuple(axes if axes is not None and shows_generated(axes) else None for axes in told))
     return ParentTrace(calls, dict(reader.relied_on))
 
 

@@ -8,10 +8,11 @@ import logging
 from torch import Tensor
 
 from lvsa_compile import compat
-from lvsa_compile.axes.algebra import Axis
+from lvsa_compile.axes.algebra import Axis, leaves
 from lvsa_compile.axes.call import Axes
-from lvsa_compile.axes.labels import carried, said_of
+from lvsa_compile.axes.labels import said_of
 from lvsa_compile.passes.compilation import Compilation
+from lvsa_compile.passes.trace_layout.handing_on import handed_on
 from lvsa_compile.passes.trace_layout.interpreter import run_on_fakes
 from lvsa_compile.passes.trace_layout.mask_form import mask_form
 from lvsa_compile.passes.trace_layout.token_layout import token_layout
@@ -76,9 +77,14 @@ def _brought(compilation: Compilation) -> dict[str, Axes]:
 
 
 def _outgoing(seen: Witnessed) -> tuple[tuple[int, Axes], ...]:
-    """What is to be said of the outputs, by position.  Of several videos that may be generated, it is not known here which one is."""
-    generated = seen.targets if len(seen.targets) == 1 else {}
-    told = ((position, carried(axes, generated)) for position, axes in seen.outputs.items())
+    """What is to be said of the outputs, by position.
+
+    Of several videos that may be generated it is not known here which one is, unless they run along one axis, as items of a batch do.
+    """
+    factors = [factor for axes in seen.outputs.values() for axis in axes for factor in leaves(axis)]
+    together = any(seen.targets.keys() <= {digit.source.place for digit in factor.digits} for factor in factors)
+    generated = seen.targets if together else {}
+    told = ((position, handed_on(axes, generated)) for position, axes in seen.outputs.items())
     return tuple((position, axes) for position, axes in told if axes is not None)
 
 
