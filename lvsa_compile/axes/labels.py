@@ -27,7 +27,12 @@ def is_conditioning(place: str) -> bool:
 
 def shows_generated(axes: Axes) -> bool:
     """Whether axes that were handed on run along the generated video."""
-    return any(digit.source.place.startswith(_GENERATED) for axis in axes for factor in leaves(axis) for digit in factor.digits)
+    return any(is_generated(digit.source.place) for axis in axes for factor in leaves(axis) for digit in factor.digits)
+
+
+def is_generated(place: str) -> bool:
+    """Whether what comes from another graph is known to be the generated video."""
+    return place.startswith(_GENERATED)
 
 
 def carried(axes: Axes, generated: Container[str]) -> Axes | None:
@@ -41,7 +46,7 @@ def carried(axes: Axes, generated: Container[str]) -> Axes | None:
 
 
 def _kept(axis: Axis, position: int, generated: Container[str]) -> Axis:
-    telling = _telling([digit.source for factor in axis if isinstance(factor, Factor) for digit in factor.digits])
+    telling = _telling([digit.source for factor in axis if isinstance(factor, Factor) for digit in factor.digits], generated)
     done: list[Factor | Concat] = []
     for factor in axis:
         if isinstance(factor, Concat):
@@ -57,7 +62,7 @@ def _other(position: int, size: Size) -> Digit:
     return Digit(Source(INPUT, "other tokens", position, size, _OTHER, 3), size)
 
 
-def _telling(sources: Sequence[Source]) -> frozenset[Source]:
+def _telling(sources: Sequence[Source], generated: Container[str]) -> frozenset[Source]:
     """Which of the sources that the factors of one axis run along are worth keeping.
 
     Latents; else the packed tokens, of all inputs that run along the one of the highest rank, and the counts that were witnessed; else
@@ -66,7 +71,7 @@ def _telling(sources: Sequence[Source]) -> frozenset[Source]:
     lost = [source for source in sources if source.kind == LOST and source.origins]
     inputs = [source for source in sources if source.kind == INPUT and source.place != _OTHER]
     packed = [source for source in inputs if source.stretches]
-    latents = packed or [source for source in inputs if source.rank >= 5 or (source.rank == 4 and source.name.endswith("]"))]
+    latents = packed or [source for source in inputs if source.rank >= 5 or (source.rank == 4 and source.place in generated)]
     witnessed = [source for source in sources if source.kind == ARANGE and source.place == ""]
     counts = {source for source in sources if source.kind == ARANGE}
     if latents:

@@ -20,14 +20,14 @@ def all_to_all(call: Call) -> Sequence[Axes] | None:
     size = axis_size(axes[0])
     parts = split_axis(axes[0], processes)
     even = all(split == [quotient(size, processes)] * processes for split in splits)
-    if parts is None or not even or any(isinstance(f, Factor) and LOST in f.kinds for axis in axes for f in axis):
+    if parts is None or not even:
         return None
     outer, rest = parts[0], (parts[1], *axes[1:])
-    for swap in (_gathered, _scattered):
+    for swap in (_scattered, _gathered):  # a part that begins at 0 is the inside of a whole that was cut, if its cuts are counted
         found = swap(outer, rest, processes, rank, call)
         if found is not None:
             return [((*found[0], *found[1][0]), *found[1][1:])]
-    counted = any(isinstance(f, Factor) and INPUT in f.kinds for f in outer)
+    counted = any(isinstance(f, Factor) and f.kinds & {INPUT, LOST} for f in outer)
     return None if counted else [axes]
 
 
@@ -39,7 +39,7 @@ def _gathered(outer: Axis, rest: Axes, processes: int, rank: int, call: Call) ->
         return digit.source.kind == INPUT and alone and same(digit.start, rank * digit.size)
 
     found = [f for axis in rest for f in axis if isinstance(f, Factor) and any(map(is_part, f.digits))]
-    if len(found) != 1:
+    if len(found) != 1 or LOST in found[0].kinds:
         return None
     parts = [digit for digit in found[0].digits if is_part(digit)]
     whole = Factor(found[0].size, frozenset(Digit(digit.source, digit.size) for digit in parts))
@@ -57,7 +57,7 @@ def _scattered(outer: Axis, rest: Axes, processes: int, rank: int, call: Call) -
         return digit.source in strides and same(digit.stride, 1) and same(digit.start, 0) and same(digit.size, strides[digit.source])
 
     found = [f for axis in rest for f in axis if isinstance(f, Factor) and any(map(is_inside, f.digits))]
-    if len(found) != 1:
+    if len(found) != 1 or LOST in found[0].kinds | outer[0].kinds:
         return None
     digits = (Digit(digit.source, digit.size, 1, rank * digit.size) for digit in found[0].digits if is_inside(digit))
     part = Factor(found[0].size, frozenset(digits))

@@ -221,7 +221,8 @@ def refined(axis: Axis, evidence: Mapping[Digit, Evidence], contradictions: Cont
         known = [piece for piece in _pieces(factor) if piece in evidence]
         said = {evidence[piece].stretches for piece in known}
         disputed = any(piece.source.place in contradictions for piece in _pieces(factor))
-        done.extend(_stretched(known, said.pop()) if len(said) == 1 and not disputed else (factor,))
+        agreed = said.pop() if len(said) == 1 and not disputed else ()
+        done.extend(_stretched(known, agreed) if any(stretch.shape for stretch in agreed) else (factor,))
     return tuple(done)
 
 

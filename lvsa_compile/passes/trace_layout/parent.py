@@ -76,11 +76,12 @@ def trace_parent(model: nn.Module, blocks: Collection[str], inputs: ForwardInput
     tracker = _ParentTracker()
     seen: list[tuple[str, list[tuple[Tensor, Axes]]]] = []
     plain = torch.compiler.set_stance("force_eager"), torch.no_grad(), torch.autocast("cpu", enabled=False)
-    with plain[0], plain[1], plain[2], compat.no_fast_paths(), compat.tracing_on_fakes(compat.new_fake_mode()):
-        bare = _bare_copy(model)
+    fake_mode = compat.new_fake_mode()
+    bare = _bare_copy(model, fake_mode)
+    with plain[0], plain[1], plain[2], compat.no_fast_paths(), compat.tracing_on_fakes(fake_mode):
         for path in blocks:
             bare.get_submodule(path).register_forward_pre_hook(_noting(path, tracker, seen), with_kwargs=True)
-        fakes = [_fake(leaf) for leaf in inputs.leaves]
+        fakes = [_fake(leaf, fake_mode) for leaf in inputs.leaves]
         for name, fake in zip(inputs.names, fakes, strict=True):
             if isinstance(fake, Tensor):
                 tracker.set_axes(fake, tuple(axis_of(Source(INPUT, name, i, n, name, fake.dim())) for i, n in enumerate(fake.shape)))
@@ -155,14 +156,15 @@ def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
-def _fake(value: Any) -> Any:
-    """A tensor as a fake on the CPU, floating numbers in float32; everything else as it is.  To be called in a fake mode."""
+def _fake(value: Any, fake_mode: Any) -> Any:
+    """A tensor as a fake on the CPU, floating numbers in float32; everything else as it is."""
     if not isinstance(value, Tensor):
         return value
-    return torch.empty(tuple(value.shape), dtype=torch.float32 if value.is_floating_point() else value.dtype)
+    with fake_mode:
+        return torch.empty(tuple(value.shape), dtype=torch.float32 if value.is_floating_point() else value.dtype)
 
 
-def _bare_copy(model: nn.Module) -> nn.Module:
+def _bare_copy(model: nn.Module, fake_mode: Any) -> nn.Module:
     """A model with fakes for weights and without what others put around its modules; nothing it does reaches the original."""
     modules = dict(model.named_modules())
     copies: dict[int, nn.Module] = {id(module): object.__new__(type(module)) for module in modules.values()}
@@ -171,7 +173,7 @@ def _bare_copy(model: nn.Module) -> nn.Module:
 
     def weight(tensor: Tensor | None) -> Any:
         if tensor is not None and id(tensor) not in weights:
-            fake = _fake(tensor)
+            fake = _fake(tensor, fake_mode)
             weights[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
         return None if tensor is None else weights[id(tensor)]
 
@@ -185,13 +187,13 @@ def _bare_copy(model: nn.Module) -> nn.Module:
             elif name.startswith("_") and "_hooks" in name:
                 state[name] = OrderedDict()
             elif name not in _NOT_COPIED:
-                state[name] = _copied(value, memo)
+                state[name] = _copied(value, memo, fake_mode)
     return copies[id(model)]
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def _copied(value: Any, memo: dict[int, Any], fake_mode: Any) -> Any:
     """A deep copy in which tensors are fakes and modules their copies; what cannot be copied is shared."""
-    memo.update((id(tensor), _fake(tensor)) for tensor in compat.tree_leaves(value) if isinstance(tensor, Tensor))
+    memo.update((id(tensor), _fake(tensor, fake_mode)) for tensor in compat.tree_leaves(value) if isinstance(tensor, Tensor))
     try:
         done = copy.deepcopy(value, memo)
     except Exception:  # locks, streams and process groups of other libraries

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lvsa_compile.axes.algebra import LOST, Axis, Digit, leaves
+from lvsa_compile.axes.algebra import LOST, Axis, Digit, leaves, origins
 from lvsa_compile.axes.call import Axes
-from lvsa_compile.axes.labels import is_conditioning
+from lvsa_compile.axes.labels import is_conditioning, is_generated
 from lvsa_compile.passes.trace_layout.packed import Evidence, packed_evidence, refined
 from lvsa_compile.passes.trace_layout.reading import Reader
 from lvsa_compile.passes.trace_layout.token_layout import Targets, grid_places, video_inputs
@@ -37,7 +37,8 @@ def witnessed(tokens: Sequence[Axis], outputs: Mapping[int, Axes], reader: Reade
             reader.read(said.relies_on)
     refined_outputs = {position: tuple(refined(axis, evidence, contradictions) for axis in axes) for position, axes in outputs.items()}
     reached = video_inputs(axis for axes in refined_outputs.values() for axis in axes)
-    targets = {place: axes for place, axes in reached.items() if not is_conditioning(place)}
+    known = {place: frozenset[int]() for axis in dict.fromkeys(tokens) for place in origins([axis]) if is_generated(place)}
+    targets = known | {place: axes for place, axes in reached.items() if not is_conditioning(place)}
     if not targets:  # the way to the outputs was lost; where one video alone is attended, it is the one
         lost = _lost_on_the_way(refined_outputs.values())
         shown = (grid_places(refined(axis, evidence, contradictions)) for axis in dict.fromkeys(tokens))
