@@ -318,6 +318,14 @@ def no_fast_paths() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def local_part(tensor: Tensor) -> tuple[Tensor, frozenset[int]] | None:
+    """This process's part of a distributed tensor, and the axes that are cut; None for any other tensor."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is None or not isinstance(tensor, distributed.DTensor):
+        return None
+    return tensor._local_tensor, frozenset(place.dim for place in tensor.placements if place.is_shard())
+
+
 def group_of(name: str) -> tuple[int, int]:
     """Size of a process group, and this process's rank in it."""
     from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]

@@ -337,7 +337,7 @@ RULES: dict[str, Rule] = _table(
         unchanged,
         "clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy native_layer_norm native_group_norm native_batch_norm"
         " _fused_rms_norm rms_norm _softmax _log_softmax _safe_softmax cumsum native_dropout triu tril"
-        " wait_tensor cumprod renorm bernoulli bucketize _conj _neg_view",
+        " wait_tensor all_reduce all_reduce_ cumprod renorm bernoulli bucketize _conj _neg_view",
     ),
     (
         created,

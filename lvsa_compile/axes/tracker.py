@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lvsa_compile import compat
-from lvsa_compile.axes.algebra import CREATED, Source, axis_of, axis_size, regroup, same
+from lvsa_compile.axes.algebra import CREATED, Size, Source, axis_of, axis_size, regroup, same
 from lvsa_compile.axes.call import Axes, Call, sizes_of, tensors_in
 from lvsa_compile.axes.overwriting import lost_axes, overwritten
 from lvsa_compile.axes.rules import RULES, pointwise
@@ -50,14 +50,26 @@ class AxisTracker(compat.TorchDispatchMode):
     def axes_of(self, tensor: Tensor) -> Axes:
         """Axes of a tensor; one never seen is a constant of the model."""
         known = self._axes.get(id(tensor))
-        if known is None:
-            place = self.place
-            return tuple(axis_of(Source(CREATED, "constant", i, size, place)) for i, size in enumerate(sizes_of(tensor)))
-        return known[1]
+        if known is not None:
+            return known[1]
+        part = compat.local_part(tensor)
+        if part is not None and id(part[0]) in self._axes:
+            return self._other_side(self._axes[id(part[0])][1], sizes_of(tensor), part[1])
+        place = self.place
+        return tuple(axis_of(Source(CREATED, "constant", i, size, place)) for i, size in enumerate(sizes_of(tensor)))
 
     def set_axes(self, tensor: Tensor, axes: Axes) -> None:
         """Says what a tensor's axes are; the tensor is kept alive so that its identity stays its own."""
         self._axes[id(tensor)] = (tensor, axes)
+        part = compat.local_part(tensor)
+        if part is not None:  # the process's own part is taken out of a distributed tensor without any op
+            self._axes[id(part[0])] = (part[0], self._other_side(axes, sizes_of(part[0]), part[1]))
+
+    def _other_side(self, axes: Axes, sizes: list[Size], cut: frozenset[int]) -> Axes:
+        """Axes of a distributed tensor from those of the process's part, or the other way round; axes that are cut start anew."""
+        counted = [axis if i in cut else () for i, axis in enumerate(axes)]
+        fresh = lost_axes("shard", self.place, sizes, counted)
+        return tuple(fresh[i] if i in cut else axis for i, axis in enumerate(axes))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs the op, then notes the axes of what it returned or wrote."""
