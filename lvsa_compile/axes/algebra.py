@@ -27,8 +27,8 @@ class Source:
     ``kind`` is INPUT (a graph input), PARAMETER (a weight or buffer), ARANGE, LOST (an op of which no rule says how it orders what
     came from an input), CREATED (made from nothing, or from weights and counts alone) or BROADCAST (repeats); ``name`` is the
     input's name or the op's; ``place`` the graph node it is or was made at; ``rank`` the number of axes of the whole tensor;
-    ``origins`` the places of the inputs that a LOST axis may count; ``stretches`` what another graph found a packed axis to be made of,
-    sizes of consecutive tokens each with the frames, rows and columns they are, None where they are no video.
+    ``origins`` the places of the inputs that a LOST axis may count; ``made_of`` what the axis was before it was taken for one piece,
+    so that it could be cut anywhere.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class Source:
     place: str = ""
     rank: int = 1
     origins: frozenset[str] = frozenset()
-    stretches: tuple[tuple[int, tuple[int, int, int] | None], ...] = ()
+    made_of: Axis = ()
 
 
 @dataclass(frozen=True)

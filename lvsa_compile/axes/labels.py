@@ -70,7 +70,7 @@ def _telling(sources: Sequence[Source], generated: Container[str]) -> frozenset[
     """
     lost = [source for source in sources if source.kind == LOST and source.origins]
     inputs = [source for source in sources if source.kind == INPUT and source.place != _OTHER]
-    packed = [source for source in inputs if source.stretches]
+    packed = [source for source in inputs if source.made_of]
     latents = packed or [source for source in inputs if source.rank >= 5 or (source.rank == 4 and source.place in generated)]
     witnessed = [source for source in sources if source.kind == ARANGE and source.place == ""]
     counts = {source for source in sources if source.kind == ARANGE}

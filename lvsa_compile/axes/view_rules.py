@@ -7,6 +7,7 @@ from typing import Any
 
 from lvsa_compile.axes.algebra import BROADCAST, INPUT, Factor, Size, axis_size, regroup, same, slice_axis
 from lvsa_compile.axes.call import Axes, Call, axis_index, sizes_of, with_axis
+from lvsa_compile.axes.pieces import cut_axis
 from lvsa_compile.compat import settle_slice, size_expression
 
 
@@ -89,7 +90,7 @@ def slice_(call: Call) -> Sequence[Axes]:
     if call.arg(4, "step", 1) == 1:
         settle_slice(output, dim, low, high, size)
     wanted = sizes_of(output)[dim]
-    piece = slice_axis(axes[dim], low, high) if call.arg(4, "step", 1) == 1 else None
+    piece = cut_axis(axes[dim], low, high) if call.arg(4, "step", 1) == 1 else None
     if piece is None or not same(axis_size(piece), wanted):
         piece = call.new_axis(wanted, axis=dim, of=axes[dim])
     return [with_axis(axes, dim, piece)]
@@ -130,7 +131,7 @@ def split(call: Call) -> Sequence[Axes]:
     offset: Size = 0
     for output in call.outputs:
         size = sizes_of(output)[dim]
-        piece = slice_axis(axes[dim], offset, offset + size)
+        piece = cut_axis(axes[dim], offset, offset + size)
         results.append(with_axis(axes, dim, call.new_axis(size, axis=dim, of=axes[dim]) if piece is None else piece))
         offset = offset + size
     return results

@@ -165,19 +165,20 @@ def _plan(compilation: Compilation, call_with: Callable[[FramePattern], Attentio
 def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout, has_video: bool) -> Miss | None:
     """Why the site is not self-attention over the generated video, or None."""
     query_videos, key_videos = query.of_kind(VIDEO), key.of_kind(VIDEO)
+    pictured = [layout.shows_pictures or bool(layout.of_kind(SCRAMBLED)) for layout in (query, key)]
     for segment in (*query.segments, *key.segments):
         if segment.kind == UNKNOWN and (has_video or _may_be_video(node.graph, segment)):
             return _lost(node, segment)
         if segment.kind == CONTRADICTED:
             return reasons.LAYOUT_CONTRADICTED.because(segment.lost_at)
-        if segment.kind == SCRAMBLED:
+        if segment.kind == SCRAMBLED and all(pictured):
             return reasons.FRAMES_NOT_CONTIGUOUS.because(
                 f"{segment.size} tokens of {segment.source} are not the video's frames, all of them, whole and in order"
             )
     if query.batch_video:
         return reasons.SPATIAL_OR_TEMPORAL.because(f"batch counts frames or places of the video; tokens: {query}")
     if not query_videos or not key_videos:
-        if query.shows_pictures != key.shows_pictures:
+        if pictured[0] != pictured[1]:
             return reasons.CROSS_ATTENTION.because(f"query {query}, key {key}")
         if query.of_kind(IMAGE) and key.of_kind(IMAGE):
             return reasons.SINGLE_FRAME.because(f"query {query}")

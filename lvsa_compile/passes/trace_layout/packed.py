@@ -70,8 +70,6 @@ def packed_evidence(
             found.setdefault(Digit(source, source.size), {})[Evidence("counts of a rope table", (Stretch(source.size, shape),))] = None
         for factor in leaves(axis):
             for piece in _pieces(factor):
-                for known in (piece, Digit(piece.source, piece.source.size)) if piece.source.stretches else ():
-                    found.setdefault(known, {})[Evidence("an earlier graph", _stretches_within(known))] = None
                 found.setdefault(piece, {}).update(dict.fromkeys(_from_coordinates(factor, piece.source, read)))
     for piece, said in found.items():
         if piece.is_whole:
@@ -88,17 +86,6 @@ def _pieces(factor: Factor) -> list[Digit]:
     """Packed axes, or slices of them, that a factor runs along."""
     pieces = {digit for digit in factor.digits if digit.source.kind == INPUT and same(digit.stride, 1) and digit.source.rank <= 3}
     return sorted((piece for piece in pieces if piece.is_whole or _is_slice(piece)), key=lambda d: (d.source.place, d.source.axis))
-
-
-def _stretches_within(piece: Digit) -> tuple[Stretch, ...]:
-    """What a packed axis, or a slice of it, was found to be made of; a video that is cut is none."""
-    found, offset = [], 0
-    for size, shape in piece.source.stretches:
-        inside = min(offset + size, piece.start + piece.size) - max(offset, piece.start)
-        if inside > 0:
-            found.append(Stretch(inside, shape if inside == size else None))
-        offset += size
-    return tuple(found)
 
 
 def _is_slice(digit: Digit) -> bool:
@@ -221,8 +208,7 @@ def refined(axis: Axis, evidence: Mapping[Digit, Evidence], contradictions: Cont
         known = [piece for piece in _pieces(factor) if piece in evidence]
         said = {evidence[piece].stretches for piece in known}
         disputed = any(piece.source.place in contradictions for piece in _pieces(factor))
-        agreed = said.pop() if len(said) == 1 and not disputed else ()
-        done.extend(_stretched(known, agreed) if any(stretch.shape for stretch in agreed) else (factor,))
+        done.extend(_stretched(known, said.pop()) if len(said) == 1 and not disputed else (factor,))
     return tuple(done)
 
 

@@ -175,6 +175,8 @@ def _segment(axis: Axis, targets: Targets, contradictions: Mapping[str, str]) ->
             sources = {d.source for d in factors[0].digits if d.source.kind == INPUT and (d.source.place in targets) == (place in targets)}
             grid = dataclasses.replace(grid, frame_sources=frozenset(sources))
             return Segment(VIDEO if place in targets else CONDITIONING, size, _source(factors, place).name, grid)
+    if any(digit.source.made_of for digit in digits):
+        return Segment(SCRAMBLED, size, name)  # a video that was cut inside a frame
     for place in _places(factors):
         own = [[d for d in factor.digits if d.source.place == place] for factor in factors if not same(factor.size, 1)]
         source, axes = _source(factors, place), {d.source.axis for found in own for d in found}
