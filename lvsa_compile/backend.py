@@ -96,7 +96,8 @@ def _guard(compilation: Compilation) -> None:
     for place, held in (compilation.reader.relied_on if compilation.reader is not None else {}).items():
         node = next(node for node in placeholders if node.name == place)
         compat.guard_input(node, SameValue(held), "holds the values that the token layout was read from")
-    if compilation.place.continues and (compilation.sites or compilation.outgoing):
+    shows_nothing = bool(compilation.sites) and not compilation.has_video
+    if shows_nothing or (compilation.place.continues and (compilation.sites or compilation.outgoing)):
         for node, value in zip(placeholders, compilation.example_inputs, strict=False):
             if isinstance(value, torch.Tensor) and value.dim() >= 2 and input_kind(node)[0] == INPUT:
                 compat.guard_input(node, SameAxes(said_of(value)), "carries the token layout it was compiled for")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +110,7 @@ class _Region:
         return self  # a copy of the model is another model, whose blocks are not compiled
 
     def __reduce__(self) -> Any:
-        return _no_region, ()
+        return _NoRegion, ()
 
     def install(self, compiled: Callable[[Callable[..., Any], bool], Callable[..., Any]]) -> None:
         """Puts the region around its model and blocks, in place of an earlier one."""
@@ -219,5 +219,11 @@ def _kind_of(leaf: Any) -> Any:
     return leaf if isinstance(leaf, (int, str, bool, type(None))) else (type(leaf), leaf if isinstance(leaf, float) else None)
 
 
-def _no_region(*_: Sequence[Any]) -> None:
-    """What stands for a region in a pickled model."""
+class _NoRegion:
+    """What a region is in a pickled model."""
+
+    def begin(self, *_: Any) -> None:
+        """Nothing."""
+
+    def end(self, *_: Any) -> None:
+        """Nothing."""
