@@ -1,4 +1,5 @@
-"""What tests/test_parallel.py runs in several processes: ``python parallel_runs.py NAME RANK WORLD PORT``; rank 0 prints a line of JSON."""
+"""What tests/test_parallel.py runs in several processes: ``python parallel_runs.py RANK WORLD PORT NAME...``; rank 0 prints a
+line of JSON for each name."""
 
 from __future__ import annotations
 
@@ -122,27 +123,21 @@ def per_token(inputs: dict) -> dict:
     return inputs | {"timestep": inputs["timestep"][:, None].expand(-1, FRAMES * ROWS * COLUMNS)}
 
 
-def main(name: str, rank: int, world: int, port: str) -> None:
-    warnings.filterwarnings("ignore")
-    torch.accelerator.device_count = lambda: 1  # diffusers counts accelerators to number devices, and here is none
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def run(name: str, world: int) -> dict:
     spread, how = name.rsplit("-", 1)
     way, make = WAYS[spread]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     alone, together = make(), way(make(), world)
-    if way is ulysses and how == "whole":  # diffusers' hooks look at signatures in their first call, which Dynamo cannot follow
+    tokenwise = way is ulysses and how == "whole"
+    if tokenwise:  # diffusers' hooks look at signatures in their first call, which Dynamo cannot follow
         with torch.no_grad():
             together(**per_token(wan_inputs(FRAMES, ROWS, COLUMNS)))
     model = compiled(together, how)
-    errors, dense_errors = [], []
-    graphs = None
+    errors, dense_errors, graphs = [], [], None
     for step, value in enumerate(timesteps(4)):
-        make_inputs = dit_inputs if make is stack else wan_inputs
-        inputs = make_inputs(FRAMES, ROWS, COLUMNS, timestep=value)
-        if way is ulysses and how == "whole":
-            inputs = per_token(inputs)
-        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+        inputs = (dit_inputs if make is stack else wan_inputs)(FRAMES, ROWS, COLUMNS, timestep=value)
+        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), per_token(inputs) if tokenwise else inputs)
         with torch.no_grad():
             output, dense = model(*args, **kwargs)[0], alone(*args, **kwargs)[0]
             with oracle.MaskedAttention(oracle.token_mask(FRAMES, ROWS * COLUMNS, step, reference=4, window=1)):
@@ -150,14 +145,23 @@ def main(name: str, rank: int, world: int, port: str) -> None:
         graphs = graphs or torch._dynamo.utils.counters["stats"]["unique_graphs"]
         errors.append(float((output - answer).abs().max() / answer.abs().max()))
         dense_errors.append(float((output - dense).abs().max() / dense.abs().max()))
-    if rank == 0:
-        sites = [
-            [site.name, site.decision, site.reason, site.detail, site.layout] for report in lvsa_compile.reports() for site in report.sites
-        ]
-        recompiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
-        print(json.dumps({"sparse": max(errors), "dense": max(dense_errors), "recompiled": recompiled, "sites": sites}))
+    recompiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+    sites = [[site.name, site.decision, site.reason, site.remedy] for report in lvsa_compile.reports() for site in report.sites]
+    return {"name": name, "from sparse": max(errors), "from dense": max(dense_errors), "recompiled": recompiled, "sites": sites}
+
+
+def main(rank: int, world: int, port: str, names: list[str]) -> None:
+    warnings.filterwarnings("ignore")
+    torch.accelerator.device_count = lambda: 1  # diffusers counts accelerators to number devices, and here is none
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    for name in names:
+        result = run(name, world)
+        if rank == 0:
+            print(json.dumps(result), flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
