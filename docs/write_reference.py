@@ -55,6 +55,7 @@ def reasons_page() -> str:
 def behaviours_page() -> str:
     """What works around diffusers, from the rows that the tests hold."""
     sys.path.insert(0, str(FOLDER.parent / "tests"))
+    import test_patched_models  # noqa: F401 - adds rows
     from test_behaviours import ROWS
 
     rows = [f"| {what} | {result} | {note or '–'} |" for what, result, note in ROWS]
@@ -62,9 +63,9 @@ def behaviours_page() -> str:
         [
             "# Behaviours around diffusers",
             "",
-            "Written by `python docs/write_reference.py` from `tests/test_behaviours.py`: each row is a test with a real diffusers",
-            'pipeline or model of small random parts. Where a row says "works", the result equals the uncompiled pipeline with',
-            "explicit LVSA masks.",
+            "Written by `python docs/write_reference.py` from `tests/test_behaviours.py` and `tests/test_patched_models.py`: each row is a",
+            'test with a real diffusers pipeline or model of small random parts. Where a row says "works", the result equals the',
+            "uncompiled pipeline with explicit LVSA masks.",
             "",
             "| what you do | result | note |",
             "|---|---|---|",

@@ -69,7 +69,7 @@ def check(recipe: Recipe) -> None:
                 else:
                     seen[site.decision if truth.layout else f"decoy: {site.reason}"] += 1
             error = float((output - answer).abs().max()) / float(answer.abs().max())
-            assert error < 5e-5, f"wrong at step {step}: {error:.1e} {[str(site) for site in sites]}"
+            assert error < 3e-4, f"wrong at step {step}: {error:.1e} {[str(site) for site in sites]}"
 
 
 @settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))

@@ -110,7 +110,7 @@ def test_blocks_compiled_by_themselves_are_dense_and_say_what_to_do():
     assert torch.equal(model(**inputs)[0], answer)
     site = lvsa_compile.reports()[0].sites[0]
     assert site.reason == "no_grid"
-    assert "compile the whole model rather than its blocks" in site.remedy
+    assert "lvsa_compile.compile_repeated_blocks(model)" in site.remedy
 
 
 def test_a_lowering_asked_for_by_name_that_cannot_serve_is_an_error():
