@@ -10,7 +10,7 @@ demo: $(VENV)/demo
 	$(BIN)/python examples/wan_long_video.py
 
 test: $(VENV)/test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 # Random video DiTs against ground truth, as many as FUZZ says.
 FUZZ ?= 500

@@ -466,6 +466,43 @@ def specialise(size: Any, tensor: Tensor) -> int | None:
     return int(mode.shape_env.evaluate_expr(expression))
 
 
+class EagerAttention:
+    """Lines of Python, other than torch's own and graphs, that call ``scaled_dot_product_attention`` while it is active."""
+
+    def __init__(self) -> None:
+        self.lines: collections.Counter[str] = collections.Counter()
+        self._inside = 0
+
+    def __enter__(self) -> EagerAttention:
+        self._before = sys.getprofile()
+        sys.setprofile(self._note)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        sys.setprofile(self._before)
+
+    def _note(self, frame: types.FrameType, event: str, called: Any) -> None:
+        if event == "c_call" and called is torch.nn.functional.scaled_dot_product_attention and not self._inside:
+            code = frame.f_code
+            if not code.co_filename.startswith((_TORCH, "<")):
+                self.lines[f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'] += 1
+
+    def in_graph(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A graph, whose calls are not counted."""
+
+        def inside(*args: Any) -> Any:
+            self._inside += 1
+            try:
+                return run(*args)
+            finally:
+                self._inside -= 1
+
+        return inside
+
+
+_TORCH = f"{next(iter(torch.__path__))}/"
+
+
 # --- arguments of a call -------------------------------------------------------------------------------------------------------
 
 
@@ -567,14 +604,14 @@ def is_whole_of_compiled() -> bool:
     return scope.get("self") is not None and scope.get("self") is root_module() and not _resumes()
 
 
-def place_in_forward(graph_module: fx.GraphModule) -> tuple[bool, bool]:
-    """Whether the graph being compiled continues an earlier one of the same forward, and whether another one may follow it."""
+def place_in_forward(graph_module: fx.GraphModule) -> tuple[bool, bool, bool]:
+    """Whether the graph being compiled continues an earlier one of the same forward, another one may follow it, and it ends in a break."""
     scope, entry = root_scope(), compiled_entry()
     root = root_module()
     at_root = scope.get("self") is root if root is not None and "function" not in scope else True
     continues = _resumes() or (bool(scope) and entry is not None and not at_root)
     breaks = getattr(getattr(graph_module, "compile_subgraph_reason", None), "graph_break", False)
-    return continues, continues or bool(breaks)
+    return continues, continues or bool(breaks), bool(breaks)
 
 
 def _resumes() -> bool:

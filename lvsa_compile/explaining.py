@@ -14,7 +14,8 @@ from lvsa_compile import compat
 from lvsa_compile.backend import analyse
 from lvsa_compile.errors import ExplainError
 from lvsa_compile.options import parse_options
-from lvsa_compile.report.records import Report, report_of
+from lvsa_compile.reasons import OUTSIDE_GRAPHS
+from lvsa_compile.report.records import DENSE, GraphReport, Report, SiteReport, report_of
 from lvsa_compile.report.store import merged
 from lvsa_compile.runtime import with_labels
 
@@ -40,11 +41,12 @@ def explain(
     """
     parsed = parse_options(options)
     graphs: list[Report] = []
+    eager = compat.EagerAttention()
 
     def note(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         compilation = analyse(graph_module, example_inputs, parsed, home)
         graphs.append(report_of(compilation))
-        return with_labels(graph_module.forward, compilation)
+        return eager.in_graph(with_labels(graph_module.forward, compilation))
 
     model = getattr(model, "_orig_mod", model)
     home = next((tensor.device for tensor in _tensors((model, args, kwargs))), None)
@@ -53,14 +55,21 @@ def explain(
     function = model._call_impl if isinstance(model, nn.Module) else model  # past a compiled call that the module may have
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            compat.trace_apart(function, note)(*args, **kwargs)
+            with eager:
+                compat.trace_apart(function, note)(*args, **kwargs)
         except Exception as error:
             if device is not None and torch.device(device).type == "meta":
                 raise ExplainError(_user_line(error), str(error)) from error
             raise
-    if not graphs:
-        return Report(type(model).__name__, ())
-    return merged(graphs)
+    if eager.lines:
+        sites = tuple(_outside_graphs(line, count) for line, count in eager.lines.items())
+        graphs.append(Report(type(model).__name__, (GraphReport("-", sites),)))
+    return merged(graphs) if graphs else Report(type(model).__name__, ())
+
+
+def _outside_graphs(line: str, count: int) -> SiteReport:
+    said = f"called {count} times outside of all graphs, {line}"
+    return SiteReport("between graphs", DENSE, OUTSIDE_GRAPHS.code, said, OUTSIDE_GRAPHS.remedy, line)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

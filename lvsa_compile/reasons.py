@@ -42,6 +42,11 @@ NO_GRID: Final = Reason(
     "No input of this graph shows the frames, rows and columns of a video.",
     "For a part of a video model: lvsa_compile.compile_repeated_blocks(model), or compile the model as a whole. Otherwise nothing to do.",
 )
+OUTSIDE_GRAPHS: Final = Reason(
+    "outside_graphs",
+    "Attention ran in eager code between the graphs of a forward, where no compiler sees it.",
+    "Mend the graph breaks (TORCH_LOGS=graph_breaks names them), pass fullgraph=True, or try lvsa_compile.compile_repeated_blocks(model).",
+)
 SPATIAL_OR_TEMPORAL: Final = Reason(
     "spatial_or_temporal", "The site attends within each frame or along time at each place; there is no frame-by-frame pattern to thin out."
 )

@@ -72,7 +72,7 @@ def check(recipe: Recipe) -> None:
             assert error < 3e-4, f"wrong at step {step}: {error:.1e} {[str(site) for site in sites]}"
 
 
-@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(recipes)
 def test_a_sample_of_random_models(recipe):
     check(recipe)

@@ -205,6 +205,24 @@ def test_a_value_decides_how_frames_lie():
             assert close(output, model(*inputs) if sign > 0 else masked(model, inputs))
 
 
+@_eagerly
+def _attended(model, tokens):
+    return model.attention(tokens)
+
+
+def test_attention_in_no_graph_is_counted_by_explain():
+    model, inputs = randomise(VideoDiT(lambda model, tokens, grid, text: _attended(model, tokens))), dit_inputs()
+    report = lvsa_compile.explain(model, *inputs, options=EXACT)
+    (site,) = report.sites
+    assert str(site).startswith("between graphs: dense, outside_graphs: called 1 times outside of all graphs, File ")
+    assert 'tiny_models.py", line' in site.detail
+    assert site.remedy.startswith("Mend the graph breaks (TORCH_LOGS=graph_breaks names them)")
+    with torch.no_grad():
+        torch.compile(model, backend="lvsa", options=EXACT)(*inputs)
+    said = str(lvsa_compile.reports()[0])
+    assert "graph breaks: attention in the code between graphs runs eagerly and is not listed; lvsa_compile.explain counts it" in said
+
+
 # --- sizes that only run time knows --------------------------------------------------------------------------------------------
 
 

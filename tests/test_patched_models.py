@@ -96,8 +96,7 @@ def dense_in_pieces(prepare):
 
 
 @behaviour("torchao int8 and int4 weights", "works")
-@pytest.mark.parametrize("how", ["whole", "blocks"])
-@pytest.mark.parametrize("prepare", [int8, int4])
+@pytest.mark.parametrize(("prepare", "how"), [(int8, "whole"), (int8, "blocks"), (int4, "blocks")])
 def test_quantised_weights(prepare, how):
     sparse(prepare, how)
 

@@ -121,10 +121,10 @@ def test_twelve_sizes_block_by_block():
             assert close(model(*inputs), masked(alone, inputs, frames=frames)), frames
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_twelve_sizes_of_a_whole_model_end_in_one_warning(dynamic):
+def test_twelve_sizes_of_a_whole_model_end_in_one_warning():
+    """Symbolic sizes too: frames and places are fixed, since the pattern depends on them."""
     model = randomise(VideoDiT())
-    compiled = torch.compile(model, backend="lvsa", options=EXACT, dynamic=dynamic)
+    compiled = torch.compile(model, backend="lvsa", options=EXACT, dynamic=True)
     exact, said = [], []
     for frames in range(6, 18):
         inputs = dit_inputs(frames)

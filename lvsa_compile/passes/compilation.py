@@ -81,10 +81,14 @@ class TimestepInput:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a graph stands in a forward: whether it ``continues`` an earlier graph, and whether another one follows (``leads_on``)."""
+    """Where a graph stands in a forward.
+
+    Whether it ``continues`` an earlier graph, whether another one may follow (``leads_on``), and whether it ends in a graph break.
+    """
 
     continues: bool = False
     leads_on: bool = False
+    breaks: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from lvsa_compile.lowering import verification
 from lvsa_compile.passes.compilation import Compilation, Decision
 from lvsa_compile.reasons import REASONS
 
+_BETWEEN = "attention in the code between graphs runs eagerly and is not listed; lvsa_compile.explain counts it"
 SPARSE, MASKED, DENSE = "sparse", "masked", "dense"
 _CLOSENESS = {reason.code: place for place, reason in enumerate(REASONS)}
 
@@ -59,12 +60,13 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph of a forward: Dynamo makes several where the model breaks."""
+    """One graph of a forward: Dynamo makes several where the model ``breaks``."""
 
     compile_id: str
     sites: tuple[SiteReport, ...]
     clock: str = ""
     specialised: tuple[str, ...] = ()
+    breaks: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class Report:
                 lines.append(f"  denoising step: {graph.clock}")
             lines += [f"  specialised: {what}" for what in graph.specialised]
             lines += [f"  {site}" for site in graph.sites]
+        if any(graph.breaks for graph in self.graphs):
+            lines.append(f"  graph breaks: {_BETWEEN}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,7 +156,11 @@ def report_of(compilation: Compilation) -> Report:
     else:
         clock = "no timestep input found; step 0 unless lvsa_compile.step(i) says otherwise"
     graph = GraphReport(
-        compilation.compile_id, tuple(_site(decision) for decision in compilation.decisions), clock, compilation.specialised
+        compilation.compile_id,
+        tuple(_site(decision) for decision in compilation.decisions),
+        clock,
+        compilation.specialised,
+        compilation.place.breaks,
     )
     return Report(
         compilation.model,
