@@ -96,6 +96,10 @@ def _guard(compilation: Compilation) -> None:
     for place, held in (compilation.reader.relied_on if compilation.reader is not None else {}).items():
         node = next(node for node in placeholders if node.name == place)
         compat.guard_input(node, SameValue(held), "holds the values that the token layout was read from")
+    around = compat.parent.get()
+    if around is not None and placeholders:
+        hooks = around.hooks
+        compat.guard_input(placeholders[-1], lambda _: compat.hooks_around() == hooks, "goes to a block with the same hooks")
     shows_nothing = bool(compilation.sites) and not compilation.has_video
     if shows_nothing or (compilation.place.continues and (compilation.sites or compilation.outgoing)):
         for node, value in zip(placeholders, compilation.example_inputs, strict=False):

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import contextvars
 import dataclasses
+import dis
 import functools
 import inspect
 import itertools
@@ -503,6 +504,25 @@ class EagerAttention:
 _TORCH = f"{next(iter(torch.__path__))}/"
 
 
+def uncompiled(function: Any) -> Any:
+    """What ``torch.compile`` was given, where a function is what it returned."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
+
+
+def returns_nothing(function: Any) -> bool:
+    """Whether a Python function can be seen to return None always."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    if code is None or code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE):
+        return False
+    returned = [
+        before.argval if before.opname == "LOAD_CONST" else function
+        for before, step in itertools.pairwise(dis.get_instructions(code))
+        if step.opname == "RETURN_VALUE"
+    ]
+    constants = [step.argval for step in dis.get_instructions(code) if step.opname == "RETURN_CONST"]
+    return all(value is None for value in (*returned, *constants))
+
+
 # --- arguments of a call -------------------------------------------------------------------------------------------------------
 
 
@@ -574,18 +594,25 @@ def compiled_entry() -> Any:
 class Parent:
     """The model around a block that is compiled by itself.
 
-    ``block`` is the path of the block that is called, ``problem`` says why nothing is known of what it gets, and ``token`` is one object
-    per forward.
+    ``block`` is the path of the block that is called, ``problem`` says why nothing is known of what it gets, ``hooks`` are its
+    own (Dynamo does not look whether another block of its class has others), and ``token`` is one object per forward.
     """
 
     model: Any
     block: str = ""
+    hooks: tuple[int, ...] = ()
     token: object = dataclasses.field(default_factory=object)
     problem: str = ""
 
 
 parent: contextvars.ContextVar[Parent | None] = contextvars.ContextVar("lvsa_parent", default=None)
 """The model whose blocks are compiled one by one, while its forward runs."""
+
+
+def hooks_around() -> tuple[int, ...]:
+    """The hooks of the block that is called by itself."""
+    around = parent.get()
+    return around.hooks if around is not None else ()
 
 
 def root_module() -> Any:

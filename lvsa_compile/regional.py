@@ -17,7 +17,7 @@ from lvsa_compile.axes.labels import say
 from lvsa_compile.errors import RegionError
 from lvsa_compile.options import make_options
 from lvsa_compile.passes.find_timestep import timestep_among
-from lvsa_compile.passes.trace_layout.parent import ForwardInputs, ParentTrace, trace_parent
+from lvsa_compile.passes.trace_layout.parent import ForwardInputs, ParentTrace, hooks_of_users, trace_parent
 from lvsa_compile.passes.trace_layout.reading import SameValue
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class _Region:
         model.register_forward_pre_hook(self.begin, with_kwargs=True)
         model.register_forward_hook(self.end, always_call=True)
         for path, block in self._blocks.items():
-            block._compiled_call_impl = self._block(path, self._as_whole(block, compiled))
+            block._compiled_call_impl = self._block(path, block, self._as_whole(block, compiled))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ class _Region:
 
     def _trace(self, model: nn.Module, inputs: ForwardInputs) -> ParentTrace:
         """What is known of forwards of this kind; a kind that was not seen is traced."""
-        kind = (inputs.names, tuple(map(_kind_of, inputs.leaves)))
+        kind = (inputs.names, tuple(map(_kind_of, inputs.leaves)), self._state(model))
         by_name = dict(zip(inputs.names, inputs.leaves, strict=True))
         for trace, conditions in self._traces.get(kind, ()):
             if all(holds(by_name[name]) for name, holds in conditions.items()):
@@ -163,6 +163,12 @@ class _Region:
             self._traces.clear()
         self._traces.setdefault(kind, []).append((trace, {name: SameValue(value) for name, value in trace.relied_on.items()}))
         return trace
+
+    def _state(self, model: nn.Module) -> tuple[Any, ...]:
+        """The numbers, flags and names that modules outside the blocks hold: they may decide which way a forward takes."""
+        blocks = {id(inner) for block in self._blocks.values() for inner in block.modules()}
+        outside = (module for module in model.modules() if id(module) not in blocks)
+        return tuple(value for module in outside for value in vars(module).values() if isinstance(value, (int, float, str)))
 
     def _as_whole(self, block: nn.Module, compiled: Callable[[Callable[..., Any], bool], Callable[..., Any]]) -> Callable[..., Any]:
         """A block compiled as one graph; in pieces where Dynamo cannot.
@@ -183,12 +189,15 @@ class _Region:
 
         return call
 
-    def _block(self, path: str, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def _block(self, path: str, block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """A compiled block that first says of its arguments what the trace of the model knows of them."""
+
+        inside = tuple(block.modules())
 
         def call(*args: Any, **kwargs: Any) -> Any:
             running = _running.get()
             if running and running[-1].region is self:
+                running[-1].parent.hooks = tuple(id(hook) for module in inside for hook in hooks_of_users(module))
                 running[-1].parent.problem = _say_what_is_known(running[-1], path, (args, kwargs))
             return compiled(*args, **kwargs)
 

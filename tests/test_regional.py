@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import types
 import warnings
 
 import pytest
@@ -168,17 +169,68 @@ def test_class_state_and_copies_are_as_before():
         assert torch.equal(model(**inputs)[0], sparse)
 
 
-def test_hooks_of_others_run_once_and_not_for_the_trace():
+def test_hooks_that_look_run_once_and_not_for_the_trace():
     calls = []
-    model = randomise(Stack())
-    model.blocks[1].register_forward_hook(lambda module, args, output: calls.append(output.abs().sum()))
-    model.register_forward_pre_hook(lambda module, args: calls.append("before"))
+
+    def look(module, args, output=None):
+        calls.append(args[0].abs().sum())
+
+    alone, model = randomise(Stack()), randomise(Stack())
+    model.blocks[1].register_forward_hook(look)
+    model.register_forward_pre_hook(look)
     regional(model)
+    inputs = dit_inputs()
     with torch.no_grad():
-        model(*dit_inputs())
-    assert calls[0] == "before"
-    assert len(calls) == 2
-    assert isinstance(calls[1], torch.Tensor)
+        assert close(model(*inputs), masked(alone, inputs))
+    assert [type(call) for call in calls] == [torch.Tensor] * 2
+
+
+def turn(module, args, output=None):
+    if output is None:
+        return (args[0].flip(2), *args[1:])
+    return output.flip(1)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda model: model.blocks[0].register_forward_hook(turn),
+        lambda model: model.blocks[1].mlp.register_forward_hook(turn),
+        lambda model: model.register_forward_pre_hook(turn),
+        lambda model: setattr(model.patch, "forward", lambda x: nn.Conv3d.forward(model.patch, x).flip(2)),
+    ],
+    ids=["after a block", "inside a block", "before the model", "a forward that is no method"],
+)
+def test_what_is_put_around_modules_and_may_change_frames_is_dense(put):
+    alone, model = randomise(Stack()), randomise(Stack())
+    for each in (alone, model):
+        put(each)
+    regional(model)
+    inputs = dit_inputs()
+    with torch.no_grad():
+        assert float((model(*inputs) - alone(*inputs)).abs().max()) < 1e-5
+    site = lvsa_compile.reports()[0].sites[0]
+    assert site.reason == "no_grid"
+    assert "has a forward hook that may change" in site.detail or "was replaced by something" in site.detail
+
+
+def test_a_forward_that_is_put_on_the_model_is_followed():
+    def turned(self, latents, timestep, text):
+        return VideoDiT.forward(self, latents, timestep, text) if self.turns == 0 else _turns_tokens(self, latents)
+
+    def _turns_tokens(self, latents):
+        tokens = self.patch(latents).flatten(2).transpose(1, 2).flip(1)
+        return self.unpatch(self.block(self, tokens, None, None))
+
+    alone, model = randomise(Stack()), regional(randomise(Stack()))
+    inputs = dit_inputs()
+    for each in (alone, model):
+        each.forward, each.turns = types.MethodType(turned, each), 0
+    for turns in (0, 1, 0):
+        alone.turns = model.turns = turns
+        with torch.no_grad():
+            output = model(*inputs)
+            assert close(output, alone(*inputs) if turns else masked(alone, inputs)), turns
 
 
 def test_a_second_compile_takes_the_place_of_the_first():

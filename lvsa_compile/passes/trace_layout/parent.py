@@ -8,9 +8,11 @@ it, and those inputs are remembered.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import types
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +29,11 @@ from lvsa_compile.passes.trace_layout.handing_on import handed_on
 from lvsa_compile.passes.trace_layout.reading import Reader
 from lvsa_compile.passes.trace_layout.witnessed import witnessed
 
-_NOT_COPIED = frozenset(("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl"))
-"""Attributes by which torch and other libraries put themselves around a module's ``forward``."""
+_AROUND = frozenset(("_hf_hook", "_diffusers_hook"))
+"""Attributes that accelerate and diffusers leave where they put themselves around a module's ``forward``."""
+_NOT_COPIED = _AROUND | {"_old_forward", "_compiled_call_impl"}
+_HARMLESS = ("torch.", "diffusers.", "accelerate.", "lvsa_compile.")
+"""Packages whose forward hooks move, cast and cut tensors, which a run on whole fakes of one dtype need not repeat."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,9 @@ def trace_parent(model: nn.Module, blocks: Collection[str], inputs: ForwardInput
     reader = Reader(dict(zip(inputs.names, inputs.leaves, strict=True)))
     tracker = _ParentTracker()
     seen: list[tuple[str, list[tuple[Tensor, Axes]]]] = []
-    plain = torch.compiler.set_stance("force_eager"), torch.no_grad(), torch.autocast("cpu", enabled=False)
     fake_mode = compat.new_fake_mode()
     bare = _bare_copy(model, fake_mode)
-    with plain[0], plain[1], plain[2], compat.no_fast_paths(), compat.tracing_on_fakes(fake_mode):
+    with _plain_surroundings(), compat.tracing_on_fakes(fake_mode):
         for path in blocks:
             bare.get_submodule(path).register_forward_pre_hook(_noting(path, tracker, seen), with_kwargs=True)
         fakes = [_fake(leaf, fake_mode) for leaf in inputs.leaves]
@@ -100,6 +104,12 @@ def trace_parent(model: nn.Module, blocks: Collection[str], inputs: ForwardInput
         told = (handed_on(known.refine(axes), known.targets) for _, axes in call)
         calls[path, number] = BlockCall(shapes, tuple(axes if axes is not None and shows_generated(axes) else None for axes in told))
     return ParentTrace(calls, dict(reader.relied_on))
+
+
+@contextlib.contextmanager
+def _plain_surroundings() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"), torch.no_grad(), torch.autocast("cpu", enabled=False), compat.no_fast_paths():
+        yield
 
 
 def _noting(path: str, tracker: AxisTracker, seen: list[tuple[str, list[tuple[Tensor, Axes]]]]) -> Any:
@@ -178,17 +188,39 @@ def _bare_copy(model: nn.Module, fake_mode: Any) -> nn.Module:
         return None if tensor is None else weights[id(tensor)]
 
     for module in modules.values():
+        if not all(map(compat.returns_nothing, hooks_of_users(module))):  # for hooks are left out of the run
+            raise ValueError(
+                f"{type(module).__name__} has a forward hook that may change what it passes on; "
+                "a hook that only looks must be a function without a return value"
+            )
         state = copies[id(module)].__dict__
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers"):
                 state[name] = {key: weight(tensor) for key, tensor in value.items()}
             elif name == "_modules":
                 state[name] = {key: None if child is None else copies[id(child)] for key, child in value.items()}
+            elif name == "forward":
+                if not _AROUND & vars(module).keys():
+                    state[name] = _rebound(module, value, copies)
             elif name.startswith("_") and "_hooks" in name:
                 state[name] = OrderedDict()
             elif name not in _NOT_COPIED:
                 state[name] = _copied(value, memo, fake_mode)
     return copies[id(model)]
+
+
+def _rebound(module: nn.Module, forward: Any, copies: Mapping[int, nn.Module]) -> Any:
+    """A ``forward`` that was put on one module, as a method of its copy."""
+    forward = compat.uncompiled(forward)
+    if isinstance(forward, types.MethodType) and id(forward.__self__) in copies:
+        return types.MethodType(forward.__func__, copies[id(forward.__self__)])
+    raise ValueError(f"the forward of {type(module).__name__} was replaced by something that cannot be run apart from it")
+
+
+def hooks_of_users(module: nn.Module) -> list[Any]:
+    """Forward hooks of a module that do not come from the packages whose hooks are known to be harmless."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [hook for hook in hooks if not f"{getattr(hook, '__module__', '')}.".startswith(_HARMLESS)]
 
 
 def _copied(value: Any, memo: dict[int, Any], fake_mode: Any) -> Any:
