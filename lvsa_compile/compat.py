@@ -509,18 +509,28 @@ def uncompiled(function: Any) -> Any:
     return getattr(function, "_torchdynamo_orig_callable", function)
 
 
-def returns_nothing(function: Any) -> bool:
-    """Whether a Python function can be seen to return None always."""
+def only_looks(function: Any) -> bool:
+    """Whether a Python function can be seen to return None always, to assign nothing and to call nothing that writes in place."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     if code is None or code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE):
         return False
+    steps = list(dis.get_instructions(code))
     returned = [
-        before.argval if before.opname == "LOAD_CONST" else function
-        for before, step in itertools.pairwise(dis.get_instructions(code))
+        before.argval if before.opname == "LOAD_CONST" else code
+        for before, step in itertools.pairwise(steps)
         if step.opname == "RETURN_VALUE"
     ]
-    constants = [step.argval for step in dis.get_instructions(code) if step.opname == "RETURN_CONST"]
-    return all(value is None for value in (*returned, *constants))
+    returned += [step.argval for step in steps if step.opname == "RETURN_CONST"]
+    writes = any(step.opname in ("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_DEREF", "STORE_SLICE") for step in steps)
+    named = any(name.endswith("_") or name in ("data", "setattr", "out") for name in code.co_names)
+    return all(value is None for value in returned) and not writes and not named
+
+
+def hooks_of_all_modules() -> list[Any]:
+    """Forward hooks that were put on every module of the process."""
+    from torch.nn.modules import module
+
+    return [*module._global_forward_pre_hooks.values(), *module._global_forward_hooks.values()]
 
 
 # --- arguments of a call -------------------------------------------------------------------------------------------------------

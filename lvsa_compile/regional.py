@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lvsa_compile import clock, compat
-from lvsa_compile.axes.labels import say
+from lvsa_compile.axes.labels import begin_forward, say
 from lvsa_compile.errors import RegionError
 from lvsa_compile.options import make_options
 from lvsa_compile.passes.find_timestep import timestep_among
@@ -84,6 +84,10 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if path in outermost}
 
 
+_INTERNAL = frozenset((*vars(nn.Module()), "forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl"))
+"""Attributes of modules that are looked at in another way, or belong to libraries."""
+
+
 @dataclass
 class _Running:
     """One forward in progress: what its blocks get, and how often each was called."""
@@ -129,6 +133,7 @@ class _Region:
         """Before a forward: finds out what the blocks will get and moves the clock."""
         if model is not self._model():
             return
+        begin_forward()
         inputs = ForwardInputs.of(model, args, kwargs)
         trace = self._trace(model, inputs)
         timestep = timestep_among(inputs.names)
@@ -165,10 +170,13 @@ class _Region:
         return trace
 
     def _state(self, model: nn.Module) -> tuple[Any, ...]:
-        """The numbers, flags and names that modules outside the blocks hold: they may decide which way a forward takes."""
-        blocks = {id(inner) for block in self._blocks.values() for inner in block.modules()}
-        outside = (module for module in model.modules() if id(module) not in blocks)
-        return tuple(value for module in outside for value in vars(module).values() if isinstance(value, (int, float, str)))
+        """What may decide which way a forward takes: modes of torch, what modules hold, and what is put around them."""
+        blocks = {id(inner) for block in self._blocks.values() for inner in block.modules()} - set(map(id, self._blocks.values()))
+        modules = list(model.modules())
+        around = tuple((type(m), id(type(m).forward), id(vars(m).get("forward")), *_hooks(m), m.training) for m in modules)
+        outer = [vars(module) for module in modules if id(module) not in blocks]
+        held = tuple(_held(value) for attributes in outer for name, value in attributes.items() if name not in _INTERNAL)
+        return around, held, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
     def _as_whole(self, block: nn.Module, compiled: Callable[[Callable[..., Any], bool], Callable[..., Any]]) -> Callable[..., Any]:
         """A block compiled as one graph; in pieces where Dynamo cannot.
@@ -217,15 +225,29 @@ def _say_what_is_known(running: _Running, path: str, arguments: Any) -> str:
         return f"{path} got {len(shapes)} tensors, and {len(known.shapes)} where the model was traced"
     for tensor, shape, axes in zip(tensors, known.shapes, known.axes, strict=True):
         if tuple(tensor.shape) == shape:
-            say(tensor, axes)  # a tensor of another shape, such as one process's part, is what the block before it said
+            say(tensor, axes, at_once=True)  # a tensor of another shape, such as one process's part, is what the block before it said
     return "" if shapes == known.shapes else f"{path} got tensors of {shapes}, and of {known.shapes} where the model was traced"
+
+
+def _hooks(module: nn.Module) -> tuple[int, ...]:
+    return tuple(map(id, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
 
 
 def _kind_of(leaf: Any) -> Any:
     """What distinguishes a leaf of the arguments from one of another kind of forward."""
-    if isinstance(leaf, Tensor):
-        return tuple(leaf.shape), leaf.dtype
-    return leaf if isinstance(leaf, (int, str, bool, type(None))) else (type(leaf), leaf if isinstance(leaf, float) else None)
+    return (tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else _held(leaf)
+
+
+def _held(value: Any, depth: int = 2) -> Any:
+    """What distinguishes a value from another that may lead a forward elsewhere; objects are looked into for some levels."""
+    if isinstance(value, (int, float, str, type(None))):
+        return value
+    if isinstance(value, (list, tuple)) and depth:
+        return len(value), *(_held(item, depth - 1) for item in value[:64])
+    if isinstance(value, dict) and depth:
+        return len(value), *((str(name), _held(item, depth - 1)) for name, item in list(value.items())[:64])
+    inside = () if isinstance(value, (Tensor, nn.Module, type)) or not depth else getattr(value, "__dict__", {})
+    return id(value), *((name, _held(item, depth - 1)) for name, item in list(dict(inside).items())[:64])
 
 
 class _NoRegion:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lvsa_compile import compat
 from lvsa_compile.axes.call import Axes
-from lvsa_compile.axes.labels import in_numbers, say
+from lvsa_compile.axes.labels import begin_forward, in_numbers, say
 from lvsa_compile.clock import Clock, clock_of
 from lvsa_compile.passes.compilation import Compilation, ExtraInput
 
@@ -43,13 +43,15 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner_pos
 
 def with_labels(compiled: Callable[..., Any], compilation: Compilation) -> Callable[..., Any]:
     """Wraps a compiled graph so that what is known of its outputs' axes is said of the tensors, for the next graph."""
-    outgoing = compilation.outgoing
-    if not outgoing:
+    outgoing, begins = compilation.outgoing, compilation.place.leads_on and not compilation.place.continues
+    if not outgoing and not begins:
         return compiled
     symbols = compat.symbol_positions(compilation.graph_module)
     known: dict[tuple[int, ...], tuple[tuple[int, Axes], ...]] = {}
 
     def run(*args: Any) -> Any:
+        if begins:
+            begin_forward()
         outputs = compiled(*args)
         numbers = tuple(int(args[position]) for position in symbols.values())
         if numbers not in known:

@@ -8,6 +8,8 @@ code made of them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import threading
 from collections.abc import Callable, Container, Sequence
 
 from torch import Tensor
@@ -112,20 +114,32 @@ def in_numbers(axes: Axes, number: Callable[[Size], int]) -> Axes:
 # --- the tensors ---------------------------------------------------------------------------------------------------------------
 
 _labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_forward = threading.local()
 
 
-def say(tensor: Tensor, axes: Axes | None) -> None:
-    """Says what the axes of a real tensor are, or that nothing is known any more."""
-    if axes is None:
+def begin_forward() -> None:
+    """A model's forward begins: what was said before is of another one, and holds no more in this thread."""
+    _forward.number = next(_numbers)
+
+
+_numbers = itertools.count(1)
+
+
+def say(tensor: Tensor, axes: Axes | None, at_once: bool = False) -> None:
+    """Says what the axes of a real tensor are, or that nothing is known any more.
+
+    Writes to tensors of inference mode are not counted, so of those something is said only where the next graph runs ``at_once``.
+    """
+    if axes is None or (tensor.is_inference() and not at_once):
         _labels.pop(tensor, None)
     elif [axis_size(axis) for axis in axes] == list(tensor.shape):
-        _labels[tensor] = (axes, _version(tensor))
+        _labels[tensor] = (axes, _version(tensor), getattr(_forward, "number", 0))
 
 
 def said_of(tensor: Tensor) -> Axes | None:
-    """What was said of a tensor's axes; None where nothing was, or it was written to since."""
+    """What was said of a tensor's axes in this forward; None where nothing was, or it was written to since."""
     found = _labels.get(tensor)
-    return found[0] if found is not None and found[1] == _version(tensor) else None
+    return found[0] if found is not None and found[1:] == (_version(tensor), getattr(_forward, "number", 0)) else None
 
 
 def _version(tensor: Tensor) -> int:

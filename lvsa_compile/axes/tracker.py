@@ -76,10 +76,11 @@ class AxisTracker(compat.TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if isinstance(func, compat.OpOverload):
-            self._note(func, args, kwargs, result)
+            self.note(func, args, kwargs, result)
         return result
 
-    def _note(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def note(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Notes the axes of what a call returned or wrote."""
         op = func._schema.name.split("::")[1]
         outputs = tuple(t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor))
         if func._schema.is_mutable and not (bool(args) and outputs and outputs[0] is args[0]):

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import types
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,9 @@ from lvsa_compile.axes.values import Later
 from lvsa_compile.passes.trace_layout.handing_on import handed_on
 from lvsa_compile.passes.trace_layout.reading import Reader
 from lvsa_compile.passes.trace_layout.witnessed import witnessed
+
+_MOST = 1 << 25
+"""Elements of the largest tensor that is made for real."""
 
 _AROUND = frozenset(("_hf_hook", "_diffusers_hook"))
 """Attributes that accelerate and diffusers leave where they put themselves around a module's ``forward``."""
@@ -78,14 +83,16 @@ class ParentTrace:
 def trace_parent(model: nn.Module, blocks: Collection[str], inputs: ForwardInputs) -> ParentTrace:
     """What each call of the ``blocks``, given by path, gets in ``model(inputs)``."""
     reader = Reader(dict(zip(inputs.names, inputs.leaves, strict=True)))
-    tracker = _ParentTracker()
-    seen: list[tuple[str, list[tuple[Tensor, Axes]]]] = []
     fake_mode = compat.new_fake_mode()
-    bare = _bare_copy(model, fake_mode)
-    with _plain_surroundings(), compat.tracing_on_fakes(fake_mode):
+    tracker = _ParentTracker(fake_mode)
+    seen: list[tuple[str, list[tuple[Tensor, Axes]]]] = []
+    floats = [leaf.dtype for leaf in inputs.leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    computed_in = max(floats, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    with _plain_surroundings():
+        bare = _bare_copy(model, lambda tensor: _fake(tensor, fake_mode, computed_in))
         for path in blocks:
             bare.get_submodule(path).register_forward_pre_hook(_noting(path, tracker, seen), with_kwargs=True)
-        fakes = [_fake(leaf, fake_mode) for leaf in inputs.leaves]
+        fakes = [_fake(leaf, fake_mode, computed_in) for leaf in inputs.leaves]
         for name, fake in zip(inputs.names, fakes, strict=True):
             if isinstance(fake, Tensor):
                 tracker.set_axes(fake, tuple(axis_of(Source(INPUT, name, i, n, name, fake.dim())) for i, n in enumerate(fake.shape)))
@@ -108,8 +115,14 @@ def trace_parent(model: nn.Module, blocks: Collection[str], inputs: ForwardInput
 
 @contextlib.contextmanager
 def _plain_surroundings() -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"), torch.no_grad(), torch.autocast("cpu", enabled=False), compat.no_fast_paths():
-        yield
+    """No compiling, no fused layers; chance is put back as it was."""
+    chance = random.getstate(), numpy.random.get_state()
+    with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.random.fork_rng(devices=[]), compat.no_fast_paths():
+        try:
+            yield
+        finally:
+            random.setstate(chance[0])
+            numpy.random.set_state(chance[1])
 
 
 def _noting(path: str, tracker: AxisTracker, seen: list[tuple[str, list[tuple[Tensor, Axes]]]]) -> Any:
@@ -122,8 +135,9 @@ def _noting(path: str, tracker: AxisTracker, seen: list[tuple[str, list[tuple[Te
 class _ParentTracker(AxisTracker):
     """Follows a forward that is no graph: it knows where attention was, and answers the model's questions about values."""
 
-    def __init__(self) -> None:
+    def __init__(self, fake_mode: Any) -> None:
         super().__init__()
+        self._fake_mode = fake_mode
         self.attended: list[Axis] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -131,9 +145,21 @@ class _ParentTracker(AxisTracker):
         if "scaled_dot_product" in str(func):
             self.attended.extend(self.axes_of(tensor)[-2] for tensor in tensors_in(args)[:2])
         try:
+            if not any(compat.fake_mode_of(tensor) for tensor in tensors_in(args, (kwargs or {}).values())):
+                return self._made_from_nothing(func, args, kwargs or {})
             return super().__torch_dispatch__(func, types, args, kwargs)
         except compat.NEEDS_VALUES:
             return self._computed(func, args, kwargs or {})
+
+    def _made_from_nothing(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What no input has a part in is real, since the model may keep it for later; what is too large for that is a fake."""
+        with self._fake_mode:
+            fake = func(*args, **kwargs)
+        large = any(isinstance(leaf, Tensor) and leaf.numel() > _MOST for leaf in compat.tree_leaves(fake))
+        result = fake if large else func(*args, **kwargs)
+        if isinstance(func, compat.OpOverload):
+            self.note(func, args, kwargs, result)
+        return result
 
     def _computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in compat.INDEXING_OPS:  # by masks: what they choose is known even where what is chosen is not
@@ -157,7 +183,8 @@ class _ParentTracker(AxisTracker):
 
     def _known(self, real: Tensor) -> Tensor:
         """A fake of a tensor whose value is known."""
-        fake = torch.empty(real.shape, dtype=real.dtype)
+        with self._fake_mode:
+            fake = torch.empty(real.shape, dtype=real.dtype)
         self.values.set(fake, Later(lambda: real, constant=False))
         return fake
 
@@ -166,15 +193,18 @@ def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
-def _fake(value: Any, fake_mode: Any) -> Any:
-    """A tensor as a fake on the CPU, floating numbers in float32; everything else as it is."""
+def _fake(value: Any, fake_mode: Any, computed_in: torch.dtype) -> Any:
+    """A tensor as a fake on the CPU, in ``computed_in`` where it only stores numbers (fp8); everything else as it is."""
     if not isinstance(value, Tensor):
         return value
+    stored = value.is_floating_point() and value.dtype.itemsize == 1
+    strides = value.stride() if compat.local_part(value) is None and type(value) in (Tensor, nn.Parameter) else None
     with fake_mode:
-        return torch.empty(tuple(value.shape), dtype=torch.float32 if value.is_floating_point() else value.dtype)
+        fake = torch.empty(tuple(value.shape), dtype=computed_in if stored else value.dtype)
+        return fake if strides is None else torch.empty_strided(tuple(value.shape), strides, dtype=fake.dtype)
 
 
-def _bare_copy(model: nn.Module, fake_mode: Any) -> nn.Module:
+def _bare_copy(model: nn.Module, fake_of: Callable[[Any], Any]) -> nn.Module:
     """A model with fakes for weights and without what others put around its modules; nothing it does reaches the original."""
     modules = dict(model.named_modules())
     copies: dict[int, nn.Module] = {id(module): object.__new__(type(module)) for module in modules.values()}
@@ -183,15 +213,15 @@ def _bare_copy(model: nn.Module, fake_mode: Any) -> nn.Module:
 
     def weight(tensor: Tensor | None) -> Any:
         if tensor is not None and id(tensor) not in weights:
-            fake = _fake(tensor, fake_mode)
+            fake = fake_of(tensor)
             weights[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
         return None if tensor is None else weights[id(tensor)]
 
     for module in modules.values():
-        if not all(map(compat.returns_nothing, hooks_of_users(module))):  # for hooks are left out of the run
+        if not all(map(compat.only_looks, hooks_of_users(module))):  # for hooks are left out of the run
             raise ValueError(
                 f"{type(module).__name__} has a forward hook that may change what it passes on; "
-                "a hook that only looks must be a function without a return value"
+                "a hook that only looks must be a function that returns and assigns nothing"
             )
         state = copies[id(module)].__dict__
         for name, value in vars(module).items():
@@ -200,12 +230,13 @@ def _bare_copy(model: nn.Module, fake_mode: Any) -> nn.Module:
             elif name == "_modules":
                 state[name] = {key: None if child is None else copies[id(child)] for key, child in value.items()}
             elif name == "forward":
-                if not _AROUND & vars(module).keys():
-                    state[name] = _rebound(module, value, copies)
+                inner = vars(module).get("_old_forward") if _AROUND & vars(module).keys() else value
+                if inner is not None:
+                    state[name] = _rebound(module, inner, copies)
             elif name.startswith("_") and "_hooks" in name:
                 state[name] = OrderedDict()
             elif name not in _NOT_COPIED:
-                state[name] = _copied(value, memo, fake_mode)
+                state[name] = _copied(value, memo, fake_of)
     return copies[id(model)]
 
 
@@ -219,13 +250,20 @@ def _rebound(module: nn.Module, forward: Any, copies: Mapping[int, nn.Module]) -
 
 def hooks_of_users(module: nn.Module) -> list[Any]:
     """Forward hooks of a module that do not come from the packages whose hooks are known to be harmless."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return [hook for hook in hooks if not f"{getattr(hook, '__module__', '')}.".startswith(_HARMLESS)]
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *compat.hooks_of_all_modules())
+    others = [vars(module).get("_hf_hook"), *getattr(vars(module).get("_diffusers_hook"), "hooks", {}).values()]
+    return [hook for hook in hooks if not _is_harmless(hook)] + [
+        hook for hook in others if hook is not None and not _is_harmless(type(hook))
+    ]
 
 
-def _copied(value: Any, memo: dict[int, Any], fake_mode: Any) -> Any:
+def _is_harmless(hook: Any) -> bool:
+    return f"{getattr(hook, '__module__', '')}.".startswith(_HARMLESS)
+
+
+def _copied(value: Any, memo: dict[int, Any], fake_of: Callable[[Any], Any]) -> Any:
     """A deep copy in which tensors are fakes and modules their copies; what cannot be copied is shared."""
-    memo.update((id(tensor), _fake(tensor, fake_mode)) for tensor in compat.tree_leaves(value) if isinstance(tensor, Tensor))
+    memo.update((id(tensor), fake_of(tensor)) for tensor in compat.tree_leaves(value) if isinstance(tensor, Tensor))
     try:
         done = copy.deepcopy(value, memo)
     except Exception:  # locks, streams and process groups of other libraries

@@ -84,7 +84,8 @@ def _outgoing(seen: Witnessed) -> tuple[tuple[int, Axes], ...]:
     factors = [factor for axes in seen.outputs.values() for axis in axes for factor in leaves(axis)]
     together = any(seen.targets.keys() <= {digit.source.place for digit in factor.digits} for factor in factors)
     generated = seen.targets if together else {}
-    told = ((position, handed_on(axes, generated)) for position, axes in seen.outputs.items())
+    tokens = {position: axes for position, axes in seen.outputs.items() if len(axes) < 5}  # a latent shows its grid by itself
+    told = ((position, handed_on(axes, generated)) for position, axes in tokens.items())
     return tuple((position, axes) for position, axes in told if axes is not None)
 
 
