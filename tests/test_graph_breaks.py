@@ -184,6 +184,30 @@ def test_which_of_two_videos_is_generated_is_not_guessed():
     assert {site.reason for site in lvsa_compile.reports()[0].sites} == {"other_video"}
 
 
+def test_writes_that_are_not_counted_in_inference_mode():
+    model, inputs = randomise(VideoDiT(written_between)), dit_inputs()
+    with torch.inference_mode():
+        output = torch.compile(model, backend="lvsa", options=EXACT)(*inputs)
+        assert torch.equal(output, model(*inputs))
+
+
+def test_the_answer_of_one_forward_is_no_generated_video_of_the_next():
+    class WithReference(VideoDiT):
+        def forward(self, latents, timestep, reference):
+            tokens = self.patch(latents).flatten(2).transpose(1, 2)
+            torch._dynamo.graph_break()
+            others = self.patch(reference).flatten(2).transpose(1, 2)
+            tokens = self.attention(tokens) + self.second(others).mean()
+            torch._dynamo.graph_break()
+            return self.unpatch(tokens).reshape(latents.shape)
+
+    compiled = torch.compile(randomise(WithReference()), backend="lvsa", options=EXACT)
+    latents, timestep, _ = dit_inputs()
+    with torch.no_grad():
+        before = compiled(latents, timestep, torch.randn(1, 4, 9, 6, 8))
+        assert torch.equal(compiled(latents, timestep, before), compiled(latents, timestep, before.clone()))
+
+
 def test_a_value_decides_how_frames_lie():
     """Eager code may do this or that: the tensors say which it was."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import types
 import warnings
@@ -231,6 +232,62 @@ def test_a_forward_that_is_put_on_the_model_is_followed():
         with torch.no_grad():
             output = model(*inputs)
             assert close(output, alone(*inputs) if turns else masked(alone, inputs)), turns
+
+
+def turned_if(model, tokens, grid, text):
+    turned = model.settings["turned"] or torch.is_autocast_enabled("cpu") or not text.is_contiguous()
+    return one_after_the_other(model, _turned(tokens) if turned else tokens, grid, text)
+
+
+def test_what_a_model_holds_and_the_modes_of_torch_decide_a_forward():
+    alone, model = randomise(Stack(turned_if)), randomise(Stack(turned_if))
+    alone.settings, model.settings = {"turned": False}, {"turned": False}
+    regional(model)
+    latents, timestep, text = dit_inputs()
+    across = text.transpose(1, 2).contiguous().transpose(1, 2)
+    with torch.no_grad():
+        for turned, prompt in ((False, text), (True, text), (False, across), (False, text)):
+            alone.settings["turned"] = model.settings["turned"] = turned
+            output, inputs = model(latents, timestep, prompt), (latents, timestep, prompt)
+            assert close(output, alone(*inputs) if turned or prompt is across else masked(alone, inputs))
+
+
+def test_what_is_put_around_modules_later_is_seen(monkeypatch):
+    alone, model, inputs = randomise(Stack()), regional(randomise(Stack())), dit_inputs()
+    with torch.no_grad():
+        assert close(model(*inputs), masked(alone, inputs))
+        for each in (alone, model):
+            each.patch.register_forward_hook(lambda module, args, output: output.flip(2))
+        assert close(model(*inputs), alone(*inputs))
+
+    def turned(self, latents, timestep, text):
+        return self.unpatch(self.block(self, self.patch(latents).flatten(2).transpose(1, 2).flip(1), None, None))
+
+    alone, model = randomise(Stack()), regional(randomise(Stack()))
+    with torch.no_grad():
+        model(*inputs)
+        monkeypatch.setattr(VideoDiT, "forward", turned)
+        assert close(model(*inputs), alone(*inputs))
+
+
+def test_a_table_that_is_kept_for_later_is_real():
+    @functools.lru_cache
+    def table(length):
+        return torch.arange(length)[:, None] * 0.01
+
+    def with_table(model, tokens, grid, text):
+        return one_after_the_other(model, tokens + table(tokens.shape[1]), grid, text)
+
+    alone, model, inputs = randomise(Stack(with_table)), regional(randomise(Stack(with_table))), dit_inputs()
+    with torch.no_grad():
+        assert close(model(*inputs), masked(alone, inputs))
+
+
+def test_inference_mode_first_and_then_another():
+    alone, model, inputs = randomise(Stack()), regional(randomise(Stack())), dit_inputs()
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert close(model(*inputs), masked(alone, inputs))
 
 
 def test_a_second_compile_takes_the_place_of_the_first():
