@@ -17,7 +17,7 @@ from lvsa_compile.axes.labels import begin_forward, say
 from lvsa_compile.errors import RegionError
 from lvsa_compile.options import make_options
 from lvsa_compile.passes.find_timestep import timestep_among
-from lvsa_compile.passes.trace_layout.parent import ForwardInputs, ParentTrace, hooks_of_users, trace_parent
+from lvsa_compile.passes.trace_layout.parent import NOT_COPIED, ForwardInputs, ParentTrace, forward_hooks, hooks_of_users, trace_parent
 from lvsa_compile.passes.trace_layout.reading import SameValue
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def compile_repeated_blocks(model: nn.Module, *, options: Mapping[str, Any] | No
     """Compiles the repeated blocks of a model with the ``lvsa`` backend, in place: one compile serves all blocks of a class.
 
     The blocks are those that diffusers lists (``_repeated_blocks``), and children of one class in a list of modules.  At the first
-    forward of each size the whole model runs once on fake tensors, which says what each block gets; the class of the model and its state
+    forward of each kind the whole model runs once on fake tensors, which says what each block gets; the class of the model and its state
     dict stay as they are.
 
     Args:
@@ -84,7 +84,7 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if path in outermost}
 
 
-_INTERNAL = frozenset((*vars(nn.Module()), "forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl"))
+_INTERNAL = NOT_COPIED | {*vars(nn.Module()), "forward"}
 """Attributes of modules that are looked at in another way, or belong to libraries."""
 
 
@@ -173,7 +173,7 @@ class _Region:
         """What may decide which way a forward takes: modes of torch, what modules hold, and what is put around them."""
         blocks = {id(inner) for block in self._blocks.values() for inner in block.modules()} - set(map(id, self._blocks.values()))
         modules = list(model.modules())
-        around = tuple((type(m), id(type(m).forward), id(vars(m).get("forward")), *_hooks(m), m.training) for m in modules)
+        around = tuple((type(m), id(type(m).forward), id(vars(m).get("forward")), *map(id, forward_hooks(m)), m.training) for m in modules)
         outer = [vars(module) for module in modules if id(module) not in blocks]
         held = tuple(_held(value) for attributes in outer for name, value in attributes.items() if name not in _INTERNAL)
         return around, held, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
@@ -227,10 +227,6 @@ def _say_what_is_known(running: _Running, path: str, arguments: Any) -> str:
         if tuple(tensor.shape) == shape:
             say(tensor, axes, at_once=True)  # a tensor of another shape, such as one process's part, is what the block before it said
     return "" if shapes == known.shapes else f"{path} got tensors of {shapes}, and of {known.shapes} where the model was traced"
-
-
-def _hooks(module: nn.Module) -> tuple[int, ...]:
-    return tuple(map(id, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
 
 
 def _kind_of(leaf: Any) -> Any:

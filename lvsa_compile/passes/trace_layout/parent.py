@@ -1,9 +1,9 @@
 """What the blocks of a model get, found by one forward of the whole model on fake tensors.
 
 A block that is compiled by itself sees tokens and no latents.  So the model runs once without memory or arithmetic while an
-``AxisTracker`` follows the axes: a copy of it that has no hooks, whose weights and inputs are fakes of one dtype on one device, so that
-neither offloading nor casting nor parallelism matters.  Where it asks for a value, that is computed from the real inputs, if they decide
-it, and those inputs are remembered.
+``AxisTracker`` follows the axes: a copy of it that has no hooks, whose weights and inputs are fakes on one device, so that neither
+offloading nor casting nor parallelism matters.  Where it asks for a value, that is computed from the real inputs, if they decide it, and
+those inputs are remembered.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _MOST = 1 << 25
 
 _AROUND = frozenset(("_hf_hook", "_diffusers_hook"))
 """Attributes that accelerate and diffusers leave where they put themselves around a module's ``forward``."""
-_NOT_COPIED = _AROUND | {"_old_forward", "_compiled_call_impl"}
+NOT_COPIED = _AROUND | {"_old_forward", "_compiled_call_impl"}
+"""Attributes that a run of the model by itself has no use for."""
 _HARMLESS = ("torch.", "diffusers.", "accelerate.", "lvsa_compile.")
-"""Packages whose forward hooks move, cast and cut tensors, which a run on whole fakes of one dtype need not repeat."""
+"""Packages whose forward hooks move, cast and cut tensors, which a run on whole fakes need not repeat."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def _bare_copy(model: nn.Module, fake_of: Callable[[Any], Any]) -> nn.Module:
                     state[name] = _rebound(module, inner, copies)
             elif name.startswith("_") and "_hooks" in name:
                 state[name] = OrderedDict()
-            elif name not in _NOT_COPIED:
+            elif name not in NOT_COPIED:
                 state[name] = _copied(value, memo, fake_of)
     return copies[id(model)]
 
@@ -248,13 +249,16 @@ def _rebound(module: nn.Module, forward: Any, copies: Mapping[int, nn.Module]) -
     raise ValueError(f"the forward of {type(module).__name__} was replaced by something that cannot be run apart from it")
 
 
+def forward_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """What was registered to run before and after a module's forward."""
+    return *module._forward_pre_hooks.values(), *module._forward_hooks.values()
+
+
 def hooks_of_users(module: nn.Module) -> list[Any]:
     """Forward hooks of a module that do not come from the packages whose hooks are known to be harmless."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *compat.hooks_of_all_modules())
-    others = [vars(module).get("_hf_hook"), *getattr(vars(module).get("_diffusers_hook"), "hooks", {}).values()]
-    return [hook for hook in hooks if not _is_harmless(hook)] + [
-        hook for hook in others if hook is not None and not _is_harmless(type(hook))
-    ]
+    wrapped = [vars(module).get("_hf_hook"), *getattr(vars(module).get("_diffusers_hook"), "hooks", {}).values()]
+    others = [hook for hook in wrapped if hook is not None and not _is_harmless(type(hook))]
+    return [hook for hook in (*forward_hooks(module), *compat.hooks_of_all_modules()) if not _is_harmless(hook)] + others
 
 
 def _is_harmless(hook: Any) -> bool:
