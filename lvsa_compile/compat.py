@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import ctypes
 import dataclasses
 import dis
 import functools
@@ -126,6 +127,21 @@ def compile_with_inductor(
     wrapper = torch._TorchCompileInductorWrapper(mode, dict(options), None)
     compiled: Callable[..., Any] = wrapper(graph_module, inputs)
     return compiled
+
+
+def load_cpp(source: str) -> ctypes.CDLL:
+    """Compiles C++ with Inductor's compiler, flags and cache, and loads it; raises what the compiler or the loader raises."""
+    from torch._inductor.codecache import CppCodeCache
+
+    known = inspect.signature(CppCodeCache.load_async).parameters
+    isa = {"needs_vec_isa": False} if "needs_vec_isa" in known else {}  # -march=native does; asking for Inductor's choice takes 10 s
+    library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",), **isa)
+    return library
+
+
+def cpu_has_matrix_units() -> bool:
+    """Whether dense attention in bfloat16 runs on AMX tiles."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def with_cache_stamp(options: Mapping[str, Any], stamp: str) -> dict[str, Any]:

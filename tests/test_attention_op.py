@@ -11,6 +11,8 @@ from lvsa_compile.lowering.select import lowerings
 from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
 
 OPERATORS = {lowering.name: lowering.operator for lowering in lowerings()}
+FINEST = {name: torch.float32 if name == "cpu" else torch.float64 for name in OPERATORS}
+"""The dtype that shows errors best, of those a lowering takes."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -43,21 +45,23 @@ def tensors(batch, heads, key_heads, length, head_dim, dtype=torch.float32, orde
 def test_every_lowering_is_masked_attention(name, frames, tokens, prefix, suffix, window, first, reference, expand, group, step, scale):
     pattern = FramePattern(frames, window, first, reference, expand_window=expand)
     span = VideoSpan(prefix, frames, tokens, suffix)
-    query, key, value = tensors(2, 2, 2 // group, span.length, 8, torch.float64)
+    query, key, value = tensors(2, 2, 2 // group, span.length, 8, FINEST[name])
     phase = torch.tensor(step % pattern.phases, dtype=torch.int32)
     output, log_sum_exp = OPERATORS[name](query, key, value, *tables(pattern, span), phase, scale=scale)
     mask = oracle.token_mask(
         frames, tokens, step, prefix=prefix, suffix=suffix, window=window, first=first, reference=reference, expand=expand
     )
     expected, expected_lse = oracle.dense(query, key, value, mask, scale)
-    assert (output - expected).abs().max() < 1e-12
-    assert (log_sum_exp - expected_lse).abs().max() < 1e-12
+    assert (output - expected).abs().max() < TOLERANCE[FINEST[name]]
+    assert (log_sum_exp - expected_lse).abs().max() < TOLERANCE[FINEST[name]]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_dtypes_and_head_dims(name, dtype, head_dim):
+    if dtype == torch.float64 != FINEST[name]:
+        pytest.skip("this lowering refuses float64")
     pattern, span = FramePattern(9, 1, 1, 4), VideoSpan(3, 9, 8, 2)
     query, key, value = tensors(2, 2, 2, span.length, head_dim, dtype)
     output, log_sum_exp = OPERATORS[name](query, key, value, *tables(pattern, span), torch.tensor(1, dtype=torch.int32))
@@ -78,7 +82,7 @@ def test_dtypes_and_head_dims(name, dtype, head_dim):
 def test_masks_that_are_the_same_for_every_query(name, frames, tokens, suffix, step, batch, heads, kind, seed, open_ended):
     pattern, span = FramePattern(frames, 1, 1, 3), VideoSpan(0, frames, tokens, 0 if open_ended else suffix, open_ended)
     length = frames * tokens + suffix
-    query, key, value = tensors(2, 2, 2, length, 8, torch.float64)
+    query, key, value = tensors(2, 2, 2, length, 8, FINEST[name])
     generator = torch.Generator().manual_seed(seed)
     key_mask = torch.rand(batch, heads, 1, length, generator=generator) > 0.4
     if kind == "padding":
@@ -86,15 +90,15 @@ def test_masks_that_are_the_same_for_every_query(name, frames, tokens, suffix, s
     if kind == "nothing":
         key_mask = torch.zeros(batch, 1, 1, length, dtype=torch.bool)
     if kind == "float":
-        key_mask = torch.randn(batch, heads, 1, length, generator=generator).double().masked_fill(~key_mask, float("-inf"))
+        key_mask = torch.randn(batch, heads, 1, length, generator=generator).to(query.dtype).masked_fill(~key_mask, float("-inf"))
     phase = torch.tensor(step % pattern.phases, dtype=torch.int32)
     output, log_sum_exp = OPERATORS[name](query, key, value, *tables(pattern, span), phase, key_mask=key_mask)
     added = key_mask if kind == "float" else torch.zeros(key_mask.shape).masked_fill(~key_mask, float("-inf"))
     mask = oracle.token_mask(frames, tokens, step, suffix=suffix, window=1, reference=3)
     expected, expected_lse = oracle.dense(query, key, value, mask, added=added)
-    assert (output - expected).abs().max() < 1e-12
+    assert (output - expected).abs().max() < TOLERANCE[FINEST[name]]
     assert torch.equal(log_sum_exp.isinf(), expected_lse.isinf())
-    assert (log_sum_exp - expected_lse).nan_to_num(0.0).abs().max() < 1e-12
+    assert (log_sum_exp - expected_lse).nan_to_num(0.0).abs().max() < TOLERANCE[FINEST[name]]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -102,15 +106,15 @@ def test_key_ranges_of_any_shape(name):
     """Not only LVSA's tables: rows that share nothing, gaps, a block that attends everything in the middle."""
     bounds = torch.tensor([0, 3, 5, 9], dtype=torch.int32)
     ranges = torch.tensor([[[[0, 2], [6, 7]], [[0, 9], [0, 0]], [[3, 4], [8, 9]]]], dtype=torch.int32)
-    query, key, value = tensors(1, 2, 2, 9, 16, torch.float64)
+    query, key, value = tensors(1, 2, 2, 9, 16, FINEST[name])
     mask = torch.zeros(9, 9, dtype=torch.bool)
     mask[0:3, [0, 1, 6]] = True
     mask[3:5] = True
     mask[5:9, [3, 8]] = True
     output, log_sum_exp = OPERATORS[name](query, key, value, bounds, ranges, torch.tensor(0, dtype=torch.int32))
     expected, expected_lse = oracle.dense(query, key, value, mask)
-    assert (output - expected).abs().max() < 1e-12
-    assert (log_sum_exp - expected_lse).abs().max() < 1e-12
+    assert (output - expected).abs().max() < TOLERANCE[FINEST[name]]
+    assert (log_sum_exp - expected_lse).abs().max() < TOLERANCE[FINEST[name]]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -133,6 +137,8 @@ def test_autocast_computes_in_the_autocast_dtype_as_sdpa_does(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, _ = OPERATORS[name](query, key.bfloat16(), value, *tables(pattern, span), torch.tensor(0, dtype=torch.int32))
         assert output.dtype == torch.nn.functional.scaled_dot_product_attention(query, key, value).dtype == torch.bfloat16
+        if FINEST[name] != torch.float64:
+            return
         doubles = [t.double() for t in (query, key, value)]
         assert OPERATORS[name](*doubles, *tables(pattern, span), torch.tensor(0, dtype=torch.int32))[0].dtype == torch.float64
 

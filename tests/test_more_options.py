@@ -70,11 +70,11 @@ def test_verify_reports_the_worst_error_of_each_site(dtype):
 
 
 def test_verify_sees_a_wrong_lowering(monkeypatch):
-    from lvsa_compile.lowering import cpu
+    from lvsa_compile.lowering import cpu_merge
 
-    right = cpu._merge_into
-    monkeypatch.setattr(cpu, "_merge_into", lambda output, lse, part, part_lse: right(output, lse, part, part_lse + 1))
-    torch.compile(randomise(VideoDiT()), backend="lvsa", options={**EXACT, "verify": True})(*dit_inputs())
+    right = cpu_merge._merge_into
+    monkeypatch.setattr(cpu_merge, "_merge_into", lambda output, lse, part, part_lse: right(output, lse, part, part_lse + 1))
+    torch.compile(randomise(VideoDiT()), backend="lvsa", options={**EXACT, "verify": True, "lowering": "cpu_merge"})(*dit_inputs())
     (site,) = lvsa_compile.reports()[0].sparse_sites
     assert site.worst_error > 100 * verification.TOLERANCE[torch.float32]
     assert "ABOVE the tolerance" in str(site)
@@ -122,7 +122,7 @@ def test_a_lowering_asked_for_by_name_that_cannot_serve_is_an_error():
     span = VideoSpan(0, 30, 12, 0)
     call = AttentionCall(torch.device("cuda"), torch.bfloat16, 1, 2, 2, 64, 64, span, span, lvsa_compile.FramePattern(30))
     assert select(call).lowering.name == "reference"
-    assert select(call).passed_over == (("cpu", "it runs on the CPU, not on cuda"),)
+    assert select(call).passed_over == (("cpu", "it runs on the CPU, not on cuda"), ("cpu_merge", "it runs on the CPU, not on cuda"))
     with pytest.raises(LoweringUnavailableError) as raised:
         select(call, "cpu")
     assert str(raised.value) == (
@@ -130,7 +130,7 @@ def test_a_lowering_asked_for_by_name_that_cannot_serve_is_an_error():
     )
 
     class WiderValues(VideoDiT):
-        """The CPU kernel wants values as wide as keys."""
+        """The dense kernel wants values as wide as keys; ours does not."""
 
         def __init__(self):
             super().__init__(self.wide)
@@ -142,6 +142,6 @@ def test_a_lowering_asked_for_by_name_that_cannot_serve_is_an_error():
 
     model = randomise(WiderValues())
     torch.compile(model, backend="lvsa", options=EXACT)(*dit_inputs())
-    assert lvsa_compile.reports()[0].sparse_sites[0].lowering == "reference"
-    with pytest.raises(Exception, match="lowering 'cpu' cannot be used here: cpu: the CPU flash kernel wants equal head dims"):
-        torch.compile(model, backend="lvsa", options={**EXACT, "lowering": "cpu"})(*dit_inputs())
+    assert lvsa_compile.reports()[0].sparse_sites[0].lowering == "cpu"
+    with pytest.raises(Exception, match="lowering 'cpu_merge' cannot be used here: cpu_merge: the CPU flash kernel wants equal head dims"):
+        torch.compile(model, backend="lvsa", options={**EXACT, "lowering": "cpu_merge"})(*dit_inputs())

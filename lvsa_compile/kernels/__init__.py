@@ -1,1 +1,1 @@
-"""Device code only; nothing here knows of graphs."""
+"""Kernels that are not PyTorch: source for the device's own compiler, and how it is built."""

@@ -27,6 +27,18 @@ class AttentionCall:
     key: VideoSpan
     pattern: FramePattern
 
+    @property
+    def density(self) -> float:
+        """Attended pairs of tokens over all pairs, mean over the phases; text and conditioning attend all and are attended by all."""
+        video_pairs = self.pattern.frames**2 * self.query.tokens_per_frame * self.key.tokens_per_frame
+        return 1.0 - video_pairs * (1.0 - self.pattern.density) / (self.query.length * self.key.length)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the two matrix products of dense attention."""
+        width = self.head_dim + self.value_dim
+        return 2.0 * self.batch * self.query_heads * self.query.length * self.key.length * width
+
 
 @dataclass(frozen=True)
 class Lowering:
