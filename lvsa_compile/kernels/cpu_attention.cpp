@@ -15,8 +15,12 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -67,44 +71,81 @@ inline void from_float(float x, _Float16& out) { out = _Float16(x); }
 
 // ---------------------------------------------------------------------------------------------------------------- products
 
-// C[rows, panels * kLanes] (+)= A[rows, depth] B, where B is panels of kLanes columns: B[panel][depth][kLanes].
-template <int ROWS, int PANELS>
+// How the factors of a product lie in 32-bit words: one in each, widened to float32.
+template <typename T>
+struct Factors {
+  static constexpr int64_t kPerWord = 1;
+  static void put(float* word, int64_t, T x) { *word = to_float(x); }
+  static Vector add_product(Vector sum, float a, Vector column) { return sum + a * column; }
+  static void take_weights(float*, int64_t) {}
+};
+
+#ifdef __AVX512BF16__
+// Two neighbours along the depth of the product in each, for the dot products that accumulate pairs of bfloat16 in float32.
+template <>
+struct Factors<BFloat16> {
+  static constexpr int64_t kPerWord = 2;
+  static void put(float* word, int64_t place, BFloat16 x) { std::memcpy(reinterpret_cast<char*>(word) + 2 * place, &x, 2); }
+  static Vector add_product(Vector sum, float a, Vector column) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)column);
+  }
+  // Rounds a row of weights, panels * kLanes of float32, in place.
+  static void take_weights(float* row, int64_t panels) {
+    for (int64_t p = 0; p < panels; ++p) {
+      const __m256bh half = _mm512_cvtneps_pbh((__m512)load(row + p * kLanes));
+      std::memcpy(row + p * kLanes / 2, &half, sizeof half);
+    }
+  }
+};
+#endif
+
+template <typename T>
+constexpr int64_t words(int64_t factors) { return (factors + Factors<T>::kPerWord - 1) / Factors<T>::kPerWord; }
+
+// C[rows, panels * kLanes] (+)= A[rows, depth] B, where B is panels of kLanes columns: B[panel][depth][kLanes]; depth in words.
+template <typename T, int ROWS, int PANELS>
 void multiply_block(const float* a, const float* b, int64_t panel_stride, int64_t depth, float* c, bool accumulate) {
   Vector sum[ROWS][PANELS];
   for (int r = 0; r < ROWS; ++r)
-    for (int p = 0; p < PANELS; ++p) sum[r][p] = accumulate ? load(c + r * kStride + p * kLanes) : Vector{};
+    for (int p = 0; p < PANELS; ++p) sum[r][p] = Vector{};
   for (int64_t k = 0; k < depth; ++k) {
     Vector column[PANELS];
     for (int p = 0; p < PANELS; ++p) column[p] = load(b + p * panel_stride + k * kLanes);
     for (int r = 0; r < ROWS; ++r)
-      for (int p = 0; p < PANELS; ++p) sum[r][p] += a[r * kStride + k] * column[p];
+      for (int p = 0; p < PANELS; ++p) sum[r][p] = Factors<T>::add_product(sum[r][p], a[r * kStride + k], column[p]);
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int p = 0; p < PANELS; ++p) store(c + r * kStride + p * kLanes, sum[r][p]);
+    for (int p = 0; p < PANELS; ++p) {
+      float* to = c + r * kStride + p * kLanes;
+      store(to, accumulate ? load(to) + sum[r][p] : sum[r][p]);  // added last, as sums of sums lose less
+    }
 }
 
 typedef void (*MultiplyBlock)(const float*, const float*, int64_t, int64_t, float*, bool);
 
-template <int ROWS>
+template <typename T, int ROWS>
 struct Blocks {
   static void fill(MultiplyBlock (*table)[2]) {
-    table[ROWS][0] = multiply_block<ROWS, 1>;
-    table[ROWS][1] = multiply_block<ROWS, 2>;
-    Blocks<ROWS - 1>::fill(table);
+    table[ROWS][0] = multiply_block<T, ROWS, 1>;
+    table[ROWS][1] = multiply_block<T, ROWS, 2>;
+    Blocks<T, ROWS - 1>::fill(table);
   }
 };
-template <>
-struct Blocks<0> {
+template <typename T>
+struct Blocks<T, 0> {
   static void fill(MultiplyBlock (*)[2]) {}
 };
 
+template <typename T>
 struct Multiplications {
   MultiplyBlock of[kRows + 1][2];
-  Multiplications() { Blocks<kRows>::fill(of); }
+  Multiplications() { Blocks<T, kRows>::fill(of); }
 };
-const Multiplications multiplications;
 
+template <typename T>
 void multiply(const float* a, int64_t rows, const float* b, int64_t panels, int64_t panel_stride, int64_t depth, float* c, bool accumulate) {
+  typedef std::conditional_t<Factors<T>::kPerWord == 1, float, T> Kind;  // all that are widened share their code
+  static const Multiplications<Kind> multiplications;
   const int64_t groups = (rows + kRows - 1) / kRows;
   for (int64_t p = 0; p < panels; p += 2) {
     const int64_t wide = std::min<int64_t>(2, panels - p);
@@ -302,16 +343,23 @@ extern "C" struct LvsaAttention {
 
 namespace {
 
+constexpr int64_t kAhead = 8;  // rows fetched before they are read: rows of one head lie far apart, where no hardware looks ahead
+
+template <typename T>
+inline void fetch(const T* row, int64_t elements) {
+  for (int64_t at = 0; at < elements; at += int64_t(64 / sizeof(T))) __builtin_prefetch(row + at);
+}
+
 // Packed keys and values of some heads.
 struct Packed {
   std::unique_ptr<float[], decltype(&std::free)> memory{nullptr, &std::free};
   int64_t key_size = 0, value_size = 0, mask_size = 0, masks = 0, slot_size = 0;
 
+  template <typename T>
   void allocate(int64_t slots, const Plan& plan, const LvsaAttention& call, int64_t masks_per_slot) {
-    const int64_t keys = rounded_up(plan.keys, kLanes);
-    key_size = keys * call.head_dim;
-    value_size = keys * rounded_up(call.value_dim, kLanes);
-    mask_size = keys;
+    mask_size = rounded_up(plan.keys, kLanes);
+    key_size = mask_size * words<T>(call.head_dim);
+    value_size = words<T>(mask_size) * rounded_up(call.value_dim, kLanes);
     masks = masks_per_slot;
     slot_size = rounded_up(key_size + value_size + masks * mask_size, 16);
     memory.reset(static_cast<float*>(std::aligned_alloc(64, rounded_up(std::max<int64_t>(slots * slot_size, 16) * sizeof(float), 64))));
@@ -327,7 +375,9 @@ struct Attention {
   const LvsaAttention& call;
   const Plan& plan;
   const int64_t group = call.heads / call.key_heads;
+  static constexpr int64_t kPerWord = Factors<T>::kPerWord;
   const int64_t packed_keys = rounded_up(plan.keys, kLanes);
+  const int64_t depth = words<T>(call.head_dim);
   const int64_t value_panels = rounded_up(call.value_dim, kLanes) / kLanes;
   const int64_t masks_per_slot = !call.mask ? 0 : call.mask_strides[1] ? group : 1;
   const float sign = call.scale < 0 ? -1.0f : 1.0f;
@@ -345,18 +395,23 @@ struct Attention {
       for (int64_t i = std::max(at, first); i < std::min(at + length, last); ++i) {
         const int64_t source = range.start + i - at;
         const T* k = key + source * call.key_strides[2];
-        float* key_to = to.key(slot) + i / kLanes * kLanes * call.head_dim + i % kLanes;
-        for (int64_t d = 0; d < call.head_dim; ++d) key_to[d * kLanes] = to_float(k[d * call.key_strides[3]]);
+        if (source + kAhead < range.end) {
+          fetch(k + kAhead * call.key_strides[2], call.head_dim);
+          fetch(value + (source + kAhead) * call.value_strides[2], call.value_dim);
+        }
+        float* key_to = to.key(slot) + i / kLanes * kLanes * depth + i % kLanes;
+        for (int64_t d = 0; d < call.head_dim; ++d) Factors<T>::put(key_to + d / kPerWord * kLanes, d % kPerWord, k[d * call.key_strides[3]]);
+        if (call.head_dim % kPerWord) Factors<T>::put(key_to + (depth - 1) * kLanes, kPerWord - 1, T{});
         const T* v = value + source * call.value_strides[2];
         for (int64_t p = 0; p < value_panels; ++p) {
-          float* row = value_to + (p * packed_keys + i) * kLanes;
+          float* row = value_to + (p * words<T>(packed_keys) + i / kPerWord) * kLanes;
           const int64_t columns = std::min(kLanes, call.value_dim - p * kLanes);
           if (call.value_strides[3] == 1) {
-            for (int64_t d = 0; d < columns; ++d) row[d] = to_float(v[p * kLanes + d]);
+            for (int64_t d = 0; d < columns; ++d) Factors<T>::put(row + d, i % kPerWord, v[p * kLanes + d]);
           } else {
-            for (int64_t d = 0; d < columns; ++d) row[d] = to_float(v[(p * kLanes + d) * call.value_strides[3]]);
+            for (int64_t d = 0; d < columns; ++d) Factors<T>::put(row + d, i % kPerWord, v[(p * kLanes + d) * call.value_strides[3]]);
           }
-          for (int64_t d = columns; d < kLanes; ++d) row[d] = 0;
+          for (int64_t d = columns; d < kLanes; ++d) Factors<T>::put(row + d, i % kPerWord, T{});
         }
         for (int64_t m = 0; m < masks_per_slot; ++m)
           to.mask(slot, m)[i] = kLog2e * call.mask[b * call.mask_strides[0] + (h * group + m) * call.mask_strides[1] + source * call.mask_strides[3]];
@@ -364,9 +419,10 @@ struct Attention {
       at += length;
     }
     for (int64_t i = std::max(at, first); i < last; ++i) {  // behind the last key
-      float* key_to = to.key(slot) + i / kLanes * kLanes * call.head_dim + i % kLanes;
-      for (int64_t d = 0; d < call.head_dim; ++d) key_to[d * kLanes] = 0;
-      for (int64_t p = 0; p < value_panels; ++p) std::fill_n(value_to + (p * packed_keys + i) * kLanes, kLanes, 0.0f);
+      float* key_to = to.key(slot) + i / kLanes * kLanes * depth + i % kLanes;
+      for (int64_t d = 0; d < depth; ++d) key_to[d * kLanes] = 0;
+      for (int64_t p = 0; p < value_panels; ++p)
+        for (int64_t d = 0; d < kLanes; ++d) Factors<T>::put(value_to + (p * words<T>(packed_keys) + i / kPerWord) * kLanes + d, i % kPerWord, T{});
       for (int64_t m = 0; m < masks_per_slot; ++m) to.mask(slot, m)[i] = 0;
     }
   }
@@ -376,14 +432,16 @@ struct Attention {
     for (int64_t base = run.start / kLanes * kLanes; base < run.end; base += kTileKeys) {
       const int64_t start = std::max(base, run.start), end = std::min(base + kTileKeys, run.end);
       const int64_t panels = (end - base + kLanes - 1) / kLanes;
-      multiply(work.query + first * kStride, last - first, key + base * call.head_dim, panels, kLanes * call.head_dim, call.head_dim, work.score + first * kStride, false);
+      multiply<T>(work.query + first * kStride, last - first, key + base * depth, panels, kLanes * depth, depth, work.score + first * kStride, false);
       for (int64_t row = first; row < last; ++row) {
         float* score = work.score + row * kStride;
         std::fill_n(score, start - base, kMinusInfinity);
         std::fill(score + (end - base), score + panels * kLanes, kMinusInfinity);
         soften_row(work, row, panels, scale, mask ? mask + base : nullptr, value_panels);
+        Factors<T>::take_weights(score, panels);
       }
-      multiply(work.score + first * kStride + (start - base), last - first, value + start * kLanes, value_panels, packed_keys * kLanes, end - start, work.output + first * kStride, true);
+      const int64_t word = start / kPerWord;  // what shares a word with the first or last key has weight 0
+      multiply<T>(work.score + first * kStride + word - base / kPerWord, last - first, value + word * kLanes, value_panels, words<T>(packed_keys) * kLanes, words<T>(end) - word, work.output + first * kStride, true);
     }
   }
 
@@ -392,7 +450,14 @@ struct Attention {
     const T* query = static_cast<const T*>(call.query) + b * call.query_strides[0] + h * call.query_strides[1];
     for (int64_t r = 0; r < rows; ++r) {
       const T* q = query + (tile.start + r) * call.query_strides[2];
-      for (int64_t d = 0; d < call.head_dim; ++d) work.query[r * kStride + d] = sign * to_float(q[d * call.query_strides[3]]);
+      if (r + kAhead < rows) fetch(q + kAhead * call.query_strides[2], call.head_dim);
+      float* query_to = work.query + r * kStride;
+      query_to[depth - 1] = 0;
+      for (int64_t d = 0; d < call.head_dim; ++d) {
+        T signed_one;
+        from_float(sign * to_float(q[d * call.query_strides[3]]), signed_one);
+        Factors<T>::put(query_to + d / kPerWord, d % kPerWord, signed_one);
+      }
       std::fill_n(work.output + r * kStride, value_panels * kLanes, 0.0f);
       work.largest[r] = kMinusInfinity;
       work.total[r] = 0;
@@ -426,8 +491,8 @@ struct Attention {
     const int64_t wave = std::max<int64_t>(1, enough >= pairs ? pairs : std::min(enough, pairs / 2));
     const int64_t chunk = 16 * kLanes, chunks = (packed_keys + chunk - 1) / chunk;
     Packed buffers[2];
-    buffers[0].allocate(wave, plan, call, masks_per_slot);
-    if (wave < pairs) buffers[1].allocate(wave, plan, call, masks_per_slot);
+    buffers[0].allocate<T>(wave, plan, call, masks_per_slot);
+    if (wave < pairs) buffers[1].allocate<T>(wave, plan, call, masks_per_slot);
     const auto packs = [&](int64_t first) { return std::min(wave, pairs - first) * chunks; };
     const auto pack_one = [&](int64_t first, int64_t number) {
       const int64_t slot = number / chunks, start = number % chunks * chunk;
