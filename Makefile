@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test fuzz lint clean
+.PHONY: demo test fuzz bench lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/wan_long_video.py
@@ -16,6 +16,10 @@ test: $(VENV)/test lint
 FUZZ ?= 500
 fuzz: $(VENV)/test
 	FUZZ=$(FUZZ) $(BIN)/python -m pytest -s tests/test_fuzz.py
+
+# How fast it is here, beside its peers; half an hour on a quiet machine of two cores.
+bench: $(VENV)/test
+	$(BIN)/lvsa bench
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import platform
+import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,6 +91,89 @@ def pattern(
             attended = set(shown.attended(frame, step))
             cells = ("█" if key in anchors else "▒" if key in attended else "·" for key in _sampled(frames, console.width - 6))
             console.print(Text(f"{frame:4d} " + "".join(cells)), no_wrap=True, crop=True)
+
+
+@app.command()
+def bench(
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="Some of: sites, variants, sweep, growth, model, overheads. Default: all.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured, all in turn.")] = 5,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON; progress goes to stderr.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Write the results as JSON into this file, too; parts that it has are replaced, others kept."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw seconds against frames into this .svg, .png or .pdf file.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small shapes: shows that it works, not how fast it is.")] = False,
+) -> None:
+    """Measures LVSA against dense attention, FlexAttention and gathering per frame, on this machine, side by side.
+
+    Everything takes about half an hour on two cores; keep the machine quiet.
+    """
+    import torch
+
+    from lvsa_compile.bench import plot as picture
+    from lvsa_compile.bench.results import PARTS, added_to, machine, run
+    from lvsa_compile.bench.tables import tables
+    from lvsa_compile.report.records import versions
+
+    for path in (output, plot):
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"{str(path)!r} is in a folder that does not exist. Make {str(path.parent)!r} first.")
+    parts = parts or list(PARTS)
+    if plot is not None:
+        picture.check(parts)
+    if output is not None:
+        added_to(output, {"machine": machine(torch.device(device)), "versions": versions(), "commands": []})
+    progress = Console(stderr=True)
+    command = shlex.join(["lvsa", *sys.argv[1:]])
+    say = functools.partial(progress.print, style="dim", highlight=False)
+    results = run(parts, torch.device(device), rounds, command, say, quick)
+    if output is not None:
+        output.write_text(json.dumps(added_to(output, results), indent=1) + "\n")
+    if as_json:
+        print(json.dumps(results, indent=1))
+    else:
+        for table in tables(results):
+            Console().print(table.to_rich())
+    if plot is not None:
+        picture.plot(results, plot)
+
+
+@app.command()
+def kernels(
+    more: Annotated[list[str] | None, typer.Argument(help="Further targets.", show_default=False)] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Such as cuda:90 or hip:gfx942; as often as needed. Default: all that are held to a limit.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compiles every configuration of the Triton kernel, with no GPU, and shows registers, spills, shared memory and matrix instructions.
+
+    Exit code 1 where a variant spills, needs more shared memory than the part has, or does not use its matrix units.
+    """
+    from lvsa_compile.kernels.inspection import TARGETS, inspect
+
+    table = Table(
+        "target", "dtype", "head dim", "mask", "tile", "warps", "stages", "registers", "spilled", "shared", "matrix ops", "problem"
+    )
+    found = []
+    for variant in inspect([*(target or []), *(more or [])] or TARGETS):
+        found.append(variant)
+        shape = variant.configuration
+        table.add_row(
+            variant.target, variant.dtype, str(variant.head_dim), "yes" if variant.masked else "", f"{shape.block_m}×{shape.block_n}",
+            *(str(n) for n in (shape.warps, shape.stages, variant.registers, variant.spilled_bytes, variant.shared_bytes)),
+            str(variant.matrix_instructions), "; ".join(variant.problems),
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps([asdict(variant) for variant in found], indent=1))
+    else:
+        Console().print(table)
+    if any(variant.problems for variant in found):
+        raise typer.Exit(1)
 
 
 def _sampled(count: int, room: int) -> list[int]:

@@ -54,6 +54,28 @@ class ShapeError(LvsaError, ValueError):
         return type(self), (self.argument, self.value, self.problem, self.remedy)
 
 
+class BenchError(LvsaError, ValueError):
+    """Something that ``lvsa bench`` cannot measure here."""
+
+    def __init__(self, part: str, problem: str, remedy: str) -> None:
+        super().__init__(f"bench {part}: {problem}. {remedy}")
+        self.part, self.problem, self.remedy = part, problem, remedy
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.part, self.problem, self.remedy)
+
+
+class TargetError(LvsaError, ValueError):
+    """A device that kernels cannot be compiled for here."""
+
+    def __init__(self, target: str, problem: str, remedy: str) -> None:
+        super().__init__(f"target {target!r}: {problem}. {remedy}")
+        self.target, self.problem, self.remedy = target, problem, remedy
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.target, self.problem, self.remedy)
+
+
 class RegionError(LvsaError, ValueError):
     """Something that cannot be compiled block by block."""
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do: kernels run on the CPU, program by program
+
 import pytest
 import torch
 from hypothesis import settings

@@ -72,6 +72,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def score_mask(key_mask: Tensor, keys: int) -> Tensor:
+    """A key mask as what is added to the scores: float32 ``[B or 1, heads or 1, 1, keys]``."""
+    if key_mask.dtype == torch.bool:
+        key_mask = torch.zeros(key_mask.shape, device=key_mask.device).masked_fill_(~key_mask, float("-inf"))
+    return key_mask.float().expand(-1, -1, -1, keys)
+
+
+def broadcast_strides(mask: Tensor | None) -> tuple[int, ...]:
+    """Strides of a four-axis mask with 0 where it has one place for all; all 0 without a mask."""
+    return (0,) * 4 if mask is None else tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+
+
 def attention(
     query: Tensor,
     key: Tensor,

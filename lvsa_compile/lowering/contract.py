@@ -45,8 +45,9 @@ class Lowering:
     """One way of computing the attention op.
 
     ``operator`` has the schema of ``lvsa::attention``; ``unavailable`` returns why it cannot run on a device, or None; ``refuses``
-    why it cannot serve a call, or None; ``speedup`` estimates how many times faster than dense attention it is.  Among those that
-    serve a call the lowest ``priority`` is chosen.
+    why it cannot serve a call, or None; ``trial`` runs it once on a small problem of the call's kind and returns what went wrong, or
+    None; ``speedup`` estimates how many times faster than dense attention it is.  Among those that serve a call the lowest
+    ``priority`` is chosen.
     """
 
     name: str
@@ -55,3 +56,4 @@ class Lowering:
     unavailable: Callable[[torch.device], str | None]
     refuses: Callable[[AttentionCall], str | None]
     speedup: Callable[[AttentionCall], float]
+    trial: Callable[[AttentionCall], str | None] = lambda call: None

@@ -1,19 +1,27 @@
 """Lowering ``cpu``: one C++ kernel that walks each query tile's key ranges.
 
-The kernel (``kernels/cpu_attention.cpp``) is compiled when first needed, by the compiler that Inductor uses and into its cache.
+The kernel (``kernels/cpu/``) is compiled when first needed, by the compiler that Inductor uses and into its cache.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from importlib import resources
 
 import torch
 from torch import Tensor
 
 from lvsa_compile import compat
-from lvsa_compile.lowering.attention_op import accumulation_dtype, default_scale, define_attention_op, output_like
+from lvsa_compile.lowering.attention_op import (
+    accumulation_dtype,
+    broadcast_strides,
+    default_scale,
+    define_attention_op,
+    output_like,
+    score_mask,
+)
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -46,7 +54,13 @@ def _kernel() -> ctypes.CDLL:
     Raises:
         Exception: whatever the compiler or the loader has to say.
     """
-    return compat.load_cpp(resources.files("lvsa_compile.kernels").joinpath("cpu_attention.cpp").read_text())
+    return compat.load_cpp(_source("attention.cpp"))
+
+
+def _source(name: str) -> str:
+    """A file of the kernel with those it includes put in their places."""
+    text = resources.files("lvsa_compile.kernels").joinpath("cpu", name).read_text()
+    return re.sub(r'^#include "(.+)"$', lambda found: _source(found[1]), text, flags=re.MULTILINE)
 
 
 @functools.cache
@@ -78,29 +92,18 @@ def attention_cpu(
     output = output_like(query, value)
     log_sum_exp = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
     ranges, bounds = key_ranges[int(phase)].contiguous(), query_bounds.contiguous()
-    mask = None if key_mask is None else _added_to_scores(key_mask, key.shape[2])
+    mask = None if key_mask is None else score_mask(key_mask, key.shape[2])
     batch, heads, query_length, head_dim = query.shape
     call = _Call(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if mask is None else mask.data_ptr(),
         output.data_ptr(), log_sum_exp.data_ptr(), bounds.data_ptr(), ranges.data_ptr(),
         batch, heads, key.shape[1], query_length, key.shape[2], head_dim, value.shape[3], ranges.shape[0], ranges.shape[1],
-        query.stride(), key.stride(), value.stride(), output.stride(), (0, 0, 0, 0) if mask is None else _broadcast_strides(mask),
+        query.stride(), key.stride(), value.stride(), output.stride(), broadcast_strides(mask),
         default_scale(head_dim, scale), _DTYPES[query.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if _kernel().lvsa_attention(ctypes.byref(call)):
         raise MemoryError(f"attention over {key.shape[2]} keys found no memory to pack keys and values in")
     return output, log_sum_exp
-
-
-def _added_to_scores(key_mask: Tensor, keys: int) -> Tensor:
-    """A key mask as float32 ``[B or 1, heads or 1, 1, keys]``."""
-    if key_mask.dtype == torch.bool:
-        key_mask = torch.zeros(key_mask.shape).masked_fill_(~key_mask, float("-inf"))
-    return key_mask.float().expand(-1, -1, -1, keys)
-
-
-def _broadcast_strides(mask: Tensor) -> tuple[int, ...]:
-    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
 
 
 def _unavailable(device: torch.device) -> str | None:

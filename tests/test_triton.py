@@ -1,0 +1,169 @@
+"""The Triton kernels under Triton's interpreter, which runs them on the CPU one program at a time, against attention by definition."""
+
+from __future__ import annotations
+
+import itertools
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lvsa_compile import FramePattern
+from lvsa_compile.errors import LvsaWarning
+from lvsa_compile.kernels.configurations import Configuration, column_widths
+from lvsa_compile.lowering import triton as lowering
+from lvsa_compile.lowering.contract import AttentionCall
+from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
+
+pytest.importorskip("triton")
+
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3}  # Triton's interpreter multiplies no bfloat16
+
+
+def tables(pattern: FramePattern, span: VideoSpan) -> tuple[torch.Tensor, torch.Tensor]:
+    table = key_range_table(pattern, span, span)
+    return torch.tensor(table.query_bounds, dtype=torch.int32), torch.tensor(table.key_ranges, dtype=torch.int32)
+
+
+def number(n: int) -> torch.Tensor:
+    return torch.tensor(n, dtype=torch.int32)
+
+
+@settings(max_examples=40)
+@given(
+    tokens=st.sampled_from([1, 2, 5, 15, 16, 17, 40]), frames=st.integers(1, 12), prefix=st.integers(0, 20), suffix=st.integers(0, 20),
+    reference=st.integers(1, 8), window=st.integers(0, 2), step=st.integers(0, 9), cut=st.integers(0, 30), rows=st.sampled_from([16, 32]),
+)  # fmt: skip
+def test_a_schedule_says_of_each_tile_what_all_and_what_some_rows_attend(
+    tokens, frames, prefix, suffix, reference, window, step, cut, rows
+):
+    """``cut`` shortens the sequences, as open-ended tables meet them."""
+    pattern, span = FramePattern(frames, window, 1, reference), VideoSpan(prefix, frames, tokens, suffix)
+    step %= pattern.phases
+    length = max(1, span.length - cut)
+    mask = oracle.token_mask(frames, tokens, step, prefix=prefix, suffix=suffix, window=window, reference=reference)[:length, :length]
+    schedule = lowering.make_schedule(*tables(pattern, span), number(step), length, length, Configuration(rows, 16, 4, 1))
+    assert sorted(schedule.order.tolist()) == list(range(-(-length // rows)))
+    walked = []
+    for tile, (count, _, _) in enumerate(schedule.tiles.tolist()):
+        of_tile = mask[tile * rows : (tile + 1) * rows]
+        segments = schedule.segments[tile, :count].tolist()
+        for (_, end, kind), (start, _, next_kind) in itertools.pairwise(segments):
+            assert end < start or (end == start and kind != next_kind)
+        by_kind = {kind: torch.zeros(length, dtype=torch.bool) for kind in (1, 2)}
+        for start, end, kind in segments:
+            assert start < end
+            by_kind[kind][start:end] = True
+        assert torch.equal(by_kind[2], of_tile.all(0))
+        assert torch.equal(by_kind[1], of_tile.any(0) & ~of_tile.all(0))
+        walked.append(int(of_tile.any(0).sum()))
+    assert [walked[tile] for tile in schedule.order.tolist()] == sorted(walked, reverse=True)
+
+
+@settings(max_examples=20)
+@given(
+    tokens=st.sampled_from([1, 3, 16, 21]), frames=st.integers(2, 9), prefix=st.integers(0, 9), suffix=st.integers(0, 9),
+    reference=st.integers(1, 6), window=st.integers(0, 2), step=st.integers(0, 9), group=st.sampled_from([1, 2]),
+    head_dim=st.sampled_from([8, 16, 24, 48]), scale=st.sampled_from([None, -0.3]),
+    kind=st.sampled_from(["none", "padding", "nothing", "added"]),
+)  # fmt: skip
+def test_attention_is_that_of_the_mask(tokens, frames, prefix, suffix, reference, window, step, group, head_dim, scale, kind):
+    torch.manual_seed(0)
+    pattern, span = FramePattern(frames, window, 1, reference), VideoSpan(prefix, frames, tokens, suffix)
+    step, length = step % pattern.phases, span.length
+    query, key, value = (torch.randn(2, length, n, head_dim).transpose(1, 2) for n in (2, 2 // group, 2 // group))
+    lengths = torch.tensor([length, length // 2]).reshape(2, 1, 1, 1)
+    key_mask = {
+        "none": None,
+        "padding": torch.arange(length).expand(2, 1, 1, length) < lengths,
+        "nothing": torch.zeros(2, 1, 1, length, dtype=torch.bool),
+        "added": torch.randn(1, 2, 1, length),
+    }[kind]
+    found, found_lse = lowering.attention_triton(query, key, value, *tables(pattern, span), number(step), scale=scale, key_mask=key_mask)
+    mask = oracle.token_mask(frames, tokens, step, prefix=prefix, suffix=suffix, window=window, reference=reference)
+    added = key_mask if kind in ("none", "added") else torch.zeros(key_mask.shape).masked_fill(~key_mask, float("-inf"))
+    expected, expected_lse = oracle.dense(query, key, value, mask, scale, added=added)
+    assert (found.double() - expected).abs().max() < 4e-6
+    assert torch.equal(found_lse.isinf(), expected_lse.isinf())
+    assert (found_lse - expected_lse).nan_to_num(0.0).abs().max() < 4e-6
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_dtypes_head_dims_and_a_fused_projection(dtype, head_dim):
+    """Query, key and value as slices of one tensor: strides that are none of a tensor of their own."""
+    pattern, span = FramePattern(7, 1, 1, 3), VideoSpan(0, 7, 9, 4)
+    query, key, value = torch.randn(1, span.length, 3, 2, head_dim).to(dtype).permute(2, 0, 3, 1, 4)
+    found, found_lse = lowering.attention_triton(query, key, value, *tables(pattern, span), number(1))
+    expected, expected_lse = oracle.dense(query, key, value, oracle.token_mask(7, 9, 1, suffix=4, window=1, reference=3))
+    assert found.dtype == dtype
+    assert found_lse.dtype == torch.float32
+    assert (found.double() - expected).abs().max() < TOLERANCE[dtype]
+    assert (found_lse - expected_lse).abs().max() < max(TOLERANCE[dtype], 4e-6)
+
+
+def test_rows_that_may_attend_nothing():
+    query, key, value = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    bounds, ranges = torch.tensor([0, 10, 20, 40], dtype=torch.int32), torch.tensor([[[[0, 40]], [[0, 0]], [[4, 8]]]], dtype=torch.int32)
+    found, found_lse = lowering.attention_triton(query, key, value, bounds, ranges, number(0))
+    mask = torch.zeros(40, 40, dtype=torch.bool)
+    mask[:10], mask[20:, 4:8] = True, True
+    expected, expected_lse = oracle.dense(query, key, value, mask)
+    assert (found[:, :, 10:20] == 0).all()
+    assert (found.double() - expected).abs().max() < 4e-6
+    assert torch.equal(found_lse.isinf(), expected_lse.isinf())
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_trial_runs_the_kernel_and_compares(dtype):
+    lowering._tried.cache_clear()
+    assert lowering._tried(CPU, dtype, 2, 24) is None
+
+
+def test_a_trial_that_fails_or_is_wrong_is_one_warning_and_a_reason(monkeypatch):
+    lowering._tried.cache_clear()
+
+    def broken(*args):
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    right = lowering.attention_triton
+    monkeypatch.setattr(lowering, "attention_triton", broken)
+    with pytest.warns(
+        LvsaWarning, match="lowering 'triton' is not used on cpu for torch.float32 and head_dim 16: its trial failed"
+    ) as said:
+        reasons = {lowering._tried(CPU, torch.float32, 1, 16) for _ in range(3)}
+    assert reasons == {"its trial failed (RuntimeError: out of resource: shared memory)"}
+    assert len(said) == 1
+    monkeypatch.setattr(lowering, "attention_triton", lambda *args: [t * 1.01 for t in right(*args)])
+    with pytest.warns(LvsaWarning):
+        assert lowering._tried(CPU, torch.float32, 1, 32) == "its trial gave a wrong answer (relative error 1.0e-02)"
+    lowering._tried.cache_clear()
+
+
+@pytest.mark.parametrize(("head_dim", "widths"), [
+    (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (128, (128, 0)), (192, (128, 64)), (8, (16, 0)), (24, (32, 0)), (72, (128, 0)),
+])  # fmt: skip
+def test_head_dims_as_powers_of_two(head_dim, widths):
+    assert column_widths(head_dim) == widths
+
+
+def test_what_it_refuses_and_why(monkeypatch):
+    span = VideoSpan(0, 30, 12, 0)
+
+    def call(dtype=torch.bfloat16, head_dim=64, value_dim=64):
+        return AttentionCall(torch.device("cuda"), dtype, 1, 2, 2, head_dim, value_dim, span, span, FramePattern(30))
+
+    assert lowering._refuses(call()) is None
+    assert lowering._refuses(call(dtype=torch.float64)) == "its kernel computes in float32, not in torch.float64"
+    assert lowering._refuses(call(value_dim=32)) == "its kernel wants equal head dims, not 64 and 32"
+    assert lowering._refuses(call(head_dim=320, value_dim=320)) == "its kernel takes head dims up to 256, not 320"
+    assert lowering._unavailable(torch.device("cpu")) is None  # under the interpreter
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert lowering._unavailable(torch.device("cpu")) == "it runs on cuda, not on cpu"
+    monkeypatch.setattr(lowering.importlib.util, "find_spec", lambda name: None)
+    assert lowering._unavailable(torch.device("cuda")) == "triton is not installed"
