@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 
 import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from lvsa_compile import FramePattern
-from lvsa_compile.errors import LvsaWarning
+from lvsa_compile.cli import app
+from lvsa_compile.errors import LvsaWarning, TargetError
+from lvsa_compile.kernels import inspection
 from lvsa_compile.kernels.configurations import Configuration, column_widths
 from lvsa_compile.lowering import triton as lowering
 from lvsa_compile.lowering.contract import AttentionCall
@@ -167,3 +174,35 @@ def test_what_it_refuses_and_why(monkeypatch):
     assert lowering._unavailable(torch.device("cpu")) == "it runs on cuda, not on cpu"
     monkeypatch.setattr(lowering.importlib.util, "find_spec", lambda name: None)
     assert lowering._unavailable(torch.device("cuda")) == "triton is not installed"
+
+
+def test_the_kernel_compiles_for_a_device_that_is_not_here():
+    """The whole compiler, in a process without the interpreter: matrix instructions come out, and shared memory that the part has."""
+    code = """
+from lvsa_compile.kernels.inspection import inspect
+for target in ("cuda:80", "cuda:90"):
+    found = next(inspect([target], [128], ["bf16"]))
+    shared = 2**15 < found.shared_bytes < 2**18
+    print(target, found.registers > 100, found.matrix_instructions > 10, shared, "compile" in str(found.problems))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.stdout.splitlines() == ["cuda:80 True True True False", "cuda:90 True True True False"], run.stderr
+
+
+def test_a_target_that_is_not_known_is_named_with_those_that_are():
+    with pytest.raises(TargetError) as raised:
+        next(inspection.inspect(["cuda:70"]))
+    assert str(raised.value) == ("target 'cuda:70': unknown. Name some of: cuda:80, cuda:89, cuda:90, cuda:100, cuda:120, hip:gfx942.")
+
+
+@pytest.mark.parametrize(("problems", "code"), [((), 0), (("spills 8 bytes",), 1)])
+def test_the_exit_code_says_whether_a_variant_has_a_problem(monkeypatch, problems, code):
+    variant = inspection.Compiled("cuda:90", "bf16", 128, False, Configuration(128, 128, 8, 2), 255, 8, 180224, 44, problems)
+    asked = []
+    monkeypatch.setattr(inspection, "inspect", lambda targets: asked.append(targets) or [variant])
+    run = CliRunner().invoke(app, ["kernels", "--target", "cuda:90", "cuda:100", "--json"])
+    assert run.exit_code == code
+    assert asked == [["cuda:90", "cuda:100"]]
+    (printed,) = json.loads(run.stdout)
+    assert (printed["registers"], printed["problems"]) == (255, list(problems))

@@ -44,7 +44,7 @@ class Compiled:
     problems: tuple[str, ...]
 
 
-def inspect(targets: Sequence[str] = TARGETS) -> Iterator[Compiled]:
+def inspect(targets: Sequence[str] = TARGETS, head_dims: Sequence[int] = HEAD_DIMS, dtypes: Sequence[str] = DTYPES) -> Iterator[Compiled]:
     """Compiles every configuration of every head dim and dtype; needs Triton, and no device.
 
     Raises:
@@ -58,8 +58,8 @@ def inspect(targets: Sequence[str] = TARGETS) -> Iterator[Compiled]:
     except ImportError:
         raise TargetError(targets[0], "compiling needs Triton", "Run `pip install triton`.") from None
     for target in targets:
-        for head_dim in HEAD_DIMS:
-            for dtype in DTYPES:
+        for head_dim in head_dims:
+            for dtype in dtypes:
                 for masked in (False, True):
                     for configuration in configurations(target, head_dim, element_bytes=2):
                         yield _compiled(target, dtype, head_dim, masked, configuration)
@@ -88,7 +88,12 @@ def _compiled(target: str, dtype: str, head_dim: int, masked: bool, configuratio
     kind, _, version = target.partition(":")
     part = GPUTarget("cuda", int(version), 32) if kind == "cuda" else GPUTarget("hip", version, 64)
     source = ASTSource(attention_kernel, signature, constants, attributes)
-    found = triton_compile(source, target=part, options={"num_warps": configuration.warps, "num_stages": configuration.stages})
+    options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+    try:
+        found = triton_compile(source, target=part, options=options)
+    except Exception as error:  # of any stage of the compiler: it is what one wants to see here
+        problem = f"does not compile: {type(error).__name__}: {str(error)[-300:]}"
+        return Compiled(target, dtype, head_dim, masked, configuration, 0, 0, 0, 0, (problem,))
     registers, spilled = _registers(found.asm)
     text = found.asm["ptx" if kind == "cuda" else "amdgcn"]
     instructions = text.count(_MATRIX_INSTRUCTION[target])

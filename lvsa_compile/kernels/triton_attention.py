@@ -143,11 +143,9 @@ def _attend(
     if HAS_MASK:
         score += tl.load(key_mask + (n + block) * mask_key, mask=n + block < end, other=0.0)[None, :] * 1.4426950408889634
     if EDGE:
-        counts = (n + block < end)[None, :]
+        counts = (n + block < end)[None, :] & (rows >= 0)[:, None]
         if partial:
             counts &= _where_rows_attend(rows, n + block, tile, tiles, query_bounds, key_ranges, phase, query_blocks, ranges)
-        else:
-            counts &= (rows >= 0)[:, None]
         score = tl.where(counts, score, float("-inf"))
     now = tl.maximum(largest, tl.max(score, 1))
     base = tl.where(now == float("-inf"), 0.0, now)  # a row may have met no key yet
