@@ -92,7 +92,7 @@ def generate(pipe: WanPipeline, backend: str, args: argparse.Namespace, options:
 
 
 def flop_bound(pipe: WanPipeline, args: argparse.Namespace, density: float) -> float:
-    """How many times fewer FLOPs a step takes when video attention keeps only ``density`` of its pairs: no speed-up can be larger."""
+    """How many times fewer FLOPs a step takes when video attention keeps only ``density`` of its pairs."""
     model = copy.deepcopy(pipe.transformer).to("meta")
     config = model.config
     frames = (args.frames - 1) // pipe.vae_scale_factor_temporal + 1
@@ -140,7 +140,7 @@ def main() -> None:
     console.print(table)
     if sites:
         bound = flop_bound(pipe, args, sites[0].density)
-        console.print(f"speed-up {dense / sparse:.2f}×; counting FLOPs, no more than {bound:.2f}× is possible at this length")
+        console.print(f"speed-up {dense / sparse:.2f}×; counting FLOPs, at the rate of dense attention, {bound:.2f}× at this length")
 
 
 if __name__ == "__main__":

@@ -17,28 +17,25 @@ class Configuration:
 
 INTERPRETED = Configuration(16, 16, 4, 1)
 
-_BY_TARGET: dict[str, dict[int, tuple[Configuration, ...]]] = {  # target -> head dim up to -> best first
+_BY_TARGET: dict[str, dict[int, tuple[Configuration, ...]]] = {  # target -> head dim up to -> best first; untimed
     "cuda:80": {
-        64: (Configuration(128, 64, 4, 3), Configuration(128, 128, 8, 2)),
-        128: (Configuration(128, 64, 8, 3), Configuration(128, 32, 4, 3)),
+        64: (Configuration(128, 32, 8, 3),),
+        96: (Configuration(128, 32, 8, 2),),
+        128: (Configuration(64, 64, 8, 3),),
         256: (Configuration(64, 32, 4, 2),),
     },
     "cuda:90": {
-        64: (Configuration(128, 128, 8, 3), Configuration(128, 128, 4, 3)),
-        128: (Configuration(128, 128, 8, 2), Configuration(128, 64, 4, 3)),
+        64: (Configuration(128, 128, 8, 2), Configuration(128, 64, 8, 2)),
+        128: (Configuration(128, 64, 8, 2), Configuration(64, 64, 8, 3)),
         256: (Configuration(128, 64, 8, 2),),
     },
     "cuda:100": {
-        64: (Configuration(128, 128, 8, 3),),
-        128: (Configuration(128, 128, 8, 2), Configuration(128, 64, 4, 3)),
-        256: (Configuration(128, 64, 8, 2),),
+        96: (Configuration(128, 64, 8, 2),),
+        128: (Configuration(64, 64, 8, 2),),
+        256: (Configuration(64, 64, 8, 2),),
     },
-    "cuda:120": {
-        64: (Configuration(128, 64, 4, 2),),
-        128: (Configuration(64, 64, 4, 2), Configuration(128, 32, 8, 2)),
-        256: (Configuration(64, 32, 4, 1),),
-    },
-    "hip": {64: (Configuration(128, 64, 4, 1),), 128: (Configuration(128, 64, 8, 1),), 256: (Configuration(64, 32, 4, 1),)},
+    "cuda:120": {128: (Configuration(128, 32, 8, 2),), 256: (Configuration(64, 32, 4, 1),)},
+    "hip": {128: (Configuration(128, 32, 8, 1),), 256: (Configuration(64, 32, 4, 1),)},
 }  # fmt: skip
 
 

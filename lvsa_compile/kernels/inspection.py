@@ -122,9 +122,8 @@ def _registers(asm: dict[str, Any]) -> tuple[int, int]:
     """Registers per thread and bytes that did not fit into them."""
     if "amdgcn" in asm:
         text = asm["amdgcn"]
-        counts = {name: int(found[1]) if (found := re.search(rf"\.{name}:\s+(\d+)", text)) else 0
-                  for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}  # fmt: skip
-        return counts["vgpr_count"], 4 * (counts["vgpr_spill_count"] + counts["sgpr_spill_count"])
+        registers, spilled = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))  # type: ignore[index]
+        return registers, 4 * spilled  # scalar registers spill into lanes of vector ones, not into memory
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
