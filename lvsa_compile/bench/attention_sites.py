@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -229,8 +228,3 @@ def measure(site: Site, device: torch.device, rounds: int, *, peers: bool = True
             })  # fmt: skip
         torch.compiler.reset()
     return rows
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Of positive numbers."""
-    return statistics.geometric_mean(values)

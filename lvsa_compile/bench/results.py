@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy
 import torch
 
 from lvsa_compile.bench import attention_sites, overheads, video_model
-from lvsa_compile.bench.attention_sites import Site, geometric_mean
+from lvsa_compile.bench.attention_sites import Site
 from lvsa_compile.errors import BenchError
 from lvsa_compile.report.records import versions
 
@@ -101,7 +102,7 @@ def summary(results: Results) -> dict[str, float]:
     for dtype in ("float32", "bfloat16"):
         shares = [row["share"] for row in results.get("sites", []) if row["chosen"] and row["dtype"] == dtype]
         if shares:
-            found[f"share of the bound, {dtype}, geometric mean"] = geometric_mean(shares)
+            found[f"share of the bound, {dtype}, geometric mean"] = statistics.geometric_mean(shares)
             found[f"share of the bound, {dtype}, least"] = min(shares)
     plain = 1.0
     for row in results.get("variants", []):
@@ -130,7 +131,7 @@ def summary(results: Results) -> dict[str, float]:
             found[f"exponent of seconds over frames, {name}"] = exponent([r["frames"] for r in lengths], [r[seconds] for r in lengths])
     compiles = [row for row in results.get("model", []) if "inductor_compile" in row]
     if compiles:
-        found["seconds of compiling over Inductor's, geometric mean"] = geometric_mean(
+        found["seconds of compiling over Inductor's, geometric mean"] = statistics.geometric_mean(
             [r["lvsa_compile"] / r["inductor_compile"] for r in compiles]
         )
         longest = results["model"][-1]

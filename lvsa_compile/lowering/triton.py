@@ -17,13 +17,11 @@ from lvsa_compile.errors import LvsaWarning
 from lvsa_compile.kernels.configurations import INTERPRETED, Configuration, column_widths, configurations, power_of_two
 from lvsa_compile.lowering.attention_op import attention, broadcast_strides, default_scale, define_attention_op, output_like, score_mask
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.lowering.verification import TOLERANCE
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DEVICES = ("cuda",)  # ROCm calls itself so, too
 _LARGEST_HEAD_DIM = 256
-TRIAL_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Largest error of a trial that rounding explains, relative to the largest value."""
-
 _LOG2_E = 1.4426950408889634
 
 
@@ -153,7 +151,7 @@ def _tried(device: torch.device, dtype: torch.dtype, group: int, head_dim: int) 
     except Exception as failure:  # of the compiler, the driver or the launch: whatever it is, the next lowering may do
         problem = f"its trial failed ({type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]})"
     else:
-        if error <= TRIAL_TOLERANCE[dtype]:
+        if error <= TOLERANCE[dtype]:
             return None
         problem = f"its trial gave a wrong answer (relative error {error:.1e})"
     warnings.warn(
