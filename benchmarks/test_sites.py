@@ -20,7 +20,7 @@ def test_site(benchmark, site: str, contender: str) -> None:
     measured = Measured(SITES[site], device)
     if contender.startswith("lvsa "):
         lowering = next(lowering for lowering in lowerings() if f"lvsa {lowering.name}" == contender)
-        refusal = lowering.unavailable(device) or lowering.refuses(measured.call)
+        refusal = lowering.refusal(measured.call)
         if refusal:
             pytest.skip(refusal)
         run = measured.lowered(lowering.name)

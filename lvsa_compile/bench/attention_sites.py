@@ -208,7 +208,7 @@ def measure(site: Site, device: torch.device, rounds: int, *, peers: bool = True
         if peers:
             contenders |= {"FlexAttention": found.flex, "gather per frame": found.gathered}
             for lowering in lowerings():
-                if lowering.name != "reference" and (lowering.unavailable(device) or lowering.refuses(found.call)) is None:
+                if lowering.name != "reference" and lowering.refusal(found.call) is None:
                     ours.setdefault(lowering.name, found.lowered(lowering.name))
         contenders |= {f"lvsa {name}": run for name, run in ours.items()}
         seconds = in_turn(contenders, rounds, device, least_seconds=0.0 if peers else 0.5)

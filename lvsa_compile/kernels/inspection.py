@@ -79,9 +79,8 @@ def _compiled(target: str, dtype: str, head_dim: int, masked: bool, configuratio
         **{f"{name}_column": 1 for name in ("query", "key", "value", "output")},  # as a launch specialises them
     }  # fmt: skip
     signature = {name: "constexpr" if name in constants else _type_of(name, dtype) for name in attention_kernel.arg_names}
-    aligned = [[("tt.divisibility", 16)]]
     attributes = {
-        (place,): [list(pair) for pair in aligned[0]]
+        (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(attention_kernel.arg_names)
         if signature[name].startswith("*") or re.fullmatch(r"(query|key|value|output)_(batch|head|row)", name)
     }

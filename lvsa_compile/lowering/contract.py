@@ -57,3 +57,7 @@ class Lowering:
     refuses: Callable[[AttentionCall], str | None]
     speedup: Callable[[AttentionCall], float]
     trial: Callable[[AttentionCall], str | None] = lambda call: None
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        """Why it cannot serve a call, or None: the device, the call, the trial, in this order."""
+        return self.unavailable(call.device) or self.refuses(call) or self.trial(call)

@@ -27,7 +27,6 @@ from lvsa_compile.lowering.contract import AttentionCall, Lowering
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LARGEST_HEAD_DIM = 256
 _FLOPS = 1.5e11  # of dense attention, measured on 2 cores
-_SHARE_OF_BOUND = 1.0
 _SECONDS_PER_CALL = 40e-6
 
 _Pointer, _Integer, _Strides = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64 * 4
@@ -127,7 +126,7 @@ def _refuses(call: AttentionCall) -> str | None:
 def _speedup(call: AttentionCall) -> float:
     """Dense seconds over sparse seconds, from counted FLOPs and the cost of a call."""
     dense = call.flops / _FLOPS
-    return dense / (dense * call.density / _SHARE_OF_BOUND + _SECONDS_PER_CALL)
+    return dense / (dense * call.density + _SECONDS_PER_CALL)
 
 
 LOWERING = Lowering(

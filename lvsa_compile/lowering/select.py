@@ -43,7 +43,7 @@ def select(call: AttentionCall, wanted: str = "auto") -> Choice:
     for lowering in lowerings():
         if wanted not in ("auto", lowering.name):
             continue
-        refusal = lowering.unavailable(call.device) or lowering.refuses(call) or lowering.trial(call)
+        refusal = lowering.refusal(call)
         if refusal is None:
             return Choice(lowering, tuple(passed_over))
         passed_over.append((lowering.name, refusal))
