@@ -101,7 +101,7 @@ class Clock:
             rotated = torch.remainder(self._step, phases)
             if dense_steps:
                 rotated = torch.where(self._step < dense_steps, phases, rotated)
-            return phase.copy_(rotated, non_blocking=True)
+            return phase.copy_(rotated, non_blocking=device.type != "cpu")  # the host reads it at once
 
 
 _clocks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of parameters and of the modules that own them

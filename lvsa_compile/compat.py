@@ -17,6 +17,7 @@ import itertools
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -69,6 +70,16 @@ def cpu_flash_attention(
     if score_mask is not None:  # the kernel says 0 where no key counts
         log_sum_exp = log_sum_exp.masked_fill((score_mask == float("-inf")).all(-1), float("-inf"))
     return output, log_sum_exp
+
+
+def cuda_dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, cudnn: bool) -> tuple[Tensor, Tensor]:
+    """Dense attention of cuDNN, or of flash attention as torch ships it, with log-sum-exp ``[B, heads, Sq]``."""
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    if cudnn and query.shape[1] == key.shape[1]:
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=scale)
+    else:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
+    return found[0], found[1].reshape(query.shape[:3])
 
 
 def axes_in_memory_order(tensor: Tensor) -> list[int]:
@@ -144,6 +155,13 @@ def cpu_has_matrix_units() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
+def cache_folder(name: str) -> Path | None:
+    """A folder beside Inductor's caches, None where caches are switched off."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return None if torch.compiler.config.force_disable_caches else Path(cache_dir()) / name
+
+
 def with_cache_stamp(options: Mapping[str, Any], stamp: str) -> dict[str, Any]:
     """Inductor options with a do-nothing pass put first whose identity is ``stamp``, so that caches know this package's version."""
     import torch._inductor.config as config
@@ -197,17 +215,22 @@ def lookup_backend(name: str) -> Callable[..., Any]:
     return found
 
 
+def compiled_apart(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
+    """``torch.compile(function)`` under a code object of its own, so that its compiles are counted by themselves."""
+    scope: dict[str, Any] = {"function": function}
+    exec(compile("def call(*args, **kwargs):\n    return function(*args, **kwargs)\n", f"<lvsa {next(_apart)}>", "exec"), scope)
+    compiled: Callable[..., Any] = torch.compile(scope["call"], dynamic=False, **more)
+    return compiled
+
+
 def trace_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile(function, backend)`` that leaves no trace on what ``function`` calls.
 
     The outermost code object is new at every call, and where torch can keep a call's compiles in a cache of their own, it does, so
     that graph breaks inside a model take nothing from the model's own compile budget.
     """
-    name = f"<lvsa explain {next(_apart)}>"
-    scope: dict[str, Any] = {"function": function}
-    exec(compile("def call(*args, **kwargs):\n    return function(*args, **kwargs)\n", name, "exec"), scope)
     isolated = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    compiled: Callable[..., Any] = torch.compile(scope["call"], backend=backend, dynamic=False, **isolated)  # type: ignore[call-overload]
+    compiled = compiled_apart(function, backend=backend, **isolated)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         import torch._dynamo.pgo as pgo

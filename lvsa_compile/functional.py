@@ -98,7 +98,8 @@ def _body(
     span, frame_pattern = _checked(query, key, value, grid, prefix, suffix, pattern)
     bounds, ranges, phases = _tables(frame_pattern, span, query.device)
     batch, heads, _, head_dim = query.shape
-    call = AttentionCall(query.device, query.dtype, batch, heads, key.shape[1], head_dim, value.shape[3], span, span, frame_pattern)
+    widths = (head_dim, value.shape[3])
+    call = AttentionCall(query.device, query.dtype, batch, heads, key.shape[1], *widths, span, span, frame_pattern, device_only=True)
     phase = torch.remainder(step.reshape(()), phases).to(device=query.device, dtype=torch.int32)
     return select(call).lowering.operator(query, key, value, bounds, ranges, phase, scale=scale)
 

@@ -142,6 +142,11 @@ class Options:
         """Whether these options ask Inductor for CUDA graphs."""
         return self.mode in ("reduce-overhead", "max-autotune") or bool(dict(self.inductor).get("triton.cudagraphs"))
 
+    @property
+    def measures(self) -> bool:
+        """Whether these options ask for the fastest that measuring finds."""
+        return str(self.mode).startswith("max-autotune") or bool(dict(self.inductor).get("max_autotune"))
+
     def changed(self) -> dict[str, Any]:
         """The options that are not at their defaults, Inductor's own too."""
         return {f.name: getattr(self, f.name) for f in option_fields() if getattr(self, f.name) != f.default} | dict(self.inductor)

@@ -62,7 +62,7 @@ def test_density_and_contenders_are_those_of_the_mask():
     sparse, _ = oracle.dense(site.query, site.key, site.value, mask, added=added)
     dense, _ = oracle.dense(site.query, site.key, site.value, torch.ones_like(mask), added=added)
     with torch.no_grad():
-        for output in (site.gathered(), site.flex(), site.lowered("cpu")(), site.lowered("cpu_merge")(), site.lowered("reference")()):
+        for output in (site.gathered(), site.flex(), site.lowered("cpu")(), site.lowered("dense_merge")(), site.lowered("reference")()):
             assert (output.double() - sparse).abs().max() < 1e-5
             assert site.worst_error(output, sparse=True) < 1e-5
             assert site.worst_error(output, sparse=False) > 0.01
@@ -121,7 +121,13 @@ def test_the_command_prints_json_and_nothing_else_on_stdout(tmp_path, monkeypatc
     assert run.exit_code == 0, run.output
     found = json.loads(run.stdout)
     assert found == json.loads(path.read_text())
-    assert [row["contender"] for row in found["sites"]] == ["dense SDPA", "FlexAttention", "gather per frame", "lvsa cpu", "lvsa cpu_merge"]
+    assert [row["contender"] for row in found["sites"]] == [
+        "dense SDPA",
+        "FlexAttention",
+        "gather per frame",
+        "lvsa cpu",
+        "lvsa dense_merge",
+    ]
     assert all(row["worst_error"] < 1e-5 for row in found["sites"])
     assert {"machine", "versions", "commands", "summary"} < set(found)
     assert "sites 1/1: 25 frames × 8 tokens" in run.stderr

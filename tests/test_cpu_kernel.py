@@ -160,16 +160,16 @@ def call_of(**more) -> AttentionCall:
 ])  # fmt: skip
 def test_what_the_kernel_does_not_take_goes_to_the_dense_kernel_and_merge(more, why):
     choice = select(call_of(**more))
-    assert choice.lowering.name == "cpu_merge"
-    assert choice.passed_over == (("cpu", why),)
+    assert choice.lowering.name == "dense_merge"
+    assert dict(choice.passed_over)["cpu"] == why
 
 
 def test_matrix_units_are_left_to_the_dense_kernel(monkeypatch):
     assert select(call_of()).lowering.name == "cpu"
     monkeypatch.setattr(compat, "cpu_has_matrix_units", lambda: True)
     choice = select(call_of())
-    assert choice.lowering.name == "cpu_merge"
-    assert choice.passed_over == (("cpu", "the dense kernel uses the matrix units of this CPU for bfloat16, its own does not"),)
+    assert choice.lowering.name == "dense_merge"
+    assert dict(choice.passed_over)["cpu"] == "the dense kernel uses the matrix units of this CPU for bfloat16, its own does not"
     assert select(call_of(dtype=torch.float32)).lowering.name == "cpu"
 
 
@@ -185,8 +185,8 @@ def test_without_a_compiler_the_model_is_sparse_all_the_same_and_the_reason_is_k
         with torch.no_grad():
             torch.compile(model, backend="lvsa", options={**EXACT, "inner": "eager"})(*inputs)
         (report,) = lvsa_compile.reports()
-        assert report.sparse_sites[0].lowering == "cpu_merge"
-        assert select(call_of()).passed_over == (("cpu", "its kernel could not be compiled (OSError: g++: not found)"),)
+        assert report.sparse_sites[0].lowering == "dense_merge"
+        assert dict(select(call_of()).passed_over)["cpu"] == "its kernel could not be compiled (OSError: g++: not found)"
     finally:
         for cached in (cpu._kernel, cpu._why_not_built):
             cached.cache_clear()

@@ -70,11 +70,11 @@ def test_verify_reports_the_worst_error_of_each_site(dtype):
 
 
 def test_verify_sees_a_wrong_lowering(monkeypatch):
-    from lvsa_compile.lowering import cpu_merge
+    from lvsa_compile.lowering import dense_merge
 
-    right = cpu_merge._merge_into
-    monkeypatch.setattr(cpu_merge, "_merge_into", lambda output, lse, part, part_lse: right(output, lse, part, part_lse + 1))
-    torch.compile(randomise(VideoDiT()), backend="lvsa", options={**EXACT, "verify": True, "lowering": "cpu_merge"})(*dit_inputs())
+    right = dense_merge.merge_into
+    monkeypatch.setattr(dense_merge, "merge_into", lambda output, lse, part, part_lse: right(output, lse, part, part_lse + 1))
+    torch.compile(randomise(VideoDiT()), backend="lvsa", options={**EXACT, "verify": True, "lowering": "dense_merge"})(*dit_inputs())
     (site,) = lvsa_compile.reports()[0].sparse_sites
     assert site.worst_error > 100 * verification.TOLERANCE[torch.float32]
     assert "ABOVE the tolerance" in str(site)
@@ -125,7 +125,7 @@ def test_a_lowering_asked_for_by_name_that_cannot_serve_is_an_error():
     assert dict(select(call).passed_over) == {
         "cpu": "it runs on the CPU, not on cuda",
         "triton": "no device of this kind is here to compile for",
-        "cpu_merge": "it runs on the CPU, not on cuda",
+        "dense_merge": "no device of this kind is here",
     }
     with pytest.raises(LoweringUnavailableError) as raised:
         select(call, "cpu")
@@ -147,5 +147,5 @@ def test_a_lowering_asked_for_by_name_that_cannot_serve_is_an_error():
     model = randomise(WiderValues())
     torch.compile(model, backend="lvsa", options=EXACT)(*dit_inputs())
     assert lvsa_compile.reports()[0].sparse_sites[0].lowering == "cpu"
-    with pytest.raises(Exception, match="lowering 'cpu_merge' cannot be used here: cpu_merge: the CPU flash kernel wants equal head dims"):
-        torch.compile(model, backend="lvsa", options={**EXACT, "lowering": "cpu_merge"})(*dit_inputs())
+    with pytest.raises(Exception, match="lowering 'dense_merge' cannot be used here: dense_merge: the dense kernel wants equal head dims"):
+        torch.compile(model, backend="lvsa", options={**EXACT, "lowering": "dense_merge"})(*dit_inputs())

@@ -27,7 +27,7 @@ from lvsa_compile.options import Options, option_fields, parse_options
         ),
         (dict(sparsity_scale=0.0), "option sparsity_scale=0.0: not a positive number. Use 1.0 for the published budget."),
         (dict(rotate=1), "option rotate=1: not True or False. Give True or False."),
-        (dict(lowering="tritn"), "option lowering='tritn': not a known choice. Choose one of: auto, cpu, cpu_merge, triton, reference."),
+        (dict(lowering="tritn"), "option lowering='tritn': not a known choice. Choose one of: auto, cpu, dense_merge, triton, reference."),
         (dict(inner="tvm"), "option inner='tvm': not a known choice. Choose one of: inductor, aot_eager, eager."),
         (dict(when_slower="maybe"), "option when_slower='maybe': not a known choice. Choose one of: sparse, dense."),
         (dict(max_autotune=1), "option max_autotune=1: Inductor wants bool, not int. Give a value of that type."),

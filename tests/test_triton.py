@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from lvsa_compile import FramePattern
 from lvsa_compile.cli import app
-from lvsa_compile.errors import LvsaWarning, TargetError
+from lvsa_compile.errors import TargetError
 from lvsa_compile.kernels import inspection
 from lvsa_compile.kernels.configurations import Configuration, column_widths
+from lvsa_compile.lowering import dense_kernels
 from lvsa_compile.lowering import triton as lowering
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
@@ -123,35 +124,6 @@ def test_rows_that_may_attend_nothing():
     assert torch.equal(found_lse.isinf(), expected_lse.isinf())
 
 
-CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_trial_runs_the_kernel_and_compares(dtype):
-    lowering._tried.cache_clear()
-    assert lowering._tried(CPU, dtype, 2, 24) is None
-
-
-def test_a_trial_that_fails_or_is_wrong_is_one_warning_and_a_reason(monkeypatch):
-    lowering._tried.cache_clear()
-
-    def broken(*args):
-        raise RuntimeError("out of resource: shared memory\nand more")
-
-    right = lowering.attention_triton
-    monkeypatch.setattr(lowering, "attention_triton", broken)
-    with pytest.warns(
-        LvsaWarning, match="lowering 'triton' is not used on cpu for torch.float32 and head_dim 16: its trial failed"
-    ) as said:
-        reasons = {lowering._tried(CPU, torch.float32, 1, 16) for _ in range(3)}
-    assert reasons == {"its trial failed (RuntimeError: out of resource: shared memory)"}
-    assert len(said) == 1
-    monkeypatch.setattr(lowering, "attention_triton", lambda *args: [t * 1.01 for t in right(*args)])
-    with pytest.warns(LvsaWarning):
-        assert lowering._tried(CPU, torch.float32, 1, 32) == "its trial gave a wrong answer (relative error 1.0e-02)"
-    lowering._tried.cache_clear()
-
-
 @pytest.mark.parametrize(("head_dim", "widths"), [
     (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (128, (128, 0)), (192, (128, 64)), (8, (16, 0)), (24, (32, 0)), (72, (128, 0)),
 ])  # fmt: skip
@@ -206,3 +178,29 @@ def test_the_exit_code_says_whether_a_variant_has_a_problem(monkeypatch, problem
     assert asked == [["cuda:90", "cuda:100"]]
     (printed,) = json.loads(run.stdout)
     assert (printed["registers"], printed["problems"]) == (255, list(problems))
+
+
+@settings(max_examples=15)
+@given(
+    batch=st.integers(1, 2), heads=st.integers(1, 3), rows=st.integers(1, 40), width=st.sampled_from([8, 24, 64]),
+    empty=st.sampled_from(["none", "first", "second", "both"]), dtype=st.sampled_from([torch.float32, torch.float16]),
+)  # fmt: skip
+def test_merging_two_answers_is_attention_over_all_their_keys(batch, heads, rows, width, empty, dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(batch, n, heads, width).transpose(1, 2) for n in (rows, 30, 30))
+    kept = {"none": (10, 10), "first": (0, 10), "second": (10, 10), "both": (0, 0)}[empty]
+    last = 10 if empty in ("second", "both") else 30
+    parts = [slice(0, kept[0]), slice(kept[1], last)]
+    answers = []
+    for part in parts:
+        mask = torch.zeros(rows, 30, dtype=torch.bool)
+        mask[:, part] = True
+        answers.append(oracle.dense(query, key, value, mask))
+    (output, lse), (part, part_lse) = [(o.to(dtype), lse.float()) for o, lse in answers]
+    dense_kernels._merge_by_triton(output, lse, part, part_lse)
+    mask = torch.zeros(rows, 30, dtype=torch.bool)
+    mask[:, parts[0]], mask[:, parts[1]] = True, True
+    expected, expected_lse = oracle.dense(query, key, value, mask)
+    assert (output - expected).abs().max() < TOLERANCE[dtype]
+    assert torch.equal(lse.isinf(), expected_lse.isinf())
+    assert (lse - expected_lse).nan_to_num(0.0).abs().max() < 4e-6

@@ -363,7 +363,7 @@ RULES: dict[str, Rule] = _table(
         attention,
         "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"
         " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"
-        " _scaled_dot_product_attention_math attention attention_cpu attention_cpu_merge",
+        " _scaled_dot_product_attention_math attention",
     ),
     (all_to_all, "all_to_all_single"),
     (cat, "cat"),

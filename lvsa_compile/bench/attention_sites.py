@@ -127,8 +127,10 @@ class Measured:
     def call(self) -> AttentionCall:
         """The site as lowerings see it."""
         site = self.site
-        widths = (site.head_dim, site.head_dim, site.span, site.span)
-        return AttentionCall(self.device, self.query.dtype, site.batch, site.heads, site.key_heads or site.heads, *widths, site.pattern)
+        return AttentionCall(
+            self.device, self.query.dtype, site.batch, site.heads, site.key_heads or site.heads, site.head_dim, site.head_dim,
+            site.span, site.span, site.pattern, masked=self.key_mask is not None,
+        )  # fmt: skip
 
     def dense(self) -> Tensor:
         """``scaled_dot_product_attention``."""
@@ -162,8 +164,9 @@ class Measured:
 
     def lowered(self, name: str) -> Attention:
         """The attention op by a lowering of this package."""
-        operator = next(lowering for lowering in lowerings() if lowering.name == name).operator
-        return lambda: operator(self.query, self.key, self.value, *self._tables, key_mask=self.key_mask)[0]
+        lowering = next(lowering for lowering in lowerings() if lowering.name == name)
+        tables = [table.to(lowering.device_of_tables(self.device)) for table in self._tables]
+        return lambda: lowering.operator(self.query, self.key, self.value, *tables, key_mask=self.key_mask)[0]
 
     def worst_error(self, output: Tensor, sparse: bool) -> float:
         """Largest difference from attention in float64, over rows spread evenly, relative to the largest value there."""

@@ -117,6 +117,7 @@ def attention(
     group = query.shape[1] // key.shape[1]
     key_t = key.to(accumulate).repeat_interleave(group, 1).transpose(-1, -2)
     value_a = value.to(accumulate).repeat_interleave(group, 1)
+    query_bounds, key_ranges, phase = (table.to(query.device) for table in (query_bounds, key_ranges, phase))
     ranges = key_ranges.index_select(0, phase.reshape(1).long())[0]
     rows, columns = (torch.arange(n, device=query.device) for n in (query.shape[2], key.shape[2]))
     block_of_row = torch.bucketize(rows, query_bounds[1:], right=True)

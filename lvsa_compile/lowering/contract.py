@@ -8,13 +8,20 @@ from dataclasses import dataclass
 import torch
 
 from lvsa_compile import compat
+from lvsa_compile.lowering.attention_op import AttentionBody
 from lvsa_compile.sparsity.frame_pattern import FramePattern
 from lvsa_compile.sparsity.key_ranges import VideoSpan
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention site as a lowering sees it: sizes in tokens, pattern in latent frames."""
+    """One attention site as a lowering sees it: sizes in tokens, pattern in latent frames.
+
+    ``masked`` says that a mask leaves out keys beside those that the pattern leaves out, ``device_only`` that nothing may be asked of the
+    host while it runs, as when CUDA graphs replay it.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -26,6 +33,8 @@ class AttentionCall:
     query: VideoSpan
     key: VideoSpan
     pattern: FramePattern
+    masked: bool = False
+    device_only: bool = False
 
     @property
     def density(self) -> float:
@@ -44,20 +53,29 @@ class AttentionCall:
 class Lowering:
     """One way of computing the attention op.
 
-    ``operator`` has the schema of ``lvsa::attention``; ``unavailable`` returns why it cannot run on a device, or None; ``refuses``
-    why it cannot serve a call, or None; ``trial`` runs it once on a small problem of the call's kind and returns what went wrong, or
-    None; ``speedup`` estimates how many times faster than dense attention it is.  Among those that serve a call the lowest
-    ``priority`` is chosen.
+    ``summary`` says in a line what it is; ``body`` computes the op, ``operator`` is the op of that body; ``unavailable`` returns why it
+    cannot run on a device, or None; ``refuses`` why it cannot serve a call, or None; ``speedup`` estimates how many times faster than
+    dense attention it is, 0 where it is not meant for speed: ``lowering="auto"`` takes the fastest that serves, the lowest ``priority``
+    among equals.
+    With ``plans_on_host`` the op's tables and phase are tensors of the CPU wherever the call runs.
     """
 
     name: str
+    summary: str
     priority: int
+    body: AttentionBody
     operator: compat.OpOverload
     unavailable: Callable[[torch.device], str | None]
     refuses: Callable[[AttentionCall], str | None]
     speedup: Callable[[AttentionCall], float]
-    trial: Callable[[AttentionCall], str | None] = lambda call: None
+    plans_on_host: bool = False
 
     def refusal(self, call: AttentionCall) -> str | None:
-        """Why it cannot serve a call, or None: the device, the call, the trial, in this order."""
-        return self.unavailable(call.device) or self.refuses(call) or self.trial(call)
+        """Why it cannot serve a call by what it says of itself, or None: the device, then the call."""
+        left_out = self.plans_on_host and call.device_only and call.device.type != "cpu"
+        host = "it plans on the host, which CUDA graphs leave out" if left_out else None
+        return self.unavailable(call.device) or host or self.refuses(call)
+
+    def device_of_tables(self, device: torch.device) -> torch.device:
+        """Where the op wants its tables and its phase for a call on ``device``."""
+        return CPU if self.plans_on_host else device

@@ -23,6 +23,7 @@ from lvsa_compile.lowering.attention_op import (
     score_mask,
 )
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.lowering.rates import share_of_dense
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LARGEST_HEAD_DIM = 256
@@ -126,12 +127,14 @@ def _refuses(call: AttentionCall) -> str | None:
 def _speedup(call: AttentionCall) -> float:
     """Dense seconds over sparse seconds, from counted FLOPs and the cost of a call."""
     dense = call.flops / _FLOPS
-    return dense / (dense * call.density + _SECONDS_PER_CALL)
+    return dense / (dense * call.density / share_of_dense("cpu", call.device) + _SECONDS_PER_CALL)
 
 
 LOWERING = Lowering(
     "cpu",
+    "one C++ kernel that walks each tile's key ranges",
     priority=10,
+    body=attention_cpu,
     operator=define_attention_op("attention_cpu", attention_cpu),
     unavailable=_unavailable,
     refuses=_refuses,

@@ -5,23 +5,27 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lvsa_compile.errors import LoweringUnavailableError
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.lowering.measured import seconds_of
+from lvsa_compile.lowering.trial import tried
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The lowering chosen for a site, and why the better ones were passed over."""
+    """The lowering chosen for a site, why others could not serve it, and the seconds a call took where they were measured."""
 
     lowering: Lowering
     passed_over: tuple[tuple[str, str], ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @functools.cache
 def lowerings() -> tuple[Lowering, ...]:
-    """All lowerings, best first."""
+    """All lowerings, in the order in which they are listed."""
     import lvsa_compile.lowering as folder
 
     modules = [importlib.import_module(f"{folder.__name__}.{found.name}") for found in pkgutil.iter_modules(folder.__path__)]
@@ -33,18 +37,36 @@ def lowering_names() -> tuple[str, ...]:
     return tuple(lowering.name for lowering in lowerings())
 
 
-def select(call: AttentionCall, wanted: str = "auto") -> Choice:
-    """The best lowering that can serve ``call``, or the one asked for by name.
+def select(call: AttentionCall, wanted: str = "auto", measure: bool = False) -> Choice:
+    """The lowering asked for by name, or of those that can serve ``call`` the one expected to be fastest; found so if ``measure``.
 
     Raises:
         LoweringUnavailableError: the lowering asked for refuses the call; names the reason.
     """
     passed_over: list[tuple[str, str]] = []
+    serving: list[Lowering] = []
     for lowering in lowerings():
         if wanted not in ("auto", lowering.name):
             continue
         refusal = lowering.refusal(call)
         if refusal is None:
-            return Choice(lowering, tuple(passed_over))
-        passed_over.append((lowering.name, refusal))
+            serving.append(lowering)
+        else:
+            passed_over.append((lowering.name, refusal))
+    serving.sort(key=lambda lowering: -lowering.speedup(call))
+    seconds: dict[str, float] = {}
+    if measure and len(serving) > 1:
+        slow = [lowering for lowering in serving if lowering.speedup(call) == 0.0]
+        for lowering in [lowering for lowering in serving if lowering not in slow]:
+            found = tried(lowering, call) or seconds_of(lowering, call)
+            if isinstance(found, str):
+                passed_over.append((lowering.name, found))
+            else:
+                seconds[lowering.name] = found
+        serving = [*sorted((x for x in serving if x.name in seconds), key=lambda lowering: seconds[lowering.name]), *slow]
+    for lowering in serving:
+        problem = None if lowering.name in seconds else tried(lowering, call)
+        if problem is None:
+            return Choice(lowering, tuple(passed_over), seconds)
+        passed_over.append((lowering.name, problem))
     raise LoweringUnavailableError(wanted, "; ".join(f"{name}: {why}" for name, why in passed_over) or "there is no such lowering")

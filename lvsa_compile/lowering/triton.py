@@ -5,19 +5,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lvsa_compile import compat
-from lvsa_compile.errors import LvsaWarning
 from lvsa_compile.kernels.configurations import INTERPRETED, Configuration, column_widths, configurations, power_of_two
-from lvsa_compile.lowering.attention_op import attention, broadcast_strides, default_scale, define_attention_op, output_like, score_mask
+from lvsa_compile.lowering.attention_op import broadcast_strides, default_scale, define_attention_op, output_like, score_mask
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
-from lvsa_compile.lowering.verification import TOLERANCE
+from lvsa_compile.lowering.rates import device_target, share_of_dense
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DEVICES = ("cuda",)  # ROCm calls itself so, too
@@ -64,13 +61,6 @@ def _kernels() -> Any:
     return triton_attention
 
 
-@functools.cache
-def _target(device: torch.device) -> str:
-    """ "cuda:90", "hip:gfx942": what kernels are compiled for on a device."""
-    properties = torch.cuda.get_device_properties(device)
-    return f"hip:{properties.gcnArchName.split(':')[0]}" if torch.version.hip else f"cuda:{properties.major * 10 + properties.minor}"
-
-
 def attention_triton(
     query: Tensor,
     key: Tensor,
@@ -88,7 +78,7 @@ def attention_triton(
     log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if not output.numel():
         return output, log_sum_exp
-    tile = configurations(_target(query.device), head_dim, query.element_size())[0] if query.device.type != "cpu" else INTERPRETED
+    tile = configurations(device_target(query.device), head_dim, query.element_size())[0] if query.device.type != "cpu" else INTERPRETED
     kernels = _kernels()
     schedule = make_schedule(query_bounds, key_ranges, phase, query_length, key.shape[2], tile)
     mask = None if key_mask is None else score_mask(key_mask, key.shape[2])
@@ -129,48 +119,18 @@ def _refuses(call: AttentionCall) -> str | None:
     return None
 
 
-def _trial(call: AttentionCall) -> str | None:
-    if call.device.type == "cpu":
-        return None
-    return _tried(call.device, call.dtype, call.query_heads // call.key_heads, call.head_dim)
-
-
-@functools.cache
-def _tried(device: torch.device, dtype: torch.dtype, group: int, head_dim: int) -> str | None:
-    """Compiles and runs the kernel on two frames and some text, and compares it with the op's meaning; once per kind of call."""
-    try:
-        with compat.no_modes(), torch.no_grad(), torch.random.fork_rng([device] if device.type != "cpu" else []):
-            torch.manual_seed(0)
-            query, key, value = (torch.randn(1, 200, n, head_dim, device=device, dtype=dtype).transpose(1, 2) for n in (group, 1, 1))
-            bounds = torch.tensor([0, 90, 180, 200], dtype=torch.int32, device=device)
-            ranges = torch.tensor([[[[0, 90], [180, 200]], [[50, 200], [0, 0]], [[0, 200], [0, 0]]]], dtype=torch.int32, device=device)
-            phase = torch.zeros((), dtype=torch.int32, device=device)
-            found, _ = attention_triton(query, key, value, bounds, ranges, phase)
-            meaning, _ = attention(query, key, value, bounds, ranges, phase)
-            error = float((found - meaning).abs().max() / meaning.abs().max())
-    except Exception as failure:  # of the compiler, the driver or the launch: whatever it is, the next lowering may do
-        problem = f"its trial failed ({type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]})"
-    else:
-        if error <= TOLERANCE[dtype]:
-            return None
-        problem = f"its trial gave a wrong answer (relative error {error:.1e})"
-    warnings.warn(
-        f"lvsa lowering 'triton' is not used on {device} for {dtype} and head_dim {head_dim}: {problem}.", LvsaWarning, stacklevel=2
-    )
-    return problem
-
-
 def _speedup(call: AttentionCall) -> float:
-    """Dense time over sparse time if both kept the same rate; measured rates are not in yet."""
-    return 1.0 / call.density
+    """Dense time over sparse time, from counted FLOPs."""
+    return share_of_dense("triton", call.device) / call.density
 
 
 LOWERING = Lowering(
     "triton",
+    "one Triton kernel that walks each tile's key ranges",
     priority=30,
+    body=attention_triton,
     operator=define_attention_op("attention_triton", attention_triton),
     unavailable=_unavailable,
     refuses=_refuses,
     speedup=_speedup,
-    trial=_trial,
 )

@@ -111,7 +111,10 @@ def _decide(
     device = compilation.device or query.device
 
     def call(pattern: FramePattern) -> AttentionCall:
-        return AttentionCall(device, dtype, batch, query_heads, key_heads, head_dim, value_dim, query_span, key_span, pattern)
+        return AttentionCall(
+            device, dtype, batch, query_heads, key_heads, head_dim, value_dim, query_span, key_span, pattern,
+            masked=form is not None, device_only=compilation.options.uses_cuda_graphs,
+        )  # fmt: skip
 
     allowed = None if form is None or form.pairs is None else _allowed(form.pairs, query_span, key_span)
     if form is not None and form.pairs is not None and allowed is None:
@@ -149,7 +152,7 @@ def _plan(compilation: Compilation, call_with: Callable[[FramePattern], Attentio
         return reasons.PATTERN_FULL.because(f"{pattern.frames} latent frames, training horizon {horizon.frames} ({horizon.found_in})")
     call = call_with(pattern)
     try:
-        choice = select(call, options.lowering)
+        choice = select(call, options.lowering, measure=options.measures)
     except LoweringUnavailableError as error:
         if options.lowering != "auto":
             raise  # asked for by name, so silence would mislead

@@ -99,12 +99,13 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
     call, node = plan.call, site.node
     options = compilation.options
     table = key_range_table(call.pattern, call.query, call.key, options.rotate, options.dense_steps > 0, plan.allowed)
-    bounds, ranges = inputs.tables(table, call.device)
+    where = plan.choice.lowering.device_of_tables(call.device)
+    bounds, ranges = inputs.tables(table, where)
     if call.query.free_start or call.key.free_start:
-        grown = inputs.tables(slopes(call.pattern, call.query, call.key, options.rotate, options.dense_steps > 0), call.device)
+        grown = inputs.tables(slopes(call.pattern, call.query, call.key, options.rotate, options.dense_steps > 0), where)
         bounds = inputs.moved(bounds, grown[0], site.query, call.query, node)
         ranges = inputs.moved(ranges, grown[1], site.key, call.key, node)
-    phase = inputs.phase(call.pattern.phases if options.rotate else 1, options.dense_steps, call.device)
+    phase = inputs.phase(call.pattern.phases if options.rotate else 1, options.dense_steps, where)
     result = example_value(node)
     with node.graph.inserting_before(node):
         key_mask = _key_mask(node.graph, plan.mask)

@@ -28,7 +28,8 @@ class SiteReport:
     queries × keys is made.  A site that is not sparse has a ``reason`` from the closed list.
 
     ``name`` is the path of its module, ``source`` the file and line; ``layout`` shows the token sequence; ``density`` is the attended
-    share of frame pairs, mean over the phases; shapes are ``[batch, heads, tokens, head_dim]``; ``worst_error`` is what
+    share of frame pairs, mean over the phases; ``passed_over`` names the lowerings that could not serve, with why, and ``seconds``
+    what a call took by each that was measured; shapes are ``[batch, heads, tokens, head_dim]``; ``worst_error`` is what
     ``options={"verify": True}`` has seen so far, and ``tolerance`` what rounding explains in the site's dtype.
     """
 
@@ -42,6 +43,7 @@ class SiteReport:
     density: float = 1.0
     lowering: str = ""
     passed_over: tuple[tuple[str, str], ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
     query_shape: str = ""
     key_shape: str = ""
     worst_error: float | None = None
@@ -53,7 +55,9 @@ class SiteReport:
             error = f", worst error {self.worst_error:.1e}" if self.worst_error is not None else ""
             if self.worst_error is not None and self.worst_error > self.tolerance:
                 error += f", ABOVE the tolerance {self.tolerance:.0e}"
-            return f"{self.name}: sparse, density {self.density:.3f}, lowering {self.lowering}{error}{layout}"
+            times = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in sorted(self.seconds.items(), key=lambda found: found[1]))
+            measured = f" (measured: {times})" if times else ""
+            return f"{self.name}: sparse, density {self.density:.3f}, lowering {self.lowering}{measured}{error}{layout}"
         remedy = f"  Remedy: {self.remedy}" if self.remedy else ""
         return f"{self.name}: {self.decision}, {self.reason}: {self.detail}{layout}{remedy}"
 
@@ -183,6 +187,7 @@ def _site(decision: Decision) -> SiteReport:
             density=plan.call.pattern.density,
             lowering=plan.choice.lowering.name,
             passed_over=plan.choice.passed_over,
+            seconds=dict(plan.choice.seconds),
             query_shape=shapes[0],
             key_shape=shapes[1],
         )

@@ -1,0 +1,235 @@
+"""Lowering ``dense_merge``: the device's dense kernel on anchors and on windows, merged by log-sum-exp.
+
+All sparse query blocks share some keys (anchors, text); the rest of each block's keys is a short run among the others.  So keys and
+values are reordered once into [shared | rest], one dense call serves all queries on the shared keys, and the runs, which lie at equal
+distances, are batches of a few more dense calls: views that overlap in memory, so that nothing is gathered per frame.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+import numpy.typing
+import torch
+from torch import Tensor
+
+from lvsa_compile.lowering.attention_op import accumulation_dtype, define_attention_op, output_like
+from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.lowering.dense_kernels import dense_attention, merge_into, why_no_dense_kernel, why_not_dense_kernel
+from lvsa_compile.lowering.rates import share_of_dense
+from lvsa_compile.sparsity.key_ranges import Range, join_ranges
+
+Mask = numpy.typing.NDArray[numpy.bool_]
+_SECONDS_PER_CALL = 60e-6  # of the kernel and its merge, measured on 2 cores
+_FLOPS = 1.5e11
+_FARTHEST = 64  # how many blocks apart the next of a batch is looked for
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Query blocks of equal ``rows`` that each attend one run of ``keys`` of the rest keys, both at equal distances."""
+
+    first_row: int
+    rows: int
+    row_step: int
+    first_key: int
+    keys: int
+    key_step: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One phase of a table: rows that attend everything, and sparse rows with the key ranges they share.
+
+    ``rest`` are the key ranges that only some sparse blocks attend, ``windows`` the blocks that attend one run of them, ``others``
+    rows with several runs; runs are places among the rest keys.
+    """
+
+    dense_rows: tuple[Range, ...]
+    sparse_rows: tuple[Range, ...]
+    shared: tuple[Range, ...]
+    rest: tuple[Range, ...]
+    windows: tuple[Windows, ...]
+    others: tuple[tuple[Range, tuple[Range, ...]], ...]
+    some_attend_nothing: bool
+
+
+def attention_dense_merge(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bounds: Tensor,
+    key_ranges: Tensor,
+    phase: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Computes ``lvsa::attention`` (see ``attention_op.attention`` for shapes and meaning); tables and phase are on the CPU."""
+    ranges = key_ranges[int(phase)].contiguous().numpy()
+    plan = plan_of(query_bounds.numpy().tobytes(), ranges.tobytes(), ranges.shape[1], query.shape[2], key.shape[2])
+    output = output_like(query, value)
+    log_sum_exp = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device=query.device)
+    keys = _Keys(key, value, None if key_mask is None else _added_to_scores(key_mask, query.dtype))
+
+    def attend(rows: Range, some: _Keys, merge: bool = False) -> None:
+        part = slice(*rows)
+        found, found_lse = dense_attention(query[:, :, part], some.key, some.value, scale, some.score_mask)
+        if merge:
+            merge_into(output[:, :, part], log_sum_exp[:, :, part], found, found_lse)
+        else:
+            output[:, :, part], log_sum_exp[:, :, part] = found, found_lse
+
+    if not plan.shared and plan.some_attend_nothing:
+        output.zero_()
+        log_sum_exp.fill_(float("-inf"))
+    for rows in plan.dense_rows:
+        attend(rows, keys)
+    if plan.shared:
+        shared = keys.taken(plan.shared)
+        for rows in plan.sparse_rows:
+            attend(rows, shared)
+    if plan.rest:
+        rest = keys.taken(plan.rest)
+        for rows, own in plan.others:
+            attend(rows, rest.taken(own), merge=bool(plan.shared))
+        for windows, sample in itertools.product(plan.windows, range(query.shape[0])):
+            own_rows = functools.partial(
+                _batch, sample=sample, first=windows.first_row, places=windows.rows, step=windows.row_step, count=windows.count
+            )
+            found, found_lse = dense_attention(own_rows(query), *rest.runs(windows, sample, scale))
+            into, into_lse = own_rows(output), own_rows(log_sum_exp.unsqueeze(-1)).squeeze(-1)
+            if plan.shared:
+                merge_into(into, into_lse, found, found_lse)
+            else:
+                into.copy_(found)
+                into_lse.copy_(found_lse)
+    return output, log_sum_exp
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Keys ``[B, heads, n, head_dim]``, their values, and what is added to their scores, ``[B or 1, heads or 1, 1, n]``."""
+
+    key: Tensor
+    value: Tensor
+    score_mask: Tensor | None
+
+    def taken(self, ranges: tuple[Range, ...]) -> _Keys:
+        """The keys in some ranges."""
+        mask = None if self.score_mask is None else _take(self.score_mask, ranges, 3)
+        return _Keys(_take(self.key, ranges, 2), _take(self.value, ranges, 2), mask)
+
+    def runs(self, windows: Windows, sample: int, scale: float | None) -> tuple[Tensor, Tensor, float | None, Tensor | None]:
+        """Keys, values, the scale and mask of the windows of one sample, window by window."""
+        of = functools.partial(_batch, first=windows.first_key, places=windows.keys, step=windows.key_step, count=windows.count)
+        mask = self.score_mask
+        if mask is not None:
+            mask = of(mask.transpose(2, 3), sample=sample if mask.shape[0] > 1 else 0).transpose(2, 3)
+        return of(self.key, sample=sample), of(self.value, sample=sample), scale, mask
+
+
+def _batch(tensor: Tensor, sample: int, first: int, places: int, step: int, count: int) -> Tensor:
+    """``[count, heads, places, width]``: places ``[first + i * step, first + i * step + places)`` of axis 2 of a sample, a view."""
+    _, heads, _, width = tensor.shape
+    per_sample, per_head, per_place, per_column = tensor.stride()
+    offset = tensor.storage_offset() + sample * per_sample + first * per_place
+    return tensor.as_strided((count, heads, places, width), (step * per_place, per_head, per_place, per_column), offset)
+
+
+def _added_to_scores(key_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if key_mask.dtype != torch.bool:
+        return key_mask.to(dtype)
+    return torch.zeros(key_mask.shape, dtype=dtype, device=key_mask.device).masked_fill_(~key_mask, float("-inf"))
+
+
+def _take(tensor: Tensor, ranges: tuple[Range, ...], axis: int) -> Tensor:
+    """The places of an axis in ``ranges``; a view where there is one range."""
+    parts = [tensor.narrow(axis, start, end - start) for start, end in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_of(bounds_bytes: bytes, range_bytes: bytes, ranges_per_block: int, query_length: int, key_length: int) -> Plan:
+    """Splits a phase's key ranges into what all sparse blocks share and what each has of its own.
+
+    Keyed by the table's content, so that any tensor that holds the same table finds the same plan.
+    """
+    bounds = numpy.minimum(numpy.frombuffer(bounds_bytes, dtype=numpy.int32), query_length).tolist()
+    table = numpy.minimum(numpy.frombuffer(range_bytes, dtype=numpy.int32), key_length).reshape(len(bounds) - 1, ranges_per_block, 2)
+    cuts = numpy.unique(numpy.append(table, [0, key_length]))
+    intervals = list(itertools.pairwise(cuts.tolist()))
+    covers = (table[:, :, :1] <= cuts[:-1]) & (table[:, :, 1:] >= cuts[1:])  # [query_blocks, ranges, intervals]
+    attends: Mask = numpy.any(covers, axis=1)
+    rows = list(itertools.pairwise(bounds))
+    present: Mask = numpy.diff(bounds) > 0  # an open end may hold no row at all
+    everything: Mask = numpy.all(attends, axis=1) & present
+    sparse: Mask = ~numpy.all(attends, axis=1) & present
+    shared: Mask = numpy.all(attends[sparse], axis=0) & sparse.any()
+    used: Mask = numpy.any(attends[sparse], axis=0) & ~shared
+
+    ends = numpy.cumsum(numpy.where(used, numpy.diff(cuts), 0)).tolist()  # where each used interval ends among the rest keys
+    in_rest = [(end - (high - low), end) for end, (low, high) in zip(ends, intervals, strict=True)]
+    own = [(rows[block], join_ranges(_chosen(in_rest, attends[block] & used))) for block in numpy.flatnonzero(sparse)]
+    return Plan(
+        dense_rows=join_ranges(_chosen(rows, everything)),
+        sparse_rows=join_ranges(_chosen(rows, sparse)),
+        shared=join_ranges(_chosen(intervals, shared)),
+        rest=join_ranges(_chosen(intervals, used)),
+        windows=tuple(_batches([(*of_rows, *runs[0]) for of_rows, runs in own if len(runs) == 1])),
+        others=tuple((of_rows, runs) for of_rows, runs in own if len(runs) > 1),
+        some_attend_nothing=any(not runs for _, runs in own),
+    )
+
+
+def _batches(blocks: Sequence[tuple[int, int, int, int]]) -> list[Windows]:
+    """``(first row, end, first key, end)`` of blocks as few batches in which rows and keys move on by equal steps."""
+    left = dict.fromkeys(blocks)
+    found = []
+    while left:
+        first = next(iter(left))
+        longest = [first]
+        for second in itertools.islice(left, 1, _FARTHEST):
+            step = tuple(b - a for a, b in zip(first, second, strict=True))
+            if step[0] != step[1] or step[2] != step[3] or step[2] < 0:
+                continue
+            chain = [first, second]
+            while (following := tuple(a + b for a, b in zip(chain[-1], step, strict=True))) in left:
+                chain.append(following)
+            longest = max(longest, chain, key=len)
+        step = tuple(b - a for a, b in zip(first, longest[1], strict=True)) if len(longest) > 1 else (0, 0, 0, 0)
+        for block in longest:
+            del left[block]
+        found.append(Windows(first[0], first[1] - first[0], step[0], first[2], first[3] - first[2], step[2], len(longest)))
+    return found
+
+
+def _chosen(ranges: list[Range], mask: Mask) -> list[Range]:
+    return list(itertools.compress(ranges, mask))
+
+
+def _speedup(call: AttentionCall) -> float:
+    """Dense time over sparse time, from counted FLOPs and, on the CPU, what a call of the kernel costs."""
+    share = share_of_dense("dense_merge", call.device)
+    if call.device.type != "cpu":
+        return share / call.density
+    dense = call.flops / _FLOPS
+    return dense / (dense * call.density / share + 2 * (call.pattern.interval or 1) * call.batch * _SECONDS_PER_CALL)
+
+
+LOWERING = Lowering(
+    "dense_merge",
+    "the device's dense kernel on anchors and on windows, merged by log-sum-exp",
+    priority=20,
+    body=attention_dense_merge,
+    operator=define_attention_op("attention_dense_merge", attention_dense_merge),
+    unavailable=why_no_dense_kernel,
+    refuses=why_not_dense_kernel,
+    speedup=_speedup,
+    plans_on_host=True,
+)

@@ -1,0 +1,114 @@
+"""Seconds of a lowering on the real shapes of a call, measured inside the backend call and remembered beside Inductor's own caches.
+
+What Inductor does for matrix products under ``mode="max-autotune"``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lvsa_compile import compat
+from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.sparsity.key_ranges import key_range_table
+
+_RUNS = 3
+_remembered: dict[str, float] = {}
+
+
+def seconds_of(lowering: Lowering, call: AttentionCall) -> float | str:
+    """Seconds of one call, the least of three after a first; or what went wrong, such as no memory for tensors of this size."""
+    facts = _facts(lowering, call)
+    name = hashlib.sha256(facts.encode()).hexdigest()
+    folder = compat.cache_folder("lvsa")
+    file = None if folder is None else folder / f"{name}.json"
+    seconds = _remembered.get(name) or _read(file, facts)
+    if seconds is None:
+        try:
+            with compat.no_modes(), torch.no_grad(), torch.random.fork_rng([call.device] if call.device.type != "cpu" else []):
+                seconds = _measure(lowering, call)
+        except Exception as failure:  # out of memory above all; the site itself may still find room
+            return f"measuring it failed ({type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]})"
+        _write(file, facts, seconds)
+    _remembered[name] = seconds
+    return seconds
+
+
+def forget() -> None:
+    """Drops what this process remembers; files stay."""
+    _remembered.clear()
+
+
+def _measure(lowering: Lowering, call: AttentionCall) -> float:
+    heads = (call.query_heads, call.key_heads, call.key_heads)
+    lengths, widths = (call.query.length, call.key.length, call.key.length), (call.head_dim, call.head_dim, call.value_dim)
+    sizes = [(call.batch, length, n, width) for length, n, width in zip(lengths, heads, widths, strict=True)]
+    query, key, value = (torch.randn(size, device=call.device, dtype=call.dtype).transpose(1, 2) for size in sizes)
+    table = key_range_table(call.pattern, call.query, call.key)
+    where = lowering.device_of_tables(call.device)
+    bounds, ranges, phase = (
+        torch.tensor(numbers, dtype=torch.int32, device=where) for numbers in (table.query_bounds, table.key_ranges, table.phases // 2)
+    )
+    key_mask = (torch.arange(call.key.length, device=call.device) < call.key.length - call.key.suffix // 2) if call.masked else None
+    key_mask = None if key_mask is None else key_mask.reshape(1, 1, 1, -1)
+
+    def run() -> Tensor:
+        return lowering.body(query, key, value, bounds, ranges, phase, key_mask=key_mask)[0]
+
+    run()
+    return min(_seconds(run, call.device) for _ in range(_RUNS))
+
+
+def _seconds(run: object, device: torch.device) -> float:
+    assert callable(run)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    started = time.perf_counter()
+    run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _facts(lowering: Lowering, call: AttentionCall) -> str:
+    """All that the seconds depend on, as text."""
+    device = torch.cuda.get_device_name(call.device) if call.device.type == "cuda" else f"{platform.processor()} {torch.get_num_threads()}"
+    return json.dumps({"lowering": lowering.name, "call": str(call), "device": device, "versions": _versions()})
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("lvsa-compile", "torch", "triton", "flashinfer-python"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _read(file: Path | None, facts: str) -> float | None:
+    try:
+        said = json.loads(file.read_text()) if file is not None else {}
+        seconds = float(said["seconds"])
+        return seconds if said["facts"] == facts and seconds > 0 else None
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours
+        return None
+
+
+def _write(file: Path | None, facts: str, seconds: float) -> None:
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"facts": facts, "seconds": seconds}))
+    except OSError:  # a cache that cannot be written is only measured again
+        return

@@ -1,0 +1,50 @@
+"""How fast each lowering computes the pairs it attends, beside the device's best dense kernel: what ``lowering="auto"`` weighs.
+
+The CPU's are measured (docs/performance.md).  Those of GPUs are expectations from published numbers, no measurements of ours: a
+Triton kernel of this kind reaches about 390 TFLOP/s on Hopper where cuDNN and FlashAttention 3 (arXiv 2407.08608) reach 600 and more,
+and is close to FlashAttention 2 on Ampere; FlashInfer (arXiv 2501.01005) loads sparse keys by the older path on Hopper.
+``mode="max-autotune"`` measures instead.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+_SHARES: dict[str, dict[str, float]] = {
+    "cpu": {"cpu": 1.1, "dense_merge": 0.75},
+    "cuda:80": {"triton": 0.85, "dense_merge": 0.80, "flashinfer": 0.80, "flex": 0.70},
+    "cuda:90": {"triton": 0.62, "dense_merge": 0.85, "flashinfer": 0.60, "flex": 0.55},
+    "cuda:100": {"triton": 0.55, "dense_merge": 0.85, "flashinfer": 0.40, "flex": 0.45},
+    "cuda:120": {"triton": 0.80, "dense_merge": 0.80, "flashinfer": 0.70, "flex": 0.60},
+    "hip": {"triton": 0.90, "dense_merge": 0.80, "flex": 0.60},
+}
+
+
+def share_of_dense(lowering: str, device: torch.device) -> float:
+    """Its FLOP/s over those of the device's best dense kernel; nothing where it is not meant to run, as in Triton's interpreter."""
+    return _SHARES[_class_of(device)].get(lowering, 0.0)
+
+
+def device_target(device: torch.device) -> str:
+    """ "cuda:90", "hip:gfx942": what kernels are compiled for on a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return f"hip:{properties.gcnArchName.split(':')[0]}" if torch.version.hip else f"cuda:{properties.major * 10 + properties.minor}"
+
+
+@functools.cache
+def _class_of(device: torch.device) -> str:
+    """The row of the table for a device: that of the newest part that is no newer."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "cpu" if device.type == "cpu" else "cuda:80"
+    return nearest(device_target(device), _SHARES)
+
+
+def nearest(target: str, known: dict[str, object] | dict[str, dict[str, float]]) -> str:
+    """Of ``known`` targets the one that serves ``target``: its kind, or for CUDA the newest that is no newer."""
+    kind, _, version = target.partition(":")
+    if kind != "cuda":
+        return kind
+    versions = [int(name.partition(":")[2]) for name in known if name.startswith("cuda:")]
+    return f"cuda:{max((n for n in versions if n <= int(version)), default=min(versions))}"

@@ -1,0 +1,152 @@
+"""How a lowering is chosen: what it says of itself, a trial, an estimate or a measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+import torch
+from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
+
+import lvsa_compile
+from lvsa_compile import FramePattern, compat
+from lvsa_compile.errors import LoweringUnavailableError, LvsaWarning
+from lvsa_compile.lowering import measured, rates, select, trial
+from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.sparsity.key_ranges import VideoSpan
+
+CPU = torch.device("cpu")
+LOWERINGS = {lowering.name: lowering for lowering in select.lowerings()}
+
+
+def call_of(**more) -> AttentionCall:
+    span = VideoSpan(0, 30, 12, 4)
+    facts = dict(device=CPU, dtype=torch.float32, batch=1, query_heads=2, key_heads=1, head_dim=24, value_dim=24, query=span, key=span)
+    return AttentionCall(**{**facts, "pattern": FramePattern(30), **more})
+
+
+def lowering(name: str, speedup: float = 1.0, **more) -> Lowering:
+    facts = dict(unavailable=lambda device: None, refuses=lambda call: None, speedup=lambda call: speedup)
+    return dataclasses.replace(LOWERINGS["reference"], name=name, **{**facts, **more})
+
+
+@pytest.fixture(autouse=True)
+def nothing_tried_or_remembered():
+    trial._tried.cache_clear()
+    measured.forget()
+    yield
+    trial._tried.cache_clear()
+    measured.forget()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["triton", "dense_merge"])
+def test_a_trial_runs_the_lowering_and_compares(name, dtype, masked):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trial._tried(LOWERINGS[name], CPU, dtype, 2, 24, masked) is None
+
+
+def test_a_trial_that_fails_or_is_wrong_is_one_warning_and_a_reason():
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    failing = lowering("brittle", body=broken)
+    with pytest.warns(
+        LvsaWarning, match="lowering 'brittle' is not used on cpu for torch.float32 and head_dim 16: its trial failed"
+    ) as said:
+        reasons = {trial._tried(failing, CPU, torch.float32, 1, 16, False) for _ in range(3)}
+    assert reasons == {"its trial failed (RuntimeError: out of resource: shared memory)"}
+    assert len(said) == 1
+    right = LOWERINGS["dense_merge"].body
+    wrong = lowering("wrong", body=lambda *args, **kwargs: [t * 1.01 for t in right(*args, **kwargs)])
+    with pytest.warns(LvsaWarning):
+        assert trial._tried(wrong, CPU, torch.float32, 1, 32, False) == "its trial gave a wrong answer (relative error 1.0e-02)"
+
+
+def test_the_fastest_that_serves_is_chosen_and_the_next_where_its_trial_fails(monkeypatch):
+    fast, slow = lowering("fast", 3.0), lowering("slow", 2.0)
+    never = lowering("never", 9.0, refuses=lambda call: "it does not like the call")
+    monkeypatch.setattr(select, "lowerings", lambda: (slow, never, fast))
+    monkeypatch.setattr(select, "tried", lambda lowering, call: None)
+    choice = select.select(call_of())
+    assert (choice.lowering.name, choice.passed_over) == ("fast", (("never", "it does not like the call"),))
+    monkeypatch.setattr(select, "tried", lambda lowering, call: "it broke" if lowering.name == "fast" else None)
+    choice = select.select(call_of())
+    assert (choice.lowering.name, dict(choice.passed_over)["fast"]) == ("slow", "it broke")
+    with pytest.raises(LoweringUnavailableError, match="lowering 'fast' cannot be used here: fast: it broke"):
+        select.select(call_of(), "fast")
+
+
+@pytest.mark.parametrize(("target", "graphs", "chosen"), [
+    ("cuda:80", False, "triton"), ("cuda:90", False, "dense_merge"), ("cuda:100", False, "dense_merge"), ("cuda:90", True, "triton"),
+    ("cuda:89", False, "triton"), ("hip:gfx942", False, "triton"),
+])  # fmt: skip
+def test_what_is_expected_to_be_fastest_on_parts_that_are_not_here(monkeypatch, target, graphs, chosen):
+    everything = [dataclasses.replace(x, unavailable=lambda device: None) for x in select.lowerings() if x.name != "cpu"]
+    monkeypatch.setattr(select, "lowerings", lambda: everything)
+    monkeypatch.setattr(select, "tried", lambda lowering, call: None)
+    monkeypatch.setattr(rates, "_class_of", lambda device: rates.nearest(target, rates._SHARES))
+    call = call_of(device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=64, value_dim=64, device_only=graphs)
+    choice = select.select(call)
+    assert choice.lowering.name == chosen
+    if graphs:
+        assert dict(choice.passed_over)["dense_merge"] == "it plans on the host, which CUDA graphs leave out"
+
+
+def test_measuring_takes_the_fastest_found_and_remembers_it_beside_inductors_caches(monkeypatch, tmp_path):
+    monkeypatch.setattr(compat, "cache_folder", lambda name: tmp_path / name)
+    fast, slow, broken = lowering("fast", 1.0), lowering("slow", 5.0), lowering("broken", 9.0)
+    asked = []
+
+    def found(lowering, call):
+        asked.append(lowering.name)
+        if lowering is broken:
+            raise RuntimeError("no memory\nat all")
+        return {"fast": 0.001, "slow": 0.002}[lowering.name]
+
+    monkeypatch.setattr(measured, "_measure", found)
+    monkeypatch.setattr(select, "lowerings", lambda: (slow, broken, fast))
+    choice = select.select(call_of(), measure=True)
+    assert (choice.lowering.name, choice.seconds) == ("fast", {"slow": 0.002, "fast": 0.001})
+    assert dict(choice.passed_over) == {"broken": "measuring it failed (RuntimeError: no memory)"}
+    files = [json.loads(file.read_text()) for file in sorted((tmp_path / "lvsa").iterdir())]
+    assert sorted(said["seconds"] for said in files) == [0.001, 0.002]
+    assert all(str(torch.__version__).split("+")[0] in said["facts"] for said in files)
+    asked.clear()
+    measured.forget()  # another process
+    assert select.select(call_of(), measure=True).seconds == choice.seconds
+    assert asked == ["broken"]
+    select.select(call_of(batch=2), measure=True)
+    assert asked[1:] == ["broken", "slow", "fast"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"facts": "other", "seconds": 1.0}', '{"seconds": "x", "facts": ""}'])
+def test_a_cache_file_that_is_not_ours_is_measured_again(monkeypatch, tmp_path, text):
+    monkeypatch.setattr(compat, "cache_folder", lambda name: tmp_path)
+    monkeypatch.setattr(measured, "_measure", lambda lowering, call: 0.5)
+    assert measured.seconds_of(lowering("one"), call_of()) == 0.5
+    (file,) = tmp_path.iterdir()
+    file.write_text(text)
+    measured.forget()
+    assert measured.seconds_of(lowering("one"), call_of()) == 0.5
+    assert json.loads(file.read_text())["seconds"] == 0.5
+
+
+def test_max_autotune_measures_on_the_real_shapes_and_the_report_shows_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(compat, "cache_folder", lambda name: tmp_path)
+    model, inputs = randomise(VideoDiT()), dit_inputs()
+    with torch.no_grad():
+        torch.compile(model, backend="lvsa", options={**EXACT, "inner": "inductor", "mode": "max-autotune-no-cudagraphs"})(*inputs)
+        torch.compile(model, backend="lvsa", options=EXACT)(*inputs)
+    measuring, plain = lvsa_compile.reports()
+    assert plain.sparse_sites[0].seconds == {}
+    for site in measuring.sparse_sites:
+        assert set(site.seconds) == {"cpu", "dense_merge"}
+        assert site.lowering == min(site.seconds, key=site.seconds.get)
+        assert f"measured: {site.lowering} " in str(site)
+        assert dict(site.passed_over)["flex"] == "its kernel is meant for cuda, not for cpu"
+    assert measuring.to_dict()["graphs"][0]["sites"][0]["seconds"] == dict(measuring.sparse_sites[0].seconds)
