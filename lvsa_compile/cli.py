@@ -157,14 +157,15 @@ def kernels(
     from lvsa_compile.kernels.inspection import TARGETS, inspect
 
     table = Table(
-        "target", "dtype", "head dim", "mask", "tile", "warps", "stages", "registers", "spilled", "shared", "matrix ops", "problem"
+        "target", "dtype", "head dim", "mask", "loads", "tile", "warps", "stages", "registers", "spilled", "shared", "matrix ops", "problem"
     )
     found = []
     for variant in inspect([*(target or []), *(more or [])] or TARGETS):
         found.append(variant)
         shape = variant.configuration
         table.add_row(
-            variant.target, variant.dtype, str(variant.head_dim), "yes" if variant.masked else "", f"{shape.block_m}×{shape.block_n}",
+            variant.target, variant.dtype, str(variant.head_dim), "yes" if variant.masked else "",
+            "descriptor" if variant.described else "pointer", f"{shape.block_m}×{shape.block_n}",
             *(str(n) for n in (shape.warps, shape.stages, variant.registers, variant.spilled_bytes, variant.shared_bytes)),
             str(variant.matrix_instructions), "; ".join(variant.problems),
         )  # fmt: skip

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from lvsa_compile import FramePattern
@@ -52,12 +53,12 @@ def test_a_schedule_says_of_each_tile_what_all_and_what_some_rows_attend(
     step %= pattern.phases
     length = max(1, span.length - cut)
     mask = oracle.token_mask(frames, tokens, step, prefix=prefix, suffix=suffix, window=window, reference=reference)[:length, :length]
-    schedule = lowering.make_schedule(*tables(pattern, span), number(step), length, length, Configuration(rows, 16, 4, 1))
-    assert sorted(schedule.order.tolist()) == list(range(-(-length // rows)))
+    schedule = lowering.make_schedule(*tables(pattern, span), number(step), length, length, rows)
+    assert sorted(schedule.order[0].tolist()) == list(range(-(-length // rows)))
     walked = []
-    for tile, (count, _, _) in enumerate(schedule.tiles.tolist()):
+    for tile, (count, _, _) in enumerate(schedule.tiles[0].tolist()):
         of_tile = mask[tile * rows : (tile + 1) * rows]
-        segments = schedule.segments[tile, :count].tolist()
+        segments = schedule.segments[0, tile, :count].tolist()
         for (_, end, kind), (start, _, next_kind) in itertools.pairwise(segments):
             assert end < start or (end == start and kind != next_kind)
         by_kind = {kind: torch.zeros(length, dtype=torch.bool) for kind in (1, 2)}
@@ -67,17 +68,60 @@ def test_a_schedule_says_of_each_tile_what_all_and_what_some_rows_attend(
         assert torch.equal(by_kind[2], of_tile.all(0))
         assert torch.equal(by_kind[1], of_tile.any(0) & ~of_tile.all(0))
         walked.append(int(of_tile.any(0).sum()))
-    assert [walked[tile] for tile in schedule.order.tolist()] == sorted(walked, reverse=True)
+    assert [walked[tile] for tile in schedule.order[0].tolist()] == sorted(walked, reverse=True)
 
 
+@settings(max_examples=60)
+@given(
+    samples=st.integers(1, 3), heads=st.integers(1, 2), keys=st.integers(1, 70), places=st.lists(st.integers(0, 69), max_size=6),
+    values=st.lists(st.sampled_from([0.0, 1.5, float("-inf")]), min_size=6, max_size=6),
+    valid=st.lists(st.integers(0, 70), min_size=3, max_size=3),
+)  # fmt: skip
+def test_a_schedule_walks_what_counts_and_asks_the_mask_where_it_says_anything(samples, heads, keys, places, values, valid):
+    mask = torch.zeros(samples, heads, 1, keys)
+    for n, place in enumerate(places):
+        mask[n % samples, n % heads, 0, place % keys] = values[n]
+    for sample in range(samples):
+        mask[sample, ..., valid[sample] :] = float("-inf")
+    bounds, ranges = (
+        torch.tensor([0, 16, 40], dtype=torch.int32),
+        torch.tensor([[[[0, 50], [0, 0]], [[10, 30], [40, 70]]]], dtype=torch.int32),
+    )
+    schedule = lowering.make_schedule(bounds, ranges, number(0), 40, keys, 32, mask)
+    assert schedule.order.shape == (samples, 2)
+    attended = torch.zeros(40, keys, dtype=torch.bool)
+    attended[:16, :50], attended[16:, 10:30], attended[16:, 40:70] = True, True, True
+    for sample, tile in itertools.product(range(samples), range(2)):
+        of_tile = attended[32 * tile : 32 * tile + 32]
+        walked, asked = torch.zeros(keys, dtype=torch.bool), torch.zeros(keys, dtype=torch.bool)
+        partial = torch.zeros(keys, dtype=torch.bool)
+        for start, end, kind in schedule.segments[sample, tile, : schedule.tiles[sample, tile, 0]].tolist():
+            assert 0 <= start < end <= keys
+            walked[start:end], asked[start:end], partial[start:end] = True, kind >= 4, kind % 4 == 1
+        counts, says = (mask[sample] > float("-inf")).any(0)[0], (mask[sample] != 0).any(0)[0]
+        assert not (of_tile.any(0) & counts & ~walked).any()  # nothing that counts is left out
+        assert not (walked & ~of_tile.any(0)).any()
+        assert not (walked & says & ~asked).any()
+        assert torch.equal(partial, walked & ~of_tile.all(0))
+        last = int(counts.nonzero().max()) if counts.any() else -1
+        assert not walked[last + 1 :].any()
+        if says[: last + 1].any():
+            where = says[: last + 1].nonzero().flatten()
+            assert not asked[: where[0]].any()
+            assert not asked[where[-1] + 1 :].any()
+        else:
+            assert not asked.any()
+
+
+@pytest.mark.parametrize("described", [False, True])
 @settings(max_examples=12)
 @given(
     tokens=st.sampled_from([1, 3, 16, 21]), frames=st.integers(2, 9), prefix=st.integers(0, 9), suffix=st.integers(0, 9),
     reference=st.integers(1, 6), window=st.integers(0, 2), step=st.integers(0, 9), group=st.sampled_from([1, 2]),
-    head_dim=st.sampled_from([8, 16, 24, 48]), scale=st.sampled_from([None, -0.3]),
+    head_dim=st.sampled_from([8, 16, 24, 48]), scale=st.sampled_from([None, -0.3, 0.0]),
     kind=st.sampled_from(["none", "padding", "nothing", "added"]),
 )  # fmt: skip
-def test_attention_is_that_of_the_mask(tokens, frames, prefix, suffix, reference, window, step, group, head_dim, scale, kind):
+def test_attention_is_that_of_the_mask(described, tokens, frames, prefix, suffix, reference, window, step, group, head_dim, scale, kind):
     torch.manual_seed(0)
     pattern, span = FramePattern(frames, window, 1, reference), VideoSpan(prefix, frames, tokens, suffix)
     step, length = step % pattern.phases, span.length
@@ -89,7 +133,12 @@ def test_attention_is_that_of_the_mask(tokens, frames, prefix, suffix, reference
         "nothing": torch.zeros(2, 1, 1, length, dtype=torch.bool),
         "added": torch.randn(1, 2, 1, length),
     }[kind]
-    found, found_lse = lowering.attention_triton(query, key, value, *tables(pattern, span), number(step), scale=scale, key_mask=key_mask)
+    with pytest.MonkeyPatch.context() as patched:
+        if not described:
+            patched.setattr(lowering, "_describable", lambda tensor: False)
+        found, found_lse = lowering.attention_triton(
+            query, key, value, *tables(pattern, span), number(step), scale=scale, key_mask=key_mask
+        )
     mask = oracle.token_mask(frames, tokens, step, prefix=prefix, suffix=suffix, window=window, reference=reference)
     added = key_mask if kind in ("none", "added") else torch.zeros(key_mask.shape).masked_fill(~key_mask, float("-inf"))
     expected, expected_lse = oracle.dense(query, key, value, mask, scale, added=added)
@@ -98,10 +147,13 @@ def test_attention_is_that_of_the_mask(tokens, frames, prefix, suffix, reference
     assert (found_lse - expected_lse).nan_to_num(0.0).abs().max() < 4e-6
 
 
+@pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
-def test_dtypes_head_dims_and_a_fused_projection(dtype, head_dim):
+def test_dtypes_head_dims_and_a_fused_projection(dtype, head_dim, described, monkeypatch):
     """Query, key and value as slices of one tensor: strides that are none of a tensor of their own."""
+    if not described:
+        monkeypatch.setattr(lowering, "_describable", lambda tensor: False)
     pattern, span = FramePattern(7, 1, 1, 3), VideoSpan(0, 7, 9, 4)
     query, key, value = torch.randn(1, span.length, 3, 2, head_dim).to(dtype).permute(2, 0, 3, 1, 4)
     found, found_lse = lowering.attention_triton(query, key, value, *tables(pattern, span), number(1))
@@ -110,6 +162,51 @@ def test_dtypes_head_dims_and_a_fused_projection(dtype, head_dim):
     assert found_lse.dtype == torch.float32
     assert (found.double() - expected).abs().max() < TOLERANCE[dtype]
     assert (found_lse - expected_lse).abs().max() < max(TOLERANCE[dtype], 4e-6)
+
+
+def test_what_a_tensor_descriptor_can_tell():
+    plain = torch.zeros(2, 10, 3, 64, dtype=torch.float16)
+    assert lowering._describable(plain.transpose(1, 2))
+    assert not lowering._describable(plain[..., 1:])  # starts between two places
+    assert not lowering._describable(plain[..., ::2])  # columns apart
+    assert not lowering._describable(torch.zeros(2, 3, 10, 68, dtype=torch.float16))  # rows 136 bytes apart
+    assert not lowering._describable(plain[:1].expand(2, -1, -1, -1).transpose(1, 2))  # two samples in one place
+    assert lowering._describable(torch.zeros(1, 3, 10, 64, dtype=torch.float16).as_strided((1, 3, 10, 64), (7, 640, 64, 1)))
+
+
+def test_nothing_is_asked_of_the_host_and_the_phase_is_read_on_the_device():
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
+            return function(*args, **(kwargs or {}))
+
+    pattern, span = FramePattern(9, 1, 1, 4), VideoSpan(2, 9, 5, 3)
+    query, key, value = (torch.randn(1, span.length, 2, 16).transpose(1, 2) for _ in range(3))
+    phase, key_mask = number(0), torch.arange(span.length).reshape(1, 1, 1, -1) < span.length - 2
+    for step in range(pattern.phases):
+        phase.fill_(step)
+        with Watched():
+            found, _ = lowering.attention_triton(query, key, value, *tables(pattern, span), phase, key_mask=key_mask)
+        mask = oracle.token_mask(9, 5, step, prefix=2, suffix=3, window=1, reference=4)
+        added = torch.zeros(key_mask.shape).masked_fill(~key_mask, float("-inf"))
+        assert (found - oracle.dense(query, key, value, mask, added=added)[0]).abs().max() < 4e-6
+
+
+def test_measuring_prefers_the_fastest_configuration_for_calls_of_its_kind(monkeypatch):
+    listed = (Configuration(16, 16, 4, 1), Configuration(32, 16, 4, 1), Configuration(16, 32, 4, 1))
+    monkeypatch.setattr(lowering, "_listed", lambda device, head_dim, dtype, described: (listed, described))
+    monkeypatch.setattr(lowering, "_preferred", {})
+    span = VideoSpan(0, 9, 5, 3)
+    call = AttentionCall(torch.device("cpu"), torch.float32, 1, 2, 2, 16, 16, span, span, FramePattern(9, 1, 1, 4))
+    query = torch.randn(1, span.length, 2, 16).transpose(1, 2)
+    took = {"16x16 4/1": 3.0, "32x16 4/1": 1.0, "16x32 4/1": 2.0}
+    assert lowering._chosen(query, span.length, True) == (listed[0], True)
+    assert lowering._tuned(call, lambda setup: took[setup]) == 1.0
+    assert lowering._chosen(query, span.length, True) == (listed[1], True)
+    assert lowering._chosen(query, 10 * span.length, True) == (listed[0], True)  # another class of length
+    bounds, ranges = tables(call.pattern, span)
+    found, _ = lowering.attention_triton(query, query, query, bounds, ranges, number(0))
+    assert (found - oracle.dense(query, query, query, oracle.token_mask(9, 5, 0, suffix=3, window=1, reference=4))[0]).abs().max() < 4e-6
 
 
 def test_rows_that_may_attend_nothing():
@@ -170,7 +267,7 @@ def test_a_target_that_is_not_known_is_named_with_those_that_are():
 
 @pytest.mark.parametrize(("problems", "code"), [((), 0), (("spills 8 bytes",), 1)])
 def test_the_exit_code_says_whether_a_variant_has_a_problem(monkeypatch, problems, code):
-    variant = inspection.Compiled("cuda:90", "bf16", 128, False, Configuration(128, 128, 8, 2), 255, 8, 180224, 44, problems)
+    variant = inspection.Compiled("cuda:90", "bf16", 128, False, True, Configuration(128, 128, 8, 2), 255, 8, 180224, 44, problems)
     asked = []
     monkeypatch.setattr(inspection, "inspect", lambda targets: asked.append(targets) or [variant])
     run = CliRunner().invoke(app, ["kernels", "--target", "cuda:90", "cuda:100", "--json"])

@@ -99,7 +99,7 @@ def growth(horizons: Sequence[int] = (2, 4, 6, 8, 10, 12)) -> tuple[Site, ...]:
 class Measured:
     """A site's tensors, its table at one step, and the ways of computing it."""
 
-    def __init__(self, site: Site, device: torch.device) -> None:
+    def __init__(self, site: Site, device: torch.device, step: int = _STEP) -> None:
         self.site, self.device = site, device
         torch.manual_seed(0)
         dtype, length = getattr(torch, site.dtype), site.span.length
@@ -110,7 +110,7 @@ class Measured:
             self.key_mask = (torch.arange(length, device=device) < length - site.padded).expand(site.batch, 1, 1, length)
         pattern = site.pattern
         table = key_range_table(pattern, site.span, site.span)
-        self.phase = _STEP % pattern.phases
+        self.phase = step % pattern.phases
         self.blocks = list(zip(query_blocks(site.span), table.key_ranges[self.phase], strict=True))
         self._tables = [torch.tensor(rows, dtype=torch.int32, device=device) for rows in (table.query_bounds, table.key_ranges, self.phase)]
         self.attended = torch.zeros(site.frames, site.frames, dtype=torch.bool, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -17,16 +18,32 @@ class Configuration:
 
 INTERPRETED = Configuration(16, 16, 4, 1)
 
-_BY_TARGET: dict[str, dict[int, tuple[Configuration, ...]]] = {  # target -> head dim up to -> best first; untimed
+_Table = dict[str, dict[int, tuple[Configuration, ...]]]  # target -> head dim up to -> best first, by size and registers; untimed
+
+_BY_DESCRIPTOR: _Table = {  # parts that copy tiles by tensor descriptor
+    "cuda:90": {
+        96: (Configuration(128, 128, 8, 2), Configuration(128, 128, 8, 3), Configuration(128, 64, 8, 3)),
+        128: (Configuration(128, 128, 8, 2), Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 4)),
+        256: (Configuration(128, 64, 8, 2),),
+    },
+    "cuda:100": {
+        128: (Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 2)),
+        256: (Configuration(64, 64, 8, 2),),
+    },
+    "cuda:120": {
+        96: (Configuration(128, 64, 8, 2), Configuration(128, 64, 8, 3)),
+        128: (Configuration(128, 64, 8, 2), Configuration(128, 32, 8, 3)),
+        256: (Configuration(64, 32, 4, 1),),
+    },
+}  # fmt: skip
+
+_BY_POINTER: _Table = {
     "cuda:80": {
-        64: (Configuration(128, 32, 8, 3),),
-        96: (Configuration(128, 32, 8, 2),),
-        128: (Configuration(64, 64, 8, 3),),
+        64: (Configuration(128, 32, 8, 3), Configuration(64, 64, 8, 3)),
+        128: (Configuration(64, 64, 8, 3), Configuration(64, 64, 8, 2)),
         256: (Configuration(64, 32, 4, 2),),
     },
     "cuda:90": {
-        64: (Configuration(128, 128, 8, 2), Configuration(128, 64, 8, 2)),
-        128: (Configuration(128, 64, 8, 2), Configuration(64, 64, 8, 3)),
         256: (Configuration(128, 64, 8, 2),),
     },
     "cuda:100": {
@@ -34,26 +51,42 @@ _BY_TARGET: dict[str, dict[int, tuple[Configuration, ...]]] = {  # target -> hea
         128: (Configuration(64, 64, 8, 2),),
         256: (Configuration(64, 64, 8, 2),),
     },
-    "cuda:120": {128: (Configuration(128, 32, 8, 2),), 256: (Configuration(64, 32, 4, 1),)},
-    "hip": {128: (Configuration(128, 32, 8, 1),), 256: (Configuration(64, 32, 4, 1),)},
+    "cuda:120": {
+        80: (Configuration(128, 32, 8, 2),),
+        96: (Configuration(64, 64, 8, 2),),
+        128: (Configuration(128, 32, 8, 2),),
+        256: (Configuration(64, 32, 4, 1),),
+    },
+    "hip": {
+        96: (Configuration(128, 64, 8, 2), Configuration(128, 32, 8, 1)),
+        128: (Configuration(128, 32, 8, 1),),
+        256: (Configuration(64, 32, 4, 1),),
+    },
 }  # fmt: skip
 
 
-def configurations(target: str, head_dim: int, element_bytes: int) -> tuple[Configuration, ...]:
-    """Best first, for ``target`` such as "cuda:90" or "hip:gfx942"; float32 takes half the keys per tile.
+def configurations(target: str, head_dim: int, element_bytes: int, described: bool = False) -> tuple[Configuration, ...]:
+    """Best first, for ``target`` such as "cuda:90" or "hip:gfx942"; none where it has no tensor descriptors and they are wanted.
 
-    A CUDA device between two known ones takes the list of the older.
+    float32 takes smaller tiles, by pointer.  A CUDA device between two known ones takes the list of the older.
     """
     kind, _, version = target.partition(":")
-    if kind == "cuda":
-        known = [int(name.partition(":")[2]) for name in _BY_TARGET if name.startswith("cuda")]
-        name = f"cuda:{max((n for n in known if n <= int(version)), default=min(known))}"
-    else:
-        name = kind
-    found = next(listed for most, listed in _BY_TARGET[name].items() if head_dim <= most)
+    if described and (element_bytes > 2 or kind != "cuda" or int(version) < 90):
+        return ()
+    table = _BY_DESCRIPTOR if described else _BY_POINTER
+    found = next(listed for most, listed in table[nearest(target, table)].items() if head_dim <= most)
     if element_bytes <= 2:
         return found
     return tuple(Configuration(c.block_m // 2, max(16, c.block_n // 2), c.warps, 1) for c in found)
+
+
+def nearest(target: str, known: Iterable[str]) -> str:
+    """Of ``known`` targets the one that serves ``target``: its kind, or for CUDA the newest that is no newer."""
+    kind, _, version = target.partition(":")
+    if kind != "cuda":
+        return kind
+    versions = [int(name.partition(":")[2]) for name in known if name.startswith("cuda:")]
+    return f"cuda:{max((n for n in versions if n <= int(version)), default=min(versions))}"
 
 
 def column_widths(head_dim: int) -> tuple[int, int]:

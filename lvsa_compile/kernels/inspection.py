@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -25,17 +26,21 @@ _ARGUMENTS = {  # of attention_kernel, by type; strides and the rest are integer
     "pointers": ("query", "key", "value", "output"),
     "floats": ("key_mask", "log_sum_exp"),
     "indices": ("query_bounds", "key_ranges", "phase", "segments", "tiles"),
+    "described": ("key_0", "value_0", "key_1", "value_1"),  # one of each part of the head dim
 }
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled variant of the attention kernel; ``problems`` says what is wrong with it."""
+    """One compiled variant of the attention kernel; ``described`` if it loads keys and values by tensor descriptor; ``problems`` says
+    what is wrong with it.
+    """
 
     target: str
     dtype: str
     head_dim: int
     masked: bool
+    described: bool
     configuration: Configuration
     registers: int
     spilled_bytes: int
@@ -57,15 +62,12 @@ def inspect(targets: Sequence[str] = TARGETS, head_dims: Sequence[int] = HEAD_DI
         import triton  # noqa: F401
     except ImportError:
         raise TargetError(targets[0], "compiling needs Triton", "Run `pip install triton`.") from None
-    for target in targets:
-        for head_dim in head_dims:
-            for dtype in dtypes:
-                for masked in (False, True):
-                    for configuration in configurations(target, head_dim, element_bytes=2):
-                        yield _compiled(target, dtype, head_dim, masked, configuration)
+    for target, head_dim, dtype, masked, described in itertools.product(targets, head_dims, dtypes, (False, True), (False, True)):
+        for configuration in configurations(target, head_dim, 2, described):
+            yield _compiled(target, dtype, head_dim, masked, described, configuration)
 
 
-def _compiled(target: str, dtype: str, head_dim: int, masked: bool, configuration: Configuration) -> Compiled:
+def _compiled(target: str, dtype: str, head_dim: int, masked: bool, described: bool, configuration: Configuration) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as triton_compile
@@ -73,12 +75,17 @@ def _compiled(target: str, dtype: str, head_dim: int, masked: bool, configuratio
     from lvsa_compile.kernels.triton_attention import attention_kernel
 
     width_0, width_1 = column_widths(head_dim)
-    constants = {
+    constants: dict[str, Any] = {
         "BLOCK_M": configuration.block_m, "BLOCK_N": configuration.block_n, "HEAD_DIM": head_dim, "WIDTH_0": width_0, "WIDTH_1": width_1,
-        "HAS_MASK": masked, "PRECISION": "ieee",
+        "HAS_MASK": masked, "DESCRIBED": described, "PRECISION": "ieee",
         **{f"{name}_column": 1 for name in ("query", "key", "value", "output")},  # as a launch specialises them
     }  # fmt: skip
+    parts = dict(zip(_ARGUMENTS["described"], (width_0, width_0, width_1, width_1), strict=True))
+    constants |= {name: None for name, width in parts.items() if not (described and width)}
     signature = {name: "constexpr" if name in constants else _type_of(name, dtype) for name in attention_kernel.arg_names}
+    signature |= {
+        name: f"tensordesc<{dtype}[1, 1, {configuration.block_n}, {width}]>" for name, width in parts.items() if name not in constants
+    }
     attributes = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(attention_kernel.arg_names)
@@ -92,7 +99,7 @@ def _compiled(target: str, dtype: str, head_dim: int, masked: bool, configuratio
         found = triton_compile(source, target=part, options=options)
     except Exception as error:  # of any stage of the compiler: it is what one wants to see here
         problem = f"does not compile: {type(error).__name__}: {str(error)[-300:]}"
-        return Compiled(target, dtype, head_dim, masked, configuration, 0, 0, 0, 0, (problem,))
+        return Compiled(target, dtype, head_dim, masked, described, configuration, 0, 0, 0, 0, (problem,))
     registers, spilled = _registers(found.asm)
     text = found.asm["ptx" if kind == "cuda" else "amdgcn"]
     instructions = text.count(_MATRIX_INSTRUCTION[target])
@@ -104,7 +111,7 @@ def _compiled(target: str, dtype: str, head_dim: int, masked: bool, configuratio
         problems.append(f"needs {shared} bytes of shared memory, the part has {_SHARED_LIMIT[target]}")
     if not instructions:
         problems.append(f"no {_MATRIX_INSTRUCTION[target]}")
-    return Compiled(target, dtype, head_dim, masked, configuration, registers, spilled, shared, instructions, tuple(problems))
+    return Compiled(target, dtype, head_dim, masked, described, configuration, registers, spilled, shared, instructions, tuple(problems))
 
 
 def _type_of(name: str, dtype: str) -> str:

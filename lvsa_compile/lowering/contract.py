@@ -57,7 +57,8 @@ class Lowering:
     cannot run on a device, or None; ``refuses`` why it cannot serve a call, or None; ``speedup`` estimates how many times faster than
     dense attention it is, 0 where it is not meant for speed: ``lowering="auto"`` takes the fastest that serves, the lowest ``priority``
     among equals.
-    With ``plans_on_host`` the op's tables and phase are tensors of the CPU wherever the call runs.
+    With ``plans_on_host`` the op's tables and phase are tensors of the CPU wherever the call runs.  ``tuned`` measures a call, with a
+    function that returns the seconds of ``body`` under a name for how it is set up, and may prefer a set-up from then on.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Lowering:
     refuses: Callable[[AttentionCall], str | None]
     speedup: Callable[[AttentionCall], float]
     plans_on_host: bool = False
+    tuned: Callable[[AttentionCall, Callable[[str], float]], float] = lambda call, seconds: seconds("")
 
     def refusal(self, call: AttentionCall) -> str | None:
         """Why it cannot serve a call by what it says of itself, or None: the device, then the call."""

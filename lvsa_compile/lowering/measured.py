@@ -26,17 +26,22 @@ _remembered: dict[str, float] = {}
 
 def seconds_of(lowering: Lowering, call: AttentionCall) -> float | str:
     """Seconds of one call, the least of three after a first; or what went wrong, such as no memory for tensors of this size."""
-    facts = _facts(lowering, call)
+    try:
+        with compat.no_modes(), torch.no_grad(), torch.random.fork_rng([call.device] if call.device.type != "cpu" else []):
+            return lowering.tuned(call, functools.partial(_seconds_under, lowering, call))
+    except Exception as failure:  # out of memory above all; the site itself may still find room
+        return f"measuring it failed ({type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]})"
+
+
+def _seconds_under(lowering: Lowering, call: AttentionCall, setup: str) -> float:
+    """Seconds of a call as the lowering is set up now, remembered under the name of the set-up."""
+    facts = _facts(lowering, call, setup)
     name = hashlib.sha256(facts.encode()).hexdigest()
     folder = compat.cache_folder("lvsa")
     file = None if folder is None else folder / f"{name}.json"
     seconds = _remembered.get(name) or _read(file, facts)
     if seconds is None:
-        try:
-            with compat.no_modes(), torch.no_grad(), torch.random.fork_rng([call.device] if call.device.type != "cpu" else []):
-                seconds = _measure(lowering, call)
-        except Exception as failure:  # out of memory above all; the site itself may still find room
-            return f"measuring it failed ({type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]})"
+        seconds = _measure(lowering, call)
         _write(file, facts, seconds)
     _remembered[name] = seconds
     return seconds
@@ -78,10 +83,10 @@ def _seconds(run: object, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _facts(lowering: Lowering, call: AttentionCall) -> str:
+def _facts(lowering: Lowering, call: AttentionCall, setup: str) -> str:
     """All that the seconds depend on, as text."""
     device = torch.cuda.get_device_name(call.device) if call.device.type == "cuda" else f"{platform.processor()} {torch.get_num_threads()}"
-    return json.dumps({"lowering": lowering.name, "call": str(call), "device": device, "versions": _versions()})
+    return json.dumps({"lowering": lowering.name, "setup": setup, "call": str(call), "device": device, "versions": _versions()})
 
 
 @functools.cache

@@ -12,6 +12,8 @@ import functools
 
 import torch
 
+from lvsa_compile.kernels.configurations import nearest
+
 _SHARES: dict[str, dict[str, float]] = {
     "cpu": {"cpu": 1.1, "dense_merge": 0.75},
     "cuda:80": {"triton": 0.85, "dense_merge": 0.80, "flashinfer": 0.80, "flex": 0.70},
@@ -39,12 +41,3 @@ def _class_of(device: torch.device) -> str:
     if device.type != "cuda" or not torch.cuda.is_available():
         return "cpu" if device.type == "cpu" else "cuda:80"
     return nearest(device_target(device), _SHARES)
-
-
-def nearest(target: str, known: dict[str, object] | dict[str, dict[str, float]]) -> str:
-    """Of ``known`` targets the one that serves ``target``: its kind, or for CUDA the newest that is no newer."""
-    kind, _, version = target.partition(":")
-    if kind != "cuda":
-        return kind
-    versions = [int(name.partition(":")[2]) for name in known if name.startswith("cuda:")]
-    return f"cuda:{max((n for n in versions if n <= int(version)), default=min(versions))}"
