@@ -4,13 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test fuzz bench lint clean
+# What importing FlashInfer takes, to test the calls of it; what running it takes is gigabytes and a GPU.
+FLASHINFER := flashinfer-python apache-tvm-ffi nvidia-ml-py
+
+.PHONY: demo test test-all fuzz bench lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/wan_long_video.py
 
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest --numprocesses 2
+
+# The slow gates beside: the Triton kernel for every part, and the GPU benchmark's own code, on the CPU; some ten minutes more.
+test-all: test
+	$(BIN)/lvsa kernels
+	$(BIN)/python benchmarks/gpu.py --device cpu --quick --rounds 2 --layers 1
 
 # Random video DiTs against ground truth, as many as FUZZ says.
 FUZZ ?= 500
@@ -38,6 +46,7 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 
 $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps $(FLASHINFER) || echo 'its tests will be skipped: no flashinfer'
 	touch $@
 
 clean:

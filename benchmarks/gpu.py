@@ -38,6 +38,7 @@ from lvsa_compile.bench.results import machine
 from lvsa_compile.kernels.inspection import inspect
 from lvsa_compile.lowering.rates import device_target
 from lvsa_compile.lowering.select import lowerings
+from lvsa_compile.lowering.verification import TOLERANCE
 from lvsa_compile.report.records import versions
 
 Row = dict[str, Any]
@@ -361,6 +362,15 @@ def main() -> None:
         Console(width=240).print(shown(f"{part}, {time.perf_counter() - started:.0f} s", results[part]))
         if args.output is not None:
             args.output.write_text(json.dumps(results, indent=1) + "\n")
+    if wrong := [
+        row for row in results.get("correctness", []) if any(above_tolerance(error, row["dtype"]) for error in row["worst"].values())
+    ]:
+        raise SystemExit(f"wrong or failed: {wrong}")
+
+
+def above_tolerance(error: float | str, dtype: str) -> bool:
+    """Whether rounding does not explain it."""
+    return isinstance(error, str) or not error <= TOLERANCE[getattr(torch, dtype)]
 
 
 def triton_version() -> str:

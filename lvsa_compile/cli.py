@@ -56,15 +56,15 @@ def doctor() -> None:
     facts = Table("what", "found")
     for name, version in versions().items():
         facts.add_row(name, version)
-    for package in ("triton", "diffusers", "flashinfer", "torch_npu"):
+    for package in ("triton", "diffusers", "flashinfer-python", "torch_npu"):
         facts.add_row(package, _version(package))
     facts.add_row("machine", platform.platform())
     console.print(facts)
 
-    table = Table("lowering", *(devices := _devices()))
+    table = Table("lowering", "what it is", *(devices := _devices()))
     for lowering in lowerings():
         refusals = [lowering.unavailable(torch.device(device)) for device in devices]
-        table.add_row(lowering.name, *("usable" if refusal is None else refusal for refusal in refusals))
+        table.add_row(lowering.name, lowering.summary, *("usable" if refusal is None else refusal for refusal in refusals))
     console.print(table)
 
 

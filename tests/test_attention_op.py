@@ -3,6 +3,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+from flashinfer_emulation import instead_of_flashinfer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,10 +11,17 @@ from lvsa_compile import FramePattern
 from lvsa_compile.lowering.select import lowerings
 from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
 
-OPERATORS = {found.name: found.operator for found in lowerings() if found.name != "triton"}  # that one has its own tests
-FINEST = {name: torch.float32 if name == "cpu" else torch.float64 for name in OPERATORS}
+ELSEWHERE = ("triton", "flex")  # are tested: an interpreter is slow, and FlexAttention tells no log-sum-exp on the CPU
+OPERATORS = {found.name: found.operator for found in lowerings() if found.name not in ELSEWHERE}
+FINEST = {name: torch.float32 if name in ("cpu", "flashinfer") else torch.float64 for name in OPERATORS}
 """The dtype that shows errors best, of those a lowering takes."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def emulated():
+    with instead_of_flashinfer():
+        yield
 
 
 def tables(pattern: FramePattern, span: VideoSpan) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,12 +7,13 @@ import inspect
 import math
 from types import SimpleNamespace
 
+import flashinfer_emulation
 import oracle
 import pytest
 import torch
+from flashinfer_emulation import Wrapper
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from lvsa_compile import FramePattern
 from lvsa_compile.lowering import flashinfer as lowering
@@ -20,44 +21,11 @@ from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
 
 
-class Wrapper:
-    """What FlashInfer's documentation says of ``BlockSparseAttentionWrapper``, in float64; rounds nothing but the output."""
-
-    made = 0
-
-    def __init__(self, float_workspace_buffer: Tensor, backend: str = "auto") -> None:
-        assert float_workspace_buffer.dtype == torch.uint8
-        Wrapper.made += 1
-
-    def plan(self, indptr, indices, M, N, R, C, num_qo_heads, num_kv_heads, head_dim, *, sm_scale, q_data_type, kv_data_type, o_data_type):
-        assert indptr.dtype == indices.dtype == torch.int32
-        assert len(indptr) == M // R + 1
-        assert N % C == 0
-        assert indices.max() < N // C
-        self.mask = torch.zeros(M, N, dtype=torch.bool)
-        for row in range(M // R):
-            for column in indices[indptr[row] : indptr[row + 1]].tolist():
-                assert not self.mask[row * R, column * C], "a block twice"
-                self.mask[row * R : (row + 1) * R, column * C : (column + 1) * C] = True
-        self.shapes = ((M, num_qo_heads, head_dim), (N, num_kv_heads, head_dim))
-        self.scale, self.dtypes, self.out = sm_scale, (q_data_type, kv_data_type, kv_data_type), o_data_type
-
-    def run(self, q, k, v, return_lse=False):
-        assert return_lse
-        assert (tuple(q.shape), tuple(k.shape)) == self.shapes
-        assert v.shape == k.shape
-        assert tuple(t.dtype for t in (q, k, v)) == self.dtypes
-        out, lse = oracle.dense(*(t.transpose(0, 1)[None] for t in (q, k, v)), self.mask, self.scale)
-        return out[0].transpose(0, 1).to(self.out), (lse[0].T / math.log(2.0)).float()
-
-
 @pytest.fixture
-def emulated(monkeypatch):
-    monkeypatch.setattr(lowering, "_wrapper_class", lambda: Wrapper)
-    lowering._planned.cache_clear()
+def emulated():
     Wrapper.made = 0
-    yield
-    lowering._planned.cache_clear()
+    with flashinfer_emulation.instead_of_flashinfer():
+        yield
 
 
 def tables(pattern, span, **more):

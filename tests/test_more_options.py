@@ -126,6 +126,8 @@ def test_a_lowering_asked_for_by_name_that_cannot_serve_is_an_error():
         "cpu": "it runs on the CPU, not on cuda",
         "triton": "no device of this kind is here to compile for",
         "dense_merge": "no device of this kind is here",
+        "flashinfer": dict(select(call).passed_over)["flashinfer"],  # by whether it is installed
+        "flex": "no device of this kind is here to compile for",
     }
     with pytest.raises(LoweringUnavailableError) as raised:
         select(call, "cpu")

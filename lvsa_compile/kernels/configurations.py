@@ -39,7 +39,7 @@ _BY_DESCRIPTOR: _Table = {  # parts that copy tiles by tensor descriptor
 
 _BY_POINTER: _Table = {
     "cuda:80": {
-        64: (Configuration(128, 32, 8, 3), Configuration(64, 64, 8, 3)),
+        96: (Configuration(128, 32, 8, 3),),
         128: (Configuration(64, 64, 8, 3), Configuration(64, 64, 8, 2)),
         256: (Configuration(64, 32, 4, 2),),
     },

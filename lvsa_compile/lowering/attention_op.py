@@ -5,8 +5,9 @@ Every lowering is an op of the same schema, defined with ``define_attention_op``
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +52,19 @@ def define_attention_op(name: str, body: AttentionBody) -> compat.OpOverload:
     for device in compat.AUTOCAST_KEYS:
         compat.register_autocast(library, name, device, operator)
     return operator
+
+
+def on_the_querys_device(body: AttentionBody) -> AttentionBody:
+    """Makes the query's GPU the current one while ``body`` runs: Triton and others launch on the current one."""
+
+    @functools.wraps(body)
+    def run(query: Tensor, *others: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        if query.device.type != "cuda":
+            return body(query, *others, **more)
+        with torch.cuda.device(query.device):
+            return body(query, *others, **more)
+
+    return run
 
 
 def output_like(query: Tensor, value: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from lvsa_compile import compat
 from lvsa_compile.lowering.contract import AttentionCall
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FEWEST_FOR_CUDNN = 64  # rows and keys; with fewer it is slow, and with one it fails
 _GPU_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -27,11 +28,12 @@ def dense_attention(
     if query.device.type == "cpu":
         return compat.cpu_flash_attention(query, key, value, scale, score_mask)
     assert score_mask is None
-    return compat.cuda_dense_attention(query, key, value, scale, cudnn=_has_tensor_memory(query.device) and query.shape[-1] <= 128)
+    fits = query.shape[-1] <= 128 and min(query.shape[2], key.shape[2]) >= _FEWEST_FOR_CUDNN
+    return compat.cuda_dense_attention(query, key, value, scale, cudnn=fits and _prefers_cudnn(query.device))
 
 
 @functools.cache
-def _has_tensor_memory(device: torch.device) -> bool:
+def _prefers_cudnn(device: torch.device) -> bool:
     """Parts (Hopper, data-centre Blackwell) for which cuDNN has kernels of their own; the flash attention in torch has none."""
     return not torch.version.hip and torch.cuda.get_device_properties(device).major in (9, 10)
 

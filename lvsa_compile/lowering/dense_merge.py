@@ -17,7 +17,7 @@ import numpy.typing
 import torch
 from torch import Tensor
 
-from lvsa_compile.lowering.attention_op import accumulation_dtype, define_attention_op, output_like
+from lvsa_compile.lowering.attention_op import accumulation_dtype, define_attention_op, on_the_querys_device, output_like
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
 from lvsa_compile.lowering.dense_kernels import dense_attention, merge_into, why_no_dense_kernel, why_not_dense_kernel
 from lvsa_compile.lowering.rates import share_of_dense
@@ -59,6 +59,7 @@ class Plan:
     some_attend_nothing: bool
 
 
+@on_the_querys_device
 def attention_dense_merge(
     query: Tensor,
     key: Tensor,

@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from lvsa_compile.lowering.attention_op import define_attention_op, output_like
+from lvsa_compile.lowering.attention_op import define_attention_op, on_the_querys_device, output_like
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
 from lvsa_compile.lowering.dense_kernels import dense_attention, merge_into, why_no_dense_kernel, why_not_dense_kernel
 from lvsa_compile.lowering.dense_merge import attention_dense_merge
@@ -44,6 +44,7 @@ class FrameBlocks:
         return self.start + len(self.attended) * self.tokens
 
 
+@on_the_querys_device
 def attention_flashinfer(
     query: Tensor,
     key: Tensor,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lvsa_compile import compat
-from lvsa_compile.lowering.attention_op import default_scale, define_attention_op, output_like, score_mask
+from lvsa_compile.lowering.attention_op import default_scale, define_attention_op, on_the_querys_device, output_like, score_mask
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
 from lvsa_compile.lowering.rates import share_of_dense
 
@@ -24,6 +24,7 @@ _BLOCK = 128
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@on_the_querys_device
 def attention_flex(
     query: Tensor,
     key: Tensor,

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from lvsa_compile.kernels.configurations import INTERPRETED, Configuration, column_widths, configurations, power_of_two
-from lvsa_compile.lowering.attention_op import broadcast_strides, default_scale, define_attention_op, output_like, score_mask
+from lvsa_compile.lowering.attention_op import (
+    broadcast_strides,
+    default_scale,
+    define_attention_op,
+    on_the_querys_device,
+    output_like,
+    score_mask,
+)
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
 from lvsa_compile.lowering.rates import device_target, share_of_dense
 
@@ -84,6 +91,7 @@ def _kernels() -> Any:
     return triton_attention
 
 
+@on_the_querys_device
 def attention_triton(
     query: Tensor,
     key: Tensor,
