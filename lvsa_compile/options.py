@@ -109,7 +109,11 @@ class Options:
     verify: bool = _option(
         False, "Compute each sparse site a second time by its meaning in float32 and report the worst error; slow.", _flag
     )
-    lowering: str = _option("auto", "How the pattern is computed; 'auto' chooses per site by device and shape.", _lowering)
+    lowering: str = _option(
+        "auto",
+        "How the pattern is computed; 'auto' takes per site what is expected to be fastest, or under mode='max-autotune' what measuring finds.",
+        _lowering,
+    )
     inner: str = _option("inductor", "Compiler of the rewritten graph.", _one_of("inductor", "aot_eager", "eager"))
     mode: str | None = _option(
         None, "Inductor's mode, since torch.compile does not take mode= and options= together.", _optional(_inductor_mode)
