@@ -36,7 +36,7 @@ from lvsa_compile.bench.attention_sites import Measured, Site
 from lvsa_compile.bench.measuring import Seconds, in_turn, peak_bytes
 from lvsa_compile.bench.results import machine
 from lvsa_compile.kernels.inspection import inspect
-from lvsa_compile.lowering.rates import device_target
+from lvsa_compile.lowering.gpu import device_target
 from lvsa_compile.lowering.select import lowerings
 from lvsa_compile.lowering.verification import TOLERANCE
 from lvsa_compile.report.records import versions

@@ -111,7 +111,7 @@ class Options:
     )
     lowering: str = _option(
         "auto",
-        "How the pattern is computed; 'auto' takes per site what is expected to be fastest, or under mode='max-autotune' what measuring finds.",
+        "How the pattern is computed; 'auto' takes what is expected to be fastest, under mode='max-autotune' what measuring finds.",
         _lowering,
     )
     inner: str = _option("inductor", "Compiler of the rewritten graph.", _one_of("inductor", "aot_eager", "eager"))

@@ -70,4 +70,4 @@ def test_what_it_refuses():
     assert flex._refuses(call(dtype=torch.float64)) == "FlexAttention does not take torch.float64"
     assert flex._refuses(call(head_dim=8, value_dim=8)) == "FlexAttention takes head dims from 16, not 8"
     assert flex._refuses(call(value_dim=32)) == "it was not tried with different head dims, 64 and 32"
-    assert flex._unavailable(torch.device("cpu")) == "its kernel is meant for cuda, not for cpu"
+    assert flex._unavailable(torch.device("cpu")) == "it runs on cuda, not on cpu"

@@ -148,5 +148,5 @@ def test_max_autotune_measures_on_the_real_shapes_and_the_report_shows_it(monkey
         assert set(site.seconds) == {"cpu", "dense_merge"}
         assert site.lowering == min(site.seconds, key=site.seconds.get)
         assert f"measured: {site.lowering} " in str(site)
-        assert dict(site.passed_over)["flex"] == "its kernel is meant for cuda, not for cpu"
+        assert dict(site.passed_over)["flex"] == "it runs on cuda, not on cpu"
     assert measuring.to_dict()["graphs"][0]["sites"][0]["seconds"] == dict(measuring.sparse_sites[0].seconds)

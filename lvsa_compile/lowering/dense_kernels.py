@@ -38,19 +38,6 @@ def _prefers_cudnn(device: torch.device) -> bool:
     return not torch.version.hip and torch.cuda.get_device_properties(device).major in (9, 10)
 
 
-def why_no_dense_kernel(device: torch.device) -> str | None:
-    """Why a device has no dense kernel that tells its log-sum-exp, or None."""
-    if device.type == "cpu":
-        return None
-    if device.type != "cuda":
-        return f"no dense kernel with log-sum-exp is known for {device.type}"
-    if not torch.cuda.is_available():
-        return "no device of this kind is here"
-    if not torch.version.hip and torch.cuda.get_device_properties(device).major < 8:
-        return f"flash attention needs compute capability 8.0, {torch.cuda.get_device_properties(device).name} has less"
-    return None
-
-
 def why_not_dense_kernel(call: AttentionCall) -> str | None:
     """Why the dense kernel of the call's device cannot serve it, or None."""
     on_cpu = call.device.type == "cpu"

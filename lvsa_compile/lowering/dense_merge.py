@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lvsa_compile.lowering.attention_op import accumulation_dtype, define_attention_op, on_the_querys_device, output_like
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
-from lvsa_compile.lowering.dense_kernels import dense_attention, merge_into, why_no_dense_kernel, why_not_dense_kernel
+from lvsa_compile.lowering.dense_kernels import dense_attention, merge_into, why_not_dense_kernel
+from lvsa_compile.lowering.gpu import why_no_gpu
 from lvsa_compile.lowering.rates import share_of_dense
 from lvsa_compile.sparsity.key_ranges import Range, join_ranges
 
@@ -214,6 +215,10 @@ def _chosen(ranges: list[Range], mask: Mask) -> list[Range]:
     return list(itertools.compress(ranges, mask))
 
 
+def _unavailable(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else why_no_gpu(device)
+
+
 def _speedup(call: AttentionCall) -> float:
     """Dense time over sparse time, from counted FLOPs and, on the CPU, what a call of the kernel costs."""
     share = share_of_dense("dense_merge", call.device)
@@ -229,7 +234,7 @@ LOWERING = Lowering(
     priority=20,
     body=attention_dense_merge,
     operator=define_attention_op("attention_dense_merge", attention_dense_merge),
-    unavailable=why_no_dense_kernel,
+    unavailable=_unavailable,
     refuses=why_not_dense_kernel,
     speedup=_speedup,
     plans_on_host=True,

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from lvsa_compile.lowering.attention_op import define_attention_op, on_the_querys_device, output_like
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
-from lvsa_compile.lowering.dense_kernels import dense_attention, merge_into, why_no_dense_kernel, why_not_dense_kernel
+from lvsa_compile.lowering.dense_kernels import dense_attention, merge_into, why_not_dense_kernel
 from lvsa_compile.lowering.dense_merge import attention_dense_merge
-from lvsa_compile.lowering.rates import share_of_dense
+from lvsa_compile.lowering.gpu import why_no_gpu
+from lvsa_compile.lowering.rates import by_rate
 from lvsa_compile.sparsity.key_ranges import join_ranges
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -154,9 +155,7 @@ def _wrapper_class() -> Any:
 def _unavailable(device: torch.device) -> str | None:
     if importlib.util.find_spec("flashinfer") is None:
         return "flashinfer is not installed: pip install 'lvsa-compile[flashinfer]'"
-    if device.type != "cuda" or torch.version.hip:
-        return f"FlashInfer runs on NVIDIA GPUs, not on {'ROCm' if device.type == 'cuda' else device.type}"
-    return why_no_dense_kernel(device)
+    return "FlashInfer runs on NVIDIA GPUs, not on ROCm" if torch.version.hip else why_no_gpu(device)
 
 
 def _refuses(call: AttentionCall) -> str | None:
@@ -173,11 +172,6 @@ def _refuses(call: AttentionCall) -> str | None:
     return why_not_dense_kernel(call)
 
 
-def _speedup(call: AttentionCall) -> float:
-    """Dense time over sparse time, from counted FLOPs."""
-    return share_of_dense("flashinfer", call.device) / call.density
-
-
 LOWERING = Lowering(
     "flashinfer",
     "FlashInfer's block-sparse attention, a block being a latent frame",
@@ -186,6 +180,6 @@ LOWERING = Lowering(
     operator=define_attention_op("attention_flashinfer", attention_flashinfer),
     unavailable=_unavailable,
     refuses=_refuses,
-    speedup=_speedup,
+    speedup=by_rate("flashinfer"),
     plans_on_host=True,
 )

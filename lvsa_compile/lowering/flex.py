@@ -17,7 +17,8 @@ from torch import Tensor
 from lvsa_compile import compat
 from lvsa_compile.lowering.attention_op import default_scale, define_attention_op, on_the_querys_device, output_like, score_mask
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
-from lvsa_compile.lowering.rates import share_of_dense
+from lvsa_compile.lowering.gpu import why_no_gpu
+from lvsa_compile.lowering.rates import by_rate
 
 _flex: Any = importlib.import_module("torch.nn.attention.flex_attention")  # the package has a function of this name, too
 _BLOCK = 128
@@ -141,13 +142,7 @@ def _has_flash(device: torch.device) -> bool:
 
 
 def _unavailable(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"its kernel is meant for cuda, not for {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not torch.cuda.is_available():
-        return "no device of this kind is here to compile for"
-    return None
+    return "triton is not installed" if importlib.util.find_spec("triton") is None else why_no_gpu(device)
 
 
 def _refuses(call: AttentionCall) -> str | None:
@@ -160,11 +155,6 @@ def _refuses(call: AttentionCall) -> str | None:
     return None
 
 
-def _speedup(call: AttentionCall) -> float:
-    """Dense time over sparse time, from counted FLOPs."""
-    return share_of_dense("flex", call.device) / call.density
-
-
 LOWERING = Lowering(
     "flex",
     "FlexAttention with a block mask computed on the device",
@@ -173,5 +163,5 @@ LOWERING = Lowering(
     operator=define_attention_op("attention_flex", attention_flex),
     unavailable=_unavailable,
     refuses=_refuses,
-    speedup=_speedup,
+    speedup=by_rate("flex"),
 )

@@ -9,10 +9,13 @@ and is close to FlashAttention 2 on Ampere; FlashInfer (arXiv 2501.01005) loads 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
 from lvsa_compile.kernels.configurations import nearest
+from lvsa_compile.lowering.contract import AttentionCall
+from lvsa_compile.lowering.gpu import device_target
 
 _SHARES: dict[str, dict[str, float]] = {
     "cpu": {"cpu": 1.1, "dense_merge": 0.75},
@@ -29,10 +32,9 @@ def share_of_dense(lowering: str, device: torch.device) -> float:
     return _SHARES[_class_of(device)].get(lowering, 0.0)
 
 
-def device_target(device: torch.device) -> str:
-    """ "cuda:90", "hip:gfx942": what kernels are compiled for on a GPU."""
-    properties = torch.cuda.get_device_properties(device)
-    return f"hip:{properties.gcnArchName.split(':')[0]}" if torch.version.hip else f"cuda:{properties.major * 10 + properties.minor}"
+def by_rate(lowering: str) -> Callable[[AttentionCall], float]:
+    """The estimate of a lowering for which a call costs nothing beside its FLOPs: dense time over sparse time."""
+    return lambda call: share_of_dense(lowering, call.device) / call.density
 
 
 @functools.cache

@@ -25,10 +25,10 @@ from lvsa_compile.lowering.attention_op import (
     score_mask,
 )
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
-from lvsa_compile.lowering.rates import device_target, share_of_dense
+from lvsa_compile.lowering.gpu import device_target, why_no_gpu
+from lvsa_compile.lowering.rates import by_rate
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_DEVICES = ("cuda",)  # ROCm calls itself so, too
 _LARGEST_HEAD_DIM = 256
 _LOG2_E = 1.4426950408889634
 
@@ -180,13 +180,7 @@ def _unavailable(device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if device.type not in _DEVICES:
-        return f"it runs on {' and '.join(_DEVICES)}, not on {device.type}"
-    if not torch.cuda.is_available():
-        return "no device of this kind is here to compile for"
-    if not torch.version.hip and torch.cuda.get_device_properties(device).major < 8:
-        return f"it needs compute capability 8.0, {torch.cuda.get_device_properties(device).name} has less"
-    return None
+    return why_no_gpu(device)
 
 
 def _refuses(call: AttentionCall) -> str | None:
@@ -199,11 +193,6 @@ def _refuses(call: AttentionCall) -> str | None:
     return None
 
 
-def _speedup(call: AttentionCall) -> float:
-    """Dense time over sparse time, from counted FLOPs."""
-    return share_of_dense("triton", call.device) / call.density
-
-
 LOWERING = Lowering(
     "triton",
     "one Triton kernel that walks each tile's key ranges",
@@ -212,6 +201,6 @@ LOWERING = Lowering(
     operator=define_attention_op("attention_triton", attention_triton),
     unavailable=_unavailable,
     refuses=_refuses,
-    speedup=_speedup,
+    speedup=by_rate("triton"),
     tuned=_tuned,
 )
