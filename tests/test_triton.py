@@ -259,6 +259,29 @@ for target in ("cuda:80", "cuda:90"):
     assert run.stdout.splitlines() == ["cuda:80 True True True False", "cuda:90 True True True False"], run.stderr
 
 
+def test_the_small_kernels_compile_for_devices_that_are_not_here():
+    code = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from lvsa_compile.kernels.triton_attention import schedule_kernel
+from lvsa_compile.kernels.triton_merge import merge_kernel
+constants = {
+    schedule_kernel: {"BLOCK_M": 128, "BLOCKS": 4, "RANGES": 16, "HAS_MASK": True},
+    merge_kernel: {"WIDTH": 96, "COLUMNS": 128},
+}
+pointers = {"output": "*bf16", "part": "*bf16", "log_sum_exp": "*fp32", "part_lse": "*fp32"}
+tables = ("query_bounds", "key_ranges", "phase", "mask_zones", "segments", "tiles", "key_counts")
+for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32), GPUTarget("hip", "gfx942", 64)):
+    for kernel, fixed in constants.items():
+        types = {name: "*i32" for name in tables} | pointers | {name: "constexpr" for name in fixed}
+        compile(ASTSource(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, fixed), target=target)
+        print("compiled")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.stdout.split() == ["compiled"] * 8, run.stderr
+
+
 def test_a_target_that_is_not_known_is_named_with_those_that_are():
     with pytest.raises(TargetError) as raised:
         next(inspection.inspect(["cuda:70"]))

@@ -47,7 +47,7 @@ _BY_POINTER: _Table = {
         256: (Configuration(128, 64, 8, 2),),
     },
     "cuda:100": {
-        96: (Configuration(128, 64, 8, 2),),
+        64: (Configuration(128, 64, 8, 2),),
         128: (Configuration(64, 64, 8, 2),),
         256: (Configuration(64, 64, 8, 2),),
     },
@@ -58,7 +58,7 @@ _BY_POINTER: _Table = {
         256: (Configuration(64, 32, 4, 1),),
     },
     "hip": {
-        96: (Configuration(128, 64, 8, 2), Configuration(128, 32, 8, 1)),
+        64: (Configuration(128, 64, 8, 2), Configuration(128, 32, 8, 1)),
         128: (Configuration(128, 32, 8, 1),),
         256: (Configuration(64, 32, 4, 1),),
     },
