@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
 import os
 import time
@@ -20,7 +18,8 @@ from lvsa_compile.axes.algebra import INPUT, PARAMETER
 from lvsa_compile.axes.labels import SameAxes, said_of
 from lvsa_compile.compat import example_value
 from lvsa_compile.errors import LvsaWarning
-from lvsa_compile.lowering import verification
+from lvsa_compile.lowering import trial, verification
+from lvsa_compile.lowering.reference import LOWERING as REFERENCE
 from lvsa_compile.options import Options, parse_options
 from lvsa_compile.passes.compilation import Compilation, Pass, Place
 from lvsa_compile.passes.decide import decide
@@ -36,6 +35,7 @@ from lvsa_compile.reasons import TRAINING
 from lvsa_compile.report.records import Report, report_of
 from lvsa_compile.report.store import forget, keep
 from lvsa_compile.runtime import with_clock, with_labels
+from lvsa_compile.source_stamp import source_stamp
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def lvsa(
     if compilation.sparse or compilation.masked:
         fake_mode = compat.tracing_fake_mode()
         appended = [compat.fake_like(extra.value, fake_mode) for extra in compilation.extra_inputs]
-        compiled = _compile_inner(compilation.graph_module, [*example_inputs, *appended], parsed, stamp=_cache_stamp())
+        compiled = _compile_inner(compilation.graph_module, [*example_inputs, *appended], parsed, stamp=source_stamp())
     else:
         compiled = _compile_inner(graph_module, example_inputs, parsed, stamp="")
     return with_clock(with_labels(compiled, compilation), compilation, _owner_position(graph_module))
@@ -111,6 +111,7 @@ def _reset() -> None:
     """What ``torch._dynamo.reset()`` does here."""
     forget()
     verification.forget()
+    trial.forget()
     clock.forget()
     _warned.clear()
     compat.reset_cuda_graphs()
@@ -171,15 +172,6 @@ def _owner_position(graph_module: fx.GraphModule) -> int | None:
     return parameters[len(parameters) // 2] if parameters else None
 
 
-@functools.cache
-def _cache_stamp() -> str:
-    """Identity of this package's code, so that torch's caches never serve what another version compiled."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return f"lvsa-compile {digest.hexdigest()}"
-
-
 _warned: set[str] = set()
 
 
@@ -200,6 +192,12 @@ def _publish(report: Report, compilation: Compilation) -> None:
         _warn_once(
             f"lvsa found no timestep among the inputs of {report.model or 'the model'}, so the anchor grid stays at step 0. "
             "Wrap each denoising step in `with lvsa_compile.step(i):`, or pass options={'rotate': False} if that is meant."
+        )
+    slow = next((site for site in report.sparse_sites if site.lowering == REFERENCE.name), None)
+    if slow is not None and compilation.options.lowering == "auto":
+        _warn_once(
+            f"lvsa computes attention of {report.model or 'the model'} in plain PyTorch, right and slow, since nothing faster can serve: "
+            f"{'; '.join(f'{name}: {why}' for name, why in slow.passed_over)}. options={{'when_slower': 'dense'}} leaves it dense."
         )
     limit = compat.recompile_limit()
     if report.sites and compat.compiles_of_this_code() + 1 >= limit:

@@ -31,6 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 OPAQUE_OP_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 """Inductor must hand such an op its inputs in the strides that were traced, since its output strides follow the query's."""
+HOST_OP_TAGS = (*OPAQUE_OP_TAGS, torch.Tag.cudagraph_unsafe)
+"""An op that reads tensors on the host: a CUDA graph would keep what they held when it was recorded."""
 
 
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
@@ -153,6 +155,18 @@ def load_cpp(source: str) -> ctypes.CDLL:
 def cpu_has_matrix_units() -> bool:
     """Whether dense attention in bfloat16 runs on AMX tiles."""
     return bool(torch.cpu._is_amx_tile_supported())
+
+
+def cudnn_attention_enabled() -> bool:
+    """Whether the user left cuDNN's attention switched on."""
+    return bool(torch.backends.cuda.cudnn_sdp_enabled())
+
+
+def cuda_graphs_by_default() -> bool:
+    """Whether Inductor is configured to use CUDA graphs where nobody says anything."""
+    import torch._inductor.config as config
+
+    return bool(config.triton.cudagraphs)
 
 
 def cache_folder(name: str) -> Path | None:

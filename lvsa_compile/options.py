@@ -143,8 +143,11 @@ class Options:
 
     @property
     def uses_cuda_graphs(self) -> bool:
-        """Whether these options ask Inductor for CUDA graphs."""
-        return self.mode in ("reduce-overhead", "max-autotune") or bool(dict(self.inductor).get("triton.cudagraphs"))
+        """Whether Inductor will use CUDA graphs: by its own option, else by the mode, else by its configuration."""
+        from lvsa_compile import compat
+
+        by_mode = self.mode in ("reduce-overhead", "max-autotune") or (self.inner == "inductor" and compat.cuda_graphs_by_default())
+        return bool(dict(self.inductor).get("triton.cudagraphs", by_mode))
 
     @property
     def measures(self) -> bool:

@@ -38,6 +38,8 @@ class Wrapper:
     def run(self, q, k, v, return_lse=False):
         assert return_lse
         assert (tuple(q.shape), tuple(k.shape)) == self.shapes
+        assert q.is_contiguous(), "fa2 writes its output as if it were"
+        assert k.stride() == v.stride(), "fa3 checks"
         assert v.shape == k.shape
         assert tuple(t.dtype for t in (q, k, v)) == self.dtypes
         out, lse = oracle.dense(*(t.transpose(0, 1)[None] for t in (q, k, v)), self.mask, self.scale)

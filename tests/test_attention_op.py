@@ -170,3 +170,8 @@ def test_a_row_without_keys_gives_zero(name):
         answer, answer_lse = oracle.dense(query, key, value, mask)
         assert torch.allclose(output.double(), answer, atol=1e-5)
         assert torch.allclose(log_sum_exp.double(), answer_lse, atol=1e-5)
+
+
+def test_what_plans_on_the_host_is_never_recorded_in_a_cuda_graph():
+    for lowering in lowerings():
+        assert (torch.Tag.cudagraph_unsafe in lowering.operator.tags) == lowering.plans_on_host

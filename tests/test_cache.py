@@ -16,7 +16,7 @@ from test_backend import close, expected
 from tiny_models import PATTERN, timesteps, wan, wan_inputs
 import lvsa_compile
 if len(sys.argv) > 2:
-    backend._cache_stamp = lambda: sys.argv[2]
+    backend.source_stamp = lambda: sys.argv[2]
 model, inputs = wan(num_layers=1), wan_inputs()
 right = []
 with torch.no_grad():

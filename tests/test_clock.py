@@ -117,3 +117,19 @@ def test_a_step_that_is_no_index_is_an_error(index):
     with pytest.raises(StepError) as raised:
         lvsa_compile.step(index)
     assert str(raised.value) == f"step({index!r}): a denoising step is a whole number from 0. Pass the index of the step, not its timestep."
+
+
+def test_a_phase_is_filled_once_per_step_however_many_graphs_ask(monkeypatch):
+    clock = Clock()
+    filled = []
+    remainder = torch.remainder
+    monkeypatch.setattr(torch, "remainder", lambda *args: filled.append(args) or remainder(*args))
+    for timestep, expected in ((900.0, 0), (800.0, 1), (800.0, 1), (700.0, 2)):
+        clock.tick(torch.tensor([timestep]))
+        assert [int(clock.phase(3, torch.device("cpu"))) for _ in range(5)] == [expected] * 5
+    assert len(filled) == 4
+    with lvsa_compile.step(1):
+        assert int(clock.phase(3, torch.device("cpu"))) == 1
+    assert int(clock.phase(3, torch.device("cpu"))) == 2
+    clock.reset()
+    assert int(clock.phase(3, torch.device("cpu"))) == 0

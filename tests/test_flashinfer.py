@@ -54,6 +54,16 @@ def test_every_phase_is_that_of_the_mask(emulated):
     run()
 
 
+def test_any_memory_order_is_right(emulated):
+    pattern, span = FramePattern(9, 1, 1, 4), VideoSpan(0, 9, 16, 5)
+    query, key, value = (torch.randn(1, span.length, 2, 64).transpose(1, 2) for _ in range(3))
+    mask = oracle.token_mask(9, 16, 1, suffix=5, window=1, reference=4)
+    expected, _ = oracle.dense(query, key, value, mask)
+    for mixed in ((query.contiguous(), key, value), (query, key.contiguous(), value), (query, key, value.contiguous())):
+        found, _ = lowering.attention_flashinfer(*mixed, *tables(pattern, span), torch.tensor(1, dtype=torch.int32))
+        assert (found - expected).abs().max() < 4e-6
+
+
 def test_one_plan_per_phase_serves_all_layers(emulated):
     pattern, span = FramePattern(12, 1, 1, 4), VideoSpan(0, 12, 16, 5)
     query, key, value = (torch.randn(1, span.length, 2, 64).transpose(1, 2) for _ in range(3))

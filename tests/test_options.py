@@ -27,7 +27,10 @@ from lvsa_compile.options import Options, option_fields, parse_options
         ),
         (dict(sparsity_scale=0.0), "option sparsity_scale=0.0: not a positive number. Use 1.0 for the published budget."),
         (dict(rotate=1), "option rotate=1: not True or False. Give True or False."),
-        (dict(lowering="tritn"), "option lowering='tritn': not a known choice. Choose one of: auto, cpu, dense_merge, triton, reference."),
+        (
+            dict(lowering="tritn"),
+            "option lowering='tritn': not a known choice. Choose one of: auto, cpu, dense_merge, triton, flashinfer, flex, reference.",
+        ),
         (dict(inner="tvm"), "option inner='tvm': not a known choice. Choose one of: inductor, aot_eager, eager."),
         (dict(when_slower="maybe"), "option when_slower='maybe': not a known choice. Choose one of: sparse, dense."),
         (dict(max_autotune=1), "option max_autotune=1: Inductor wants bool, not int. Give a value of that type."),
@@ -79,3 +82,14 @@ def test_an_error_at_the_first_forward_names_option_value_and_remedy():
 @pytest.mark.parametrize("error", [OptionError("window", -1, "bad", "Do this."), UnknownOptionError("windwo", 3, ["window"])])
 def test_errors_survive_a_process_boundary(error):
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_cuda_graphs_are_known_by_option_mode_or_configuration():
+    import torch._inductor.config as config
+
+    assert not parse_options({}).uses_cuda_graphs
+    assert parse_options({"mode": "reduce-overhead"}).uses_cuda_graphs
+    assert not parse_options({"mode": "max-autotune", "triton.cudagraphs": False}).uses_cuda_graphs
+    with config.patch({"triton.cudagraphs": True}):
+        assert parse_options({}).uses_cuda_graphs
+        assert not parse_options({"inner": "eager"}).uses_cuda_graphs

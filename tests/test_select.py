@@ -110,6 +110,7 @@ def test_measuring_takes_the_fastest_found_and_remembers_it_beside_inductors_cac
 
     monkeypatch.setattr(measured, "_measure", found)
     monkeypatch.setattr(select, "lowerings", lambda: (slow, broken, fast))
+    monkeypatch.setattr(select, "tried", lambda lowering, call: None)
     choice = select.select(call_of(), measure=True)
     assert (choice.lowering.name, choice.seconds) == ("fast", {"slow": 0.002, "fast": 0.001})
     assert dict(choice.passed_over) == {"broken": "measuring it failed (RuntimeError: no memory)"}
@@ -122,6 +123,50 @@ def test_measuring_takes_the_fastest_found_and_remembers_it_beside_inductors_cac
     assert asked == ["broken"]
     select.select(call_of(batch=2), measure=True)
     assert asked[1:] == ["broken", "slow", "fast"]
+
+
+def test_what_found_no_room_to_be_measured_may_serve_all_the_same(monkeypatch):
+    monkeypatch.setattr(select, "lowerings", lambda: (lowering("meaning", 0.0), lowering("fast", 3.0), lowering("faster", 4.0)))
+    monkeypatch.setattr(select, "tried", lambda lowering, call: None)
+    monkeypatch.setattr(select, "seconds_of", lambda lowering, call: "measuring it failed (OutOfMemoryError: no room)")
+    choice = select.select(call_of(), measure=True)
+    assert (choice.lowering.name, choice.seconds) == ("faster", {})
+    assert dict(choice.passed_over)["faster"] == "measuring it failed (OutOfMemoryError: no room)"
+    monkeypatch.setattr(select, "seconds_of", lambda lowering, call: 0.5 if lowering.name == "fast" else "no room")
+    assert select.select(call_of(), measure=True).lowering.name == "fast"
+
+
+def test_when_slower_dense_goes_by_what_was_measured(monkeypatch):
+    from lvsa_compile.passes import decide
+
+    options = {**EXACT, "inner": "inductor", "mode": "max-autotune-no-cudagraphs", "when_slower": "dense"}
+    monkeypatch.setattr(select, "seconds_of", lambda lowering, call: 0.5)
+    for dense, expected in ((1.0, "sparse"), (0.25, "dense")):
+        torch._dynamo.reset()
+        monkeypatch.setattr(decide, "seconds_of_dense", lambda call, dense=dense: dense)
+        with torch.no_grad():
+            torch.compile(randomise(VideoDiT()), backend="lvsa", options=options)(*dit_inputs())
+        site = lvsa_compile.reports()[0].sites[0]
+        assert site.decision == expected
+    assert site.reason == "not_faster"
+    assert site.detail == "lowering 'cpu' runs, measured, at 0.50 times the speed of dense attention"
+
+
+def test_dense_attention_is_measured_under_the_mask_too():
+    for masked in (False, True):
+        assert 0 < measured.seconds_of_dense(call_of(masked=masked)) < 10
+
+
+def test_where_nothing_fast_serves_a_warning_says_why(monkeypatch):
+    slow = [lowering("broken", 2.0, refuses=lambda call: "it does not like the call"), LOWERINGS["reference"]]
+    monkeypatch.setattr(select, "lowerings", lambda: slow)
+    with pytest.warns(LvsaWarning) as said, torch.no_grad():
+        torch.compile(randomise(VideoDiT()), backend="lvsa", options=EXACT)(*dit_inputs())
+    (text,) = {str(warning.message) for warning in said if "plain PyTorch" in str(warning.message)}
+    assert text == (
+        "lvsa computes attention of VideoDiT in plain PyTorch, right and slow, since nothing faster can serve: "
+        "broken: it does not like the call. options={'when_slower': 'dense'} leaves it dense."
+    )
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"facts": "other", "seconds": 1.0}', '{"seconds": "x", "facts": ""}'])

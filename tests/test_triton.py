@@ -209,6 +209,34 @@ def test_measuring_prefers_the_fastest_configuration_for_calls_of_its_kind(monke
     assert (found - oracle.dense(query, query, query, oracle.token_mask(9, 5, 0, suffix=3, window=1, reference=4))[0]).abs().max() < 4e-6
 
 
+def test_a_configuration_that_fails_is_not_preferred(monkeypatch):
+    listed = (Configuration(16, 16, 4, 1), Configuration(32, 16, 4, 1))
+    monkeypatch.setattr(lowering, "_listed", lambda device, head_dim, dtype, described: (listed, described))
+    monkeypatch.setattr(lowering, "_preferred", {})
+    span = VideoSpan(0, 9, 5, 3)
+    call = AttentionCall(torch.device("cpu"), torch.float32, 1, 2, 2, 16, 16, span, span, FramePattern(9, 1, 1, 4))
+
+    def failing(setup, which=("32x16 4/1",)):
+        if setup in which:
+            raise RuntimeError("out of shared memory")
+        return 1.0
+
+    assert lowering._tuned(call, failing) == 1.0
+    assert set(lowering._preferred.values()) == {listed[0]}
+    with pytest.raises(RuntimeError, match="out of shared memory"):
+        lowering._tuned(call, lambda setup: failing(setup, ("16x16 4/1", "32x16 4/1")))
+    assert lowering._preferred == {}
+
+
+def test_a_mask_of_the_least_finite_number_is_finite():
+    """What models write for "not this key": where all keys of a row have it, it says nothing."""
+    query, key, value = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    bounds, ranges = torch.tensor([0, 40], dtype=torch.int32), torch.tensor([[[[0, 40]]]], dtype=torch.int32)
+    key_mask = torch.full((1, 1, 1, 40), torch.finfo(torch.float32).min)
+    found, _ = lowering.attention_triton(query, key, value, bounds, ranges, number(0), key_mask=key_mask)
+    assert (found - value.mean(2, keepdim=True)).abs().max() < 4e-6
+
+
 def test_rows_that_may_attend_nothing():
     query, key, value = (torch.randn(1, 2, 40, 16) for _ in range(3))
     bounds, ranges = torch.tensor([0, 10, 20, 40], dtype=torch.int32), torch.tensor([[[[0, 40]], [[0, 0]], [[4, 8]]]], dtype=torch.int32)

@@ -158,7 +158,8 @@ class Measured:
             outside = (query < first) | (query >= end) | (key < first) | (key >= end)
             return (self.attended[frames[0], frames[1]] | outside) & (key < length - site.padded)
 
-        block_mask = create_block_mask(attends, None, None, length, length, device=str(self.device))
+        on_gpu = self.device.type != "cpu"  # where it is compiled: by itself it takes eleven bytes for each pair of tokens
+        block_mask = create_block_mask(attends, None, None, length, length, device=str(self.device), _compile=on_gpu)
         compiled = torch.compile(flex_attention, dynamic=False)
         return lambda: compiled(self.query, self.key, self.value, block_mask=block_mask, enable_gqa=self._grouped)
 

@@ -23,6 +23,7 @@ _SCHEMA = (
     " -> (Tensor, Tensor)"
 )
 _ROWS_AT_A_TIME = 1024
+_LEAST_SCORE = -1e38  # that is still finite when it is taken to base 2
 
 
 class AttentionBody(Protocol):
@@ -43,9 +44,12 @@ class AttentionBody(Protocol):
         """Attention output and natural log-sum-exp of the scores."""
 
 
-def define_attention_op(name: str, body: AttentionBody) -> compat.OpOverload:
-    """Registers ``lvsa::<name>`` with the schema, output strides and autocast rule all lowerings share."""
-    library.define(_SCHEMA.format(name=name), tags=compat.OPAQUE_OP_TAGS)
+def define_attention_op(name: str, body: AttentionBody, plans_on_host: bool = False) -> compat.OpOverload:
+    """Registers ``lvsa::<name>`` with the schema, output strides and autocast rule all lowerings share.
+
+    One that ``plans_on_host`` is never recorded in a CUDA graph, which would keep the phase of that moment.
+    """
+    library.define(_SCHEMA.format(name=name), tags=compat.HOST_OP_TAGS if plans_on_host else compat.OPAQUE_OP_TAGS)
     library.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lvsa::{name}", _fake, lib=library)
     operator: compat.OpOverload = getattr(torch.ops.lvsa, name).default
@@ -90,7 +94,9 @@ def score_mask(key_mask: Tensor, keys: int) -> Tensor:
     """A key mask as what is added to the scores: float32 ``[B or 1, heads or 1, 1, keys]``."""
     if key_mask.dtype == torch.bool:
         key_mask = torch.zeros(key_mask.shape, device=key_mask.device).masked_fill_(~key_mask, float("-inf"))
-    return key_mask.float().expand(-1, -1, -1, keys)
+    key_mask = key_mask.float()
+    key_mask = torch.where(key_mask == float("-inf"), key_mask, key_mask.clamp(min=_LEAST_SCORE))
+    return key_mask.expand(-1, -1, -1, keys)
 
 
 def broadcast_strides(mask: Tensor | None) -> tuple[int, ...]:
@@ -117,7 +123,7 @@ def attention(
     Args:
         query: ``[B, heads, Sq, head_dim]``; key: ``[B, key_heads, Sk, head_dim]``; value: ``[B, key_heads, Sk, value_dim]``,
             ``heads`` a multiple of ``key_heads`` (grouped queries).
-        query_bounds: int32 ``[query_blocks + 1]``, in tokens.
+        query_bounds: int32 ``[query_blocks + 1]``, in tokens; at most three blocks without rows in a row.
         key_ranges: int32 ``[phases, query_blocks, ranges, 2]``, in tokens; empty ranges are padding.
         phase: int32 scalar tensor, the row of ``key_ranges`` to use.
         scale: factor on the scores, by default ``1 / sqrt(head_dim)``.

@@ -28,7 +28,7 @@ def dense_attention(
     if query.device.type == "cpu":
         return compat.cpu_flash_attention(query, key, value, scale, score_mask)
     assert score_mask is None
-    fits = query.shape[-1] <= 128 and min(query.shape[2], key.shape[2]) >= _FEWEST_FOR_CUDNN
+    fits = query.shape[-1] <= 128 and min(query.shape[2], key.shape[2]) >= _FEWEST_FOR_CUDNN and compat.cudnn_attention_enabled()
     return compat.cuda_dense_attention(query, key, value, scale, cudnn=fits and _prefers_cudnn(query.device))
 
 
@@ -69,7 +69,7 @@ def _merge_by_triton(output: Tensor, log_sum_exp: Tensor, part: Tensor, part_lse
     from lvsa_compile.kernels.triton_merge import ROWS, merge_kernel
 
     batch, heads, rows, width = output.shape
-    merge_kernel[(-(-rows // ROWS), batch * heads)](
+    merge_kernel[(-(-rows // ROWS.value), batch * heads)](
         output, log_sum_exp, part, part_lse, *output.stride(), *log_sum_exp.stride(), *part.stride(), *part_lse.stride(),
         heads, rows, WIDTH=width, COLUMNS=1 << (width - 1).bit_length(), num_warps=4,
     )  # fmt: skip

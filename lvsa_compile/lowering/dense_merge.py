@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -178,36 +179,47 @@ def plan_of(bounds_bytes: bytes, range_bytes: bytes, ranges_per_block: int, quer
     ends = numpy.cumsum(numpy.where(used, numpy.diff(cuts), 0)).tolist()  # where each used interval ends among the rest keys
     in_rest = [(end - (high - low), end) for end, (low, high) in zip(ends, intervals, strict=True)]
     own = [(rows[block], join_ranges(_chosen(in_rest, attends[block] & used))) for block in numpy.flatnonzero(sparse)]
+    by_size: dict[Range, list[tuple[int, int]]] = {}
+    for (row, row_end), runs in own:
+        if len(runs) == 1:
+            by_size.setdefault((row_end - row, runs[0][1] - runs[0][0]), []).append((row, runs[0][0]))
     return Plan(
         dense_rows=join_ranges(_chosen(rows, everything)),
         sparse_rows=join_ranges(_chosen(rows, sparse)),
         shared=join_ranges(_chosen(intervals, shared)),
         rest=join_ranges(_chosen(intervals, used)),
-        windows=tuple(_batches([(*of_rows, *runs[0]) for of_rows, runs in own if len(runs) == 1])),
+        windows=tuple(windows for (of_rows, of_keys), places in by_size.items() for windows in _batches(places, of_rows, of_keys)),
         others=tuple((of_rows, runs) for of_rows, runs in own if len(runs) > 1),
         some_attend_nothing=any(not runs for _, runs in own),
     )
 
 
-def _batches(blocks: Sequence[tuple[int, int, int, int]]) -> list[Windows]:
-    """``(first row, end, first key, end)`` of blocks as few batches in which rows and keys move on by equal steps."""
-    left = dict.fromkeys(blocks)
-    found = []
+def _batches(places: Sequence[tuple[int, int]], rows: int, keys: int) -> list[Windows]:
+    """Blocks of ``rows`` rows that attend runs of ``keys`` keys, by ``(first row, first key)``, as few batches of equal steps.
+
+    By the step that joins most blocks first, so that the phases of a rotation, which mostly differ in where they begin, come out in the
+    same shapes: some dense kernels are prepared anew for each.
+    """
+    left = dict.fromkeys(places)
+    found: list[Windows] = []
     while left:
-        first = next(iter(left))
-        longest = [first]
-        for second in itertools.islice(left, 1, _FARTHEST):
-            step = tuple(b - a for a, b in zip(first, second, strict=True))
-            if step[0] != step[1] or step[2] != step[3] or step[2] < 0:
-                continue
-            chain = [first, second]
-            while (following := tuple(a + b for a, b in zip(chain[-1], step, strict=True))) in left:
-                chain.append(following)
-            longest = max(longest, chain, key=len)
-        step = tuple(b - a for a, b in zip(first, longest[1], strict=True)) if len(longest) > 1 else (0, 0, 0, 0)
-        for block in longest:
-            del left[block]
-        found.append(Windows(first[0], first[1] - first[0], step[0], first[2], first[3] - first[2], step[2], len(longest)))
+        steps = Counter(
+            (second[0] - first[0], second[1] - first[1])
+            for number, first in enumerate(left)
+            for second in itertools.islice(left, number + 1, number + _FARTHEST)
+            if second[1] > first[1] or (second[1] == first[1] and second[0] == first[0] + rows)
+        )
+        if not steps:
+            return [*found, *(Windows(row, rows, 0, key, keys, 0, 1) for row, key in left)]
+        (row_step, key_step), _ = max(steps.items(), key=lambda counted: (counted[1], -counted[0][0]))
+        for row, key in list(left):
+            count = next(n for n in itertools.count() if (row + n * row_step, key + n * key_step) not in left)
+            for n in range(count if count > 1 else 0):
+                del left[row + n * row_step, key + n * key_step]
+            if count > 1 and key_step:
+                found.append(Windows(row, rows, row_step, key, keys, key_step, count))
+            elif count > 1:  # the same keys for blocks one after the other, as for the first frames: one larger block
+                found.append(Windows(row, count * rows, 0, key, keys, 0, 1))
     return found
 
 
@@ -233,7 +245,7 @@ LOWERING = Lowering(
     "the device's dense kernel on anchors and on windows, merged by log-sum-exp",
     priority=20,
     body=attention_dense_merge,
-    operator=define_attention_op("attention_dense_merge", attention_dense_merge),
+    operator=define_attention_op("attention_dense_merge", attention_dense_merge, plans_on_host=True),
     unavailable=_unavailable,
     refuses=why_not_dense_kernel,
     speedup=_speedup,

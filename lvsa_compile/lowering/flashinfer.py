@@ -27,8 +27,8 @@ from lvsa_compile.sparsity.key_ranges import join_ranges
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128, 256)
 _FEWEST_TOKENS = 16  # below, a frame is no tile, and FlashInfer goes to its decoding kernel
-_WORKSPACE_BYTES = 128 * 2**20  # as FlashInfer recommends; one for all phases, layers and models of a device
-_PHASES_KEPT = 32  # of all patterns together; 8 MiB each
+_WORKSPACE_BYTES = 128 * 2**20  # as FlashInfer recommends; one for all phases, layers and models of a device and stream
+_PHASES_KEPT = 32  # of all patterns together; 8 MiB each, there and in pinned memory
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,10 @@ def attention_flashinfer(
         return attention_dense_merge(query, key, value, query_bounds, key_ranges, phase, scale=scale, key_mask=key_mask)
     batch, heads, length, head_dim = query.shape
     video = slice(blocks.start, blocks.end)
-    rows = [t[:, :, video].transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [B * video tokens, heads, head_dim]
-    planned = _planned(blocks, batch, heads, key.shape[1], head_dim, query.dtype, scale, query.device)
+    # [B * video tokens, heads, head_dim], in this order in memory too: FlashInfer takes the strides of one for those of the others
+    rows = [t[:, :, video].transpose(1, 2).flatten(0, 1).contiguous() for t in (query, key, value)]
+    stream = torch.cuda.current_stream(query.device).cuda_stream if query.device.type == "cuda" else 0
+    planned = _planned(blocks, batch, heads, key.shape[1], head_dim, query.dtype, scale, query.device, stream)
     found, found_lse = planned.run(*rows, return_lse=True)
     output = output_like(query, value)
     log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
@@ -125,6 +127,7 @@ def _planned(
     dtype: torch.dtype,
     scale: float | None,
     device: torch.device,
+    stream: int,
 ) -> Any:
     """FlashInfer's wrapper, planned for ``batch`` videos one after the other, none of which attends another."""
     frames = len(blocks.attended)
@@ -133,7 +136,7 @@ def _planned(
     indptr = torch.tensor(ends, dtype=torch.int32)
     indices = torch.tensor([frame for of_row in lists for frame in of_row], dtype=torch.int32)
     tokens = batch * frames * blocks.tokens
-    wrapper = _wrapper_class()(_workspace(device))
+    wrapper = _wrapper_class()(_workspace(device, stream))
     wrapper.plan(
         indptr, indices, tokens, tokens, blocks.tokens, blocks.tokens, heads, key_heads, head_dim,
         sm_scale=scale, q_data_type=dtype, kv_data_type=dtype, o_data_type=dtype,
@@ -142,7 +145,7 @@ def _planned(
 
 
 @functools.cache
-def _workspace(device: torch.device) -> Tensor:
+def _workspace(device: torch.device, stream: int) -> Tensor:
     return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
@@ -177,7 +180,7 @@ LOWERING = Lowering(
     "FlashInfer's block-sparse attention, a block being a latent frame",
     priority=40,
     body=attention_flashinfer,
-    operator=define_attention_op("attention_flashinfer", attention_flashinfer),
+    operator=define_attention_op("attention_flashinfer", attention_flashinfer, plans_on_host=True),
     unavailable=_unavailable,
     refuses=_refuses,
     speedup=by_rate("flashinfer"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from lvsa_compile.lowering.contract import AttentionCall, Lowering
 from lvsa_compile.lowering.gpu import why_no_gpu
 from lvsa_compile.lowering.rates import by_rate
 
+log = logging.getLogger(__name__)
 _flex: Any = importlib.import_module("torch.nn.attention.flex_attention")  # the package has a function of this name, too
 _BLOCK = 128
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -135,10 +137,18 @@ def _lists(tile_mask: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _has_flash(device: torch.device) -> bool:
-    """Whether FlexAttention can use FlashAttention 4: its package is installed and the part is one that it knows."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_properties(device).major < 9:
+    """Whether FlexAttention can use FlashAttention 4: the part is one that it knows, its package is installed, and it runs."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_properties(device).major not in (9, 10):
         return False
-    return importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec("flash_attn.cute") is not None
+    try:
+        importlib.import_module("flash_attn.cute")
+        query = torch.zeros(1, 1, 2 * _BLOCK, 64, dtype=torch.bfloat16, device=device)
+        bounds, ranges = (torch.tensor(n, dtype=torch.int32, device=device) for n in ([0, 2 * _BLOCK], [[[0, _BLOCK]]]))
+        _attend(query, query, query, _mask(bounds, ranges, 2 * _BLOCK, 2 * _BLOCK), None, None, True)
+    except Exception as error:  # not installed, or for another CUDA, or a kernel that it does not have: the Triton kernel serves
+        log.info("FlexAttention without FlashAttention 4 on %s: %s", device, error)
+        return False
+    return True
 
 
 def _unavailable(device: torch.device) -> str | None:

@@ -15,9 +15,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from lvsa_compile import compat
+from lvsa_compile.lowering.attention_op import ATTENTION
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.source_stamp import source_stamp
 from lvsa_compile.sparsity.key_ranges import key_range_table
 
 _RUNS = 3
@@ -31,6 +34,31 @@ def seconds_of(lowering: Lowering, call: AttentionCall) -> float | str:
             return lowering.tuned(call, functools.partial(_seconds_under, lowering, call))
     except Exception as failure:  # out of memory above all; the site itself may still find room
         return f"measuring it failed ({type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]})"
+
+
+def seconds_of_dense(call: AttentionCall) -> float | str:
+    """Seconds of dense attention on the shapes of a call, under its mask; or what went wrong."""
+    return seconds_of(_DENSE, call)
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bounds: Tensor,
+    key_ranges: Tensor,
+    phase: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, key_mask, scale=scale, enable_gqa=grouped), query
+
+
+_DENSE = Lowering(
+    "dense attention", "what is compared with", 0, _dense, ATTENTION, lambda device: None, lambda call: None, lambda call: 1.0
+)
 
 
 def _seconds_under(lowering: Lowering, call: AttentionCall, setup: str) -> float:
@@ -91,8 +119,8 @@ def _facts(lowering: Lowering, call: AttentionCall, setup: str) -> str:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("lvsa-compile", "torch", "triton", "flashinfer-python"):
+    found = {"source": source_stamp(), "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    for package in ("torch", "triton", "flashinfer-python"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

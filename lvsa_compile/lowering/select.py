@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,17 +56,16 @@ def select(call: AttentionCall, wanted: str = "auto", measure: bool = False) -> 
             passed_over.append((lowering.name, refusal))
     serving.sort(key=lambda lowering: -lowering.speedup(call))
     seconds: dict[str, float] = {}
-    if measure and len(serving) > 1:
-        slow = [lowering for lowering in serving if lowering.speedup(call) == 0.0]
-        for lowering in [lowering for lowering in serving if lowering not in slow]:
-            found = tried(lowering, call) or seconds_of(lowering, call)
+    for lowering in serving if measure else ():
+        if lowering.speedup(call) > 0.0 and tried(lowering, call) is None:
+            found = seconds_of(lowering, call)
             if isinstance(found, str):
-                passed_over.append((lowering.name, found))
+                passed_over.append((lowering.name, found))  # though it may serve: tensors of this size found no room beside the model
             else:
                 seconds[lowering.name] = found
-        serving = [*sorted((x for x in serving if x.name in seconds), key=lambda lowering: seconds[lowering.name]), *slow]
+    serving.sort(key=lambda lowering: seconds.get(lowering.name, math.inf))  # those not measured stay in the order of their estimates
     for lowering in serving:
-        problem = None if lowering.name in seconds else tried(lowering, call)
+        problem = tried(lowering, call)
         if problem is None:
             return Choice(lowering, tuple(passed_over), seconds)
         passed_over.append((lowering.name, problem))

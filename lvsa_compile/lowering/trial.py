@@ -16,7 +16,7 @@ from lvsa_compile.sparsity.frame_pattern import FramePattern
 from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
 
 _PATTERN = FramePattern(12, window=1, first_frames=1, reference_frames=5)
-_SPAN = VideoSpan(0, 12, 40, 20)
+_SPAN = VideoSpan(0, 12, 72, 70)  # frames and text that are not too small for any kernel that a model of real size meets
 
 
 def tried(lowering: Lowering, call: AttentionCall) -> str | None:
@@ -27,6 +27,11 @@ def tried(lowering: Lowering, call: AttentionCall) -> str | None:
     if call.device.type == "cpu" or lowering.body is attention:
         return None
     return _tried(lowering, call.device, call.dtype, call.query_heads // call.key_heads, call.head_dim, call.masked)
+
+
+def forget() -> None:
+    """Tries again what was tried; for after a change of the surroundings, such as memory that was freed."""
+    _tried.cache_clear()
 
 
 @functools.cache
@@ -49,15 +54,19 @@ def _tried(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: 
 
 
 def _error(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: int, head_dim: int, masked: bool) -> float:
-    """Twelve frames of 40 tokens and 20 of text: the largest error of the second phase over the largest value."""
+    """Twelve small frames and text, keys and values in different memory orders: the largest error of two phases over the largest value."""
     torch.manual_seed(0)
     table = key_range_table(_PATTERN, _SPAN, _SPAN)
     length = _SPAN.length
-    query, key, value = (torch.randn(2, length, n, head_dim, device=device, dtype=dtype).transpose(1, 2) for n in (group, 1, 1))
+    query, key, value = (torch.randn(1, length, 2 * n, head_dim, device=device, dtype=dtype).transpose(1, 2) for n in (group, 1, 1))
+    key = key.contiguous()
     where = lowering.device_of_tables(device)
-    numbers = (table.query_bounds, table.key_ranges, 1)
-    bounds, ranges, phase = (torch.tensor(content, dtype=torch.int32, device=where) for content in numbers)
+    bounds, ranges = (torch.tensor(content, dtype=torch.int32, device=where) for content in (table.query_bounds, table.key_ranges))
     key_mask = (torch.arange(length, device=device) < length - 10).reshape(1, 1, 1, length) if masked else None
-    found, _ = lowering.body(query, key, value, bounds, ranges, phase, key_mask=key_mask)
-    meaning, _ = attention(query, key, value, bounds, ranges, phase, key_mask=key_mask)
-    return float((found.float() - meaning.float()).abs().max() / meaning.float().abs().max())
+    worst = 0.0
+    for step in range(2):
+        phase = torch.tensor(step, dtype=torch.int32, device=where)
+        found, _ = lowering.body(query, key, value, bounds, ranges, phase, key_mask=key_mask)
+        meaning, _ = attention(query, key, value, bounds, ranges, phase, key_mask=key_mask)
+        worst = max(worst, float((found.float() - meaning.float()).abs().max() / meaning.float().abs().max()))
+    return worst

@@ -167,10 +167,18 @@ def _tuned(call: AttentionCall, seconds: Callable[[str], float]) -> float:
     """The least seconds of the listed configurations, which is preferred from now on for calls of this kind."""
     listed, described = _listed(call.device, call.head_dim, call.dtype, call.head_dim * call.dtype.itemsize % 16 == 0)
     kind = _kind(call.device, call.dtype, call.head_dim, described, call.key.length)
-    found = {}
+    found: dict[Configuration, float] = {}
+    failure = None
     for configuration in listed:
         _preferred[kind] = configuration
-        found[configuration] = seconds(f"{configuration.block_m}x{configuration.block_n} {configuration.warps}/{configuration.stages}")
+        name = f"{configuration.block_m}x{configuration.block_n} {configuration.warps}/{configuration.stages}"
+        try:
+            found[configuration] = seconds(name)
+        except Exception as error:  # too much shared memory for this part, say; another configuration may do
+            failure = error
+    del _preferred[kind]
+    if failure is not None and not found:
+        raise failure
     _preferred[kind] = min(found, key=lambda configuration: found[configuration])
     return found[_preferred[kind]]
 

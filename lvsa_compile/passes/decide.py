@@ -14,6 +14,7 @@ from lvsa_compile.axes.values import Array
 from lvsa_compile.compat import example_value
 from lvsa_compile.errors import LoweringUnavailableError, OptionError
 from lvsa_compile.lowering.contract import AttentionCall
+from lvsa_compile.lowering.measured import seconds_of_dense
 from lvsa_compile.lowering.select import select
 from lvsa_compile.passes.compilation import Compilation, Decision, SparsePlan
 from lvsa_compile.passes.trace_layout.token_layout import CONTRADICTED, IMAGE, SCRAMBLED, UNKNOWN, VIDEO, Segment, TokenLayout
@@ -157,11 +158,15 @@ def _plan(compilation: Compilation, call_with: Callable[[FramePattern], Attentio
         if options.lowering != "auto":
             raise  # asked for by name, so silence would mislead
         return reasons.NO_LOWERING.because(str(error))
-    speedup = choice.lowering.speedup(call)
-    if options.when_slower == "dense" and speedup <= 1:
-        return reasons.NOT_FASTER.because(
-            f"lowering {choice.lowering.name!r} is expected at {speedup:.2f} times the speed of dense attention"
-        )
+    if options.when_slower == "dense":
+        dense, ours = seconds_of_dense(call) if choice.seconds else "", choice.seconds.get(choice.lowering.name)
+        measured = isinstance(dense, float) and ours is not None
+        speedup = dense / ours if isinstance(dense, float) and ours is not None else choice.lowering.speedup(call)
+        if speedup <= 1:
+            how = "runs, measured," if measured else "is expected"
+            return reasons.NOT_FASTER.because(
+                f"lowering {choice.lowering.name!r} {how} at {speedup:.2f} times the speed of dense attention"
+            )
     return SparsePlan(call, choice)
 
 
