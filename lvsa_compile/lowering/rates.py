@@ -18,7 +18,7 @@ from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.gpu import device_target
 
 _SHARES: dict[str, dict[str, float]] = {
-    "cpu": {"cpu": 1.1, "dense_merge": 0.75},
+    "cpu": {"cpu": 1.1, "dense_merge": 0.85},
     "cuda:80": {"triton": 0.85, "dense_merge": 0.80, "flashinfer": 0.80, "flex": 0.70},
     "cuda:90": {"triton": 0.62, "dense_merge": 0.85, "flashinfer": 0.60, "flex": 0.55},
     "cuda:100": {"triton": 0.55, "dense_merge": 0.85, "flashinfer": 0.40, "flex": 0.45},
