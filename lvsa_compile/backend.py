@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -26,6 +27,7 @@ from lvsa_compile.passes.decide import decide
 from lvsa_compile.passes.find_attention import find_attention
 from lvsa_compile.passes.find_horizon import find_horizon
 from lvsa_compile.passes.find_timestep import find_timestep
+from lvsa_compile.passes.follow_trails import follow_trails
 from lvsa_compile.passes.rewrite import lower, rewrite
 from lvsa_compile.passes.trace_layout.interpreter import input_kind
 from lvsa_compile.passes.trace_layout.reading import SameValue
@@ -45,6 +47,7 @@ ANALYSIS: tuple[Pass, ...] = (
     find_horizon,  # how many frames the model was trained on
     find_timestep,  # which input tells the denoising step
     decide,  # per site: sparse with a plan, or dense with one reason
+    follow_trails,  # how each query came from the latent, for the report
 )
 PIPELINE: tuple[Pass, ...] = (
     *ANALYSIS,
@@ -178,6 +181,7 @@ _warned: set[str] = set()
 def _publish(report: Report, compilation: Compilation) -> None:
     """Keeps the report, logs its line, counts, and warns of what was most likely not meant."""
     keep(report, compat.compiled_entry(), compat.parent.get())
+    compat.trace_artifact("lvsa_report", lambda: json.dumps(report.to_dict(), indent=1))
     log.info("%s", report.summary)
     log.debug("%s", report)
     counts = compat.counters()

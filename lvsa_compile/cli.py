@@ -45,6 +45,63 @@ def explain(
 
 
 @app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(help="A report, as lvsa explain --json prints it.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the differences as JSON.")] = False,
+) -> None:
+    """What two reports say differently, site by site.  Exit code 1 where anything does."""
+    from lvsa_compile.report.comparison import differences, read_report
+
+    found = differences(read_report(before), read_report(after))
+    if as_json:
+        print(json.dumps([asdict(difference) for difference in found], indent=1))
+    elif found:
+        table = Table("site", "what", str(before), str(after))
+        for difference in found:
+            table.add_row(*(Text(part) for part in (difference.site or "(all)", difference.what, difference.before, difference.after)))
+        Console().print(table)
+    else:
+        Console().print("The reports say the same.")
+    if found:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bisect(
+    target: Annotated[str, typer.Argument(help="FILE.py or FILE.py:FUNCTION; the function (default: build) returns (model, kwargs).")],
+    tolerance: Annotated[float, typer.Option(help="How far the output may move, relative to its largest value.")] = 0.05,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE of a backend option, as often as needed.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Finds the first attention site whose rewrite moves the model's output by more than a tolerance.
+
+    Compiles the model some log2(sites) times; inner=aot_eager is quick, and inner=inductor is what runs.
+    """
+    from lvsa_compile.bisecting import as_dict
+    from lvsa_compile.bisecting import bisect as search
+
+    model, inputs = _load(target)
+    say = functools.partial(Console(stderr=True).print, style="dim", highlight=False)
+    found = search(model, inputs, tolerance, _options(option or []), say)
+    if as_json:
+        print(json.dumps(as_dict(found), indent=1))
+    elif not found.site:
+        Console().print(f"With all {found.sites} sites sparse the output moves by {found.error:.2e}, within {tolerance:g}.")
+    else:
+        Console().print(
+            Text(
+                f"Site {found.number} of {found.sites}, {found.site}: with it sparse the output moves by {found.error:.2e}, "
+                f"without by {found.error_before:.2e}; tolerance {tolerance:g}.\n{found.source}\n"
+                f"To leave it dense: options={{'dense_layers': [{found.number - 1}]}}"
+            ),
+            soft_wrap=True,
+        )
+    if found.site:
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor() -> None:
     """Versions, devices, and each lowering: usable, or why not."""
     import torch

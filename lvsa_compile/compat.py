@@ -157,6 +157,13 @@ def cpu_has_matrix_units() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
+def trace_artifact(name: str, content: Callable[[], str]) -> None:
+    """Adds a JSON artifact to torch's structured trace of this compile (``TORCH_TRACE``, tlparse); costs nothing where none is taken."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=content)
+
+
 def cudnn_attention_enabled() -> bool:
     """Whether the user left cuDNN's attention switched on."""
     return bool(torch.backends.cuda.cudnn_sdp_enabled())

@@ -54,6 +54,28 @@ class ShapeError(LvsaError, ValueError):
         return type(self), (self.argument, self.value, self.problem, self.remedy)
 
 
+class ReportFileError(LvsaError, ValueError):
+    """A file that should hold a report and does not."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path!r} {problem}. Give a file that `lvsa explain ... --json` or json.dump(report.to_dict()) wrote.")
+        self.path, self.problem = path, problem
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.path, self.problem)
+
+
+class BisectError(LvsaError, ValueError):
+    """Something that cannot be bisected."""
+
+    def __init__(self, name: str, value: object, problem: str, remedy: str) -> None:
+        super().__init__(f"bisect {name}={value!r}: {problem}. {remedy}")
+        self.name, self.value, self.problem, self.remedy = name, value, problem, remedy
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.name, self.value, self.problem, self.remedy)
+
+
 class BenchError(LvsaError, ValueError):
     """Something that ``lvsa bench`` cannot measure here."""
 

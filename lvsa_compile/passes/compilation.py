@@ -35,10 +35,21 @@ class SparsePlan:
 
 
 @dataclass(frozen=True)
+class TrailStep:
+    """An op on the way from the latent to a query: what it gave, and file and line; ``lost`` where the layout was lost there."""
+
+    op: str
+    shape: str
+    source: str
+    lost: bool = False
+
+
+@dataclass(frozen=True)
 class Decision:
     """What becomes of one site: a ``plan``, or a ``miss`` that says why it stays dense.
 
     A dense site with a ``mask`` is "masked": computed dense by the mask's parts, so that the mask itself need not be made.
+    ``segments`` are the kinds, labels and sizes in tokens of the query sequence, as far as they are numbers.
     """
 
     name: str
@@ -48,6 +59,8 @@ class Decision:
     mask: MaskForm | None = None
     plan: SparsePlan | None = None
     miss: Miss | None = None
+    segments: tuple[tuple[str, str, int], ...] = ()
+    trail: tuple[TrailStep, ...] = ()
 
 
 @dataclass(frozen=True)

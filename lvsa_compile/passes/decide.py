@@ -55,11 +55,12 @@ def _decision(
 ) -> Decision:
     name, shown = compat.module_path(site.node) or site.node.name, _shown(layouts)
     attention = site if isinstance(site, AttentionSite) else None
+    segments = tuple((s.kind, str(s), s.size if isinstance(s.size, int) else 0) for s in layouts[0].segments) if layouts else ()
     if isinstance(outcome, SparsePlan):
-        return Decision(name, site.node, attention, shown, plan=outcome)
+        return Decision(name, site.node, attention, shown, plan=outcome, segments=segments)
     form = compilation.masks.get(site.node) if _could_be_masked(attention, outcome) and compilation.options.lower_padding_masks else None
     apart = form if form is not None and form.queries and form.pairs is None else None
-    return Decision(name, site.node, attention, shown, apart, miss=outcome)
+    return Decision(name, site.node, attention, shown, apart, miss=outcome, segments=segments)
 
 
 def _could_be_masked(site: AttentionSite | None, miss: Miss) -> bool:

@@ -14,8 +14,9 @@ from lvsa_compile import compat
 from lvsa_compile.clock import explicit_step
 from lvsa_compile.compat import example_value
 from lvsa_compile.lowering import verification
-from lvsa_compile.passes.compilation import Compilation, Decision
+from lvsa_compile.passes.compilation import Compilation, Decision, TrailStep
 from lvsa_compile.reasons import REASONS
+from lvsa_compile.sparsity.frame_pattern import FramePattern
 
 _BETWEEN = "attention in the code between graphs runs eagerly and is not listed; lvsa_compile.explain counts it"
 SPARSE, MASKED, DENSE = "sparse", "masked", "dense"
@@ -30,7 +31,9 @@ class SiteReport:
     ``name`` is the path of its module, ``source`` the file and line; ``layout`` shows the token sequence; ``density`` is the attended
     share of frame pairs, mean over the phases; ``passed_over`` names the lowerings that could not serve, with why, and ``seconds``
     what a call took by each that was measured; shapes are ``[batch, heads, tokens, head_dim]``; ``worst_error`` is what
-    ``options={"verify": True}`` has seen so far, and ``tolerance`` what rounding explains in the site's dtype.
+    ``options={"verify": True}`` has seen so far, and ``tolerance`` what rounding explains in the site's dtype; ``flops`` are those of
+    dense attention; ``segments`` are kind, label and tokens of each part of the query sequence; ``trail`` is the way of the query from
+    the input that shows the video, up to where it was lost if it was.
     """
 
     name: str
@@ -48,6 +51,10 @@ class SiteReport:
     key_shape: str = ""
     worst_error: float | None = None
     tolerance: float = 0.0
+    flops: float = 0.0
+    pattern: FramePattern | None = None
+    segments: tuple[tuple[str, str, int], ...] = ()
+    trail: tuple[TrailStep, ...] = ()
 
     def __str__(self) -> str:
         layout = f"  [{self.layout}]" if self.layout and self.layout not in self.detail else ""
@@ -190,6 +197,10 @@ def _site(decision: Decision) -> SiteReport:
             seconds=dict(plan.choice.seconds),
             query_shape=shapes[0],
             key_shape=shapes[1],
+            flops=plan.call.flops,
+            pattern=plan.call.pattern,
+            segments=decision.segments,
+            trail=decision.trail,
         )
     assert decision.miss is not None
     reason = decision.miss.reason
@@ -203,6 +214,8 @@ def _site(decision: Decision) -> SiteReport:
         decision.layout,
         query_shape=shapes[0],
         key_shape=shapes[1],
+        segments=decision.segments,
+        trail=decision.trail,
     )
 
 
