@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What importing FlashInfer takes, to test the calls of it; what running it takes is gigabytes and a GPU.
 FLASHINFER := flashinfer-python apache-tvm-ffi nvidia-ml-py
 
-.PHONY: demo test test-all fuzz bench lint clean
+.PHONY: demo test test-all docs fuzz bench lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/wan_long_video.py
@@ -19,6 +19,11 @@ test: $(VENV)/test lint
 test-all: test
 	$(BIN)/lvsa kernels
 	$(BIN)/python benchmarks/gpu.py --device cpu --quick --rounds 2 --layers 1
+	$(MAKE) docs
+
+# The documents as a site in out/site; a link that leads nowhere is an error.
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build --quiet
 
 # Random video DiTs against ground truth, as many as FUZZ says.
 FUZZ ?= 500
@@ -47,6 +52,10 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
 	$(PIP) install --quiet --constraint constraints.txt --no-deps $(FLASHINFER) || echo 'its tests will be skipped: no flashinfer'
+	touch $@
+
+$(VENV)/docs: $(VENV)/torch pyproject.toml
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 clean:
