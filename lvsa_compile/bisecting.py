@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lvsa_compile import compat
 from lvsa_compile.backend import lvsa
@@ -68,7 +67,7 @@ def bisect(
         compiled = compat.compiled_apart(getattr(model, "_orig_mod", model), backend=lvsa, options=given)
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
-            outputs = [leaf for leaf in tree_leaves(compiled(**inputs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            outputs = [leaf for leaf in compat.tree_leaves(compiled(**inputs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         return torch.cat([output.double().flatten().cpu() for output in outputs]), reports()[-1]
 
     everything, report = run(None)
