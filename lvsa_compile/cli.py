@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import platform
 import shlex
 import sys
+import traceback
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +27,14 @@ from lvsa_compile.sparsity.frame_pattern import FramePattern
 app = typer.Typer(help="Long Video Sparse Attention for torch.compile.", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Long Video Sparse Attention for torch.compile."""
+    if version:
+        print(importlib.metadata.version("lvsa-compile"))
+        raise typer.Exit
+
+
 @app.command()
 def explain(
     target: Annotated[str, typer.Argument(help="FILE.py or FILE.py:FUNCTION; the function (default: build) returns (model, kwargs).")],
@@ -33,15 +45,22 @@ def explain(
 ) -> None:
     """What the backend would do with a model, and why, without compiling it."""
     from lvsa_compile.explaining import explain as explain_model
+    from lvsa_compile.options import parse_options
 
+    options = _options(option or [])
+    parse_options(options)
+    if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"--html {str(html)!r} is a folder, or in one that does not exist. Give the path of a file.")
+    _check_device(device)
     model, inputs = _load(target)
-    report = explain_model(model, options=_options(option or []), device=device, **inputs)
-    if html is not None:
-        report.to_html(str(html))
+    report = explain_model(model, options=options, device=device, **inputs)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
         Console().print(Text(str(report)), soft_wrap=True)
+    if html is not None:
+        report.to_html(str(html))
+        Console(stderr=True).print(Text(f"The page is in {html}."), soft_wrap=True)
 
 
 @app.command()
@@ -74,16 +93,20 @@ def bisect(
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE of a backend option, as often as needed.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Finds the first attention site whose rewrite moves the model's output by more than a tolerance.
+    """Finds the site at which the model's output has moved by more than a tolerance, sites made sparse one after the other.
 
-    Compiles the model some log2(sites) times; inner=aot_eager is quick, and inner=inductor is what runs.
+    The change adds up over the sites: compare it with and without the one that is named.  Compiles the model some log2(sites) times;
+    inner=aot_eager is quick, and inner=inductor is what runs.  Exit code 1 where a site is found.
     """
     from lvsa_compile.bisecting import as_dict
     from lvsa_compile.bisecting import bisect as search
+    from lvsa_compile.options import parse_options
 
+    options = _options(option or [])
+    parse_options(options)
     model, inputs = _load(target)
     say = functools.partial(Console(stderr=True).print, style="dim", highlight=False)
-    found = search(model, inputs, tolerance, _options(option or []), say)
+    found = search(model, inputs, tolerance, options, say)
     if as_json:
         print(json.dumps(as_dict(found), indent=1))
     elif not found.site:
@@ -91,9 +114,9 @@ def bisect(
     else:
         Console().print(
             Text(
-                f"Site {found.number} of {found.sites}, {found.site}: with it sparse the output moves by {found.error:.2e}, "
-                f"without by {found.error_before:.2e}; tolerance {tolerance:g}.\n{found.source}\n"
-                f"To leave it dense: options={{'dense_layers': [{found.number - 1}]}}"
+                f"{found.site}, number {found.number} of {found.sites}: with the sites up to it sparse the output moves by "
+                f"{found.error:.2e}, with those before it by {found.error_before:.2e}; tolerance {tolerance:g}.\n{found.source}\n"
+                f"To leave it dense: options={{'dense_layers': [{found.number - 1}]}}, which counts from 0"
             ),
             soft_wrap=True,
         )
@@ -129,24 +152,28 @@ def doctor() -> None:
 def pattern(
     frames: Annotated[int, typer.Option(help="Latent frames of the video.")],
     window: Annotated[int, typer.Option(help="Half-width of the window, in latent frames.")] = 3,
-    first_frames: Annotated[int, typer.Option(help="Frames at the start that all attend.")] = 1,
+    first_frames: Annotated[int, typer.Option(help="Frames at the start that every frame attends.")] = 1,
     reference_frames: Annotated[int, typer.Option(help="Training horizon in latent frames.")] = 21,
     key_frame_interval: Annotated[int | None, typer.Option(help="Distance of periodic anchors; by default chosen.")] = None,
-    steps: Annotated[int, typer.Option(help="How many denoising steps of the rotation to show.")] = 3,
+    sparsity_scale: Annotated[float, typer.Option(help="Multiplies the budget of attended frames.")] = 1.0,
+    steps: Annotated[int, typer.Option(min=1, help="How many denoising steps of the rotation to show.")] = 3,
 ) -> None:
     """Draws which frame attends which, and how the anchors move from step to step."""
-    shown = FramePattern(frames, window, first_frames, reference_frames, key_frame_interval=key_frame_interval)
+    shown = FramePattern(frames, window, first_frames, reference_frames, sparsity_scale, key_frame_interval)
     console = Console()
     console.print(
         f"{frames} latent frames, window {window}, anchors every {shown.interval or '–'} frames, density {shown.density:.3f}"
         + (", full: nothing to skip" if shown.is_full else "")
     )
+    rows, columns = max(console.height - 6, 8), console.width - 6
+    if frames > min(rows, columns):
+        console.print(f"drawn for {min(rows, frames)} of {frames} query frames and {min(columns, frames)} of {frames} attended ones")
     for step in range(min(steps, shown.phases)):
         anchors = shown.anchors(step)
         console.print(Text(f"\nstep {step}: █ anchor, ▒ window, · skipped; a row is a query frame"))
-        for frame in _sampled(frames, max(console.height - 6, 8)):
+        for frame in _sampled(frames, rows):
             attended = set(shown.attended(frame, step))
-            cells = ("█" if key in anchors else "▒" if key in attended else "·" for key in _sampled(frames, console.width - 6))
+            cells = ("█" if key in anchors else "▒" if key in attended else "·" for key in _sampled(frames, columns))
             console.print(Text(f"{frame:4d} " + "".join(cells)), no_wrap=True, crop=True)
 
 
@@ -252,18 +279,42 @@ def _load(target: str) -> tuple[Any, dict[str, Any]]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))
-    spec.loader.exec_module(module)
+    with _named(f"running {name!r}"):
+        spec.loader.exec_module(module)
     build = getattr(module, function or "build", None)
     if not callable(build):
         raise typer.BadParameter(
             f"{name!r} has no function {function or 'build'!r}. Name one that returns (model, kwargs), as in {name}:my_function."
         )
-    built = build()
+    with _named(f"{function or 'build'}() of {name!r}"):
+        built = build()
     if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[1], dict)):
         raise typer.BadParameter(
             f"{function or 'build'}() returned {type(built).__name__}. It must return (model, kwargs), kwargs being a dict."
         )
     return built
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """An error of the user's own code as one line, with the line of it that raised."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        raise typer.BadParameter(
+            f"{what} raised {type(error).__name__}: {error} ({frames[-1].filename}, line {frames[-1].lineno})"
+        ) from None
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    try:
+        if device is not None:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"--device {device!r} cannot be used: {str(error).splitlines()[0]} Try 'cpu' or 'meta'.") from None
 
 
 def _options(given: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -128,3 +129,40 @@ with torch.no_grad():
     text = "".join(path.read_text() for path in tmp_path.iterdir())
     assert '"name": "lvsa_report", "encoding": "json"' in text
     assert '"summary": "lvsa WanTransformer3DModel [0/0]: 1 of 2 attention sites sparse' in text
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    (["explain", "model.py", "--html", "nowhere/x.html"], "--html 'nowhere/x.html' is a folder, or in one that does not exist."),
+    (["explain", "model.py", "--html", "."], "--html '.' is a folder, or in one that does not exist. Give the path of a file."),
+    (["explain", "model.py", "--device", "foo"], "--device 'foo' cannot be used:"),
+    (["explain", "model.py:raises"], "raises() of 'model.py' raised KeyError: 'missing'"),
+    (["explain", "broken.py"], "running 'broken.py' raised SyntaxError"),
+    (["bisect", "nothing.py"], "'nothing.py' is no Python file."),
+])  # fmt: skip
+def test_bad_input_is_one_line_before_anything_runs(tmp_path, monkeypatch, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.py").write_text(f"{MODEL.format(tests=str(Path(__file__).parent))}\ndef raises():\n    return {{}}['missing']\n")
+    (tmp_path / "broken.py").write_text("def build(:\n")
+    run = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+    assert run.exit_code == 2
+    assert text in " ".join(run.output.split())
+    assert "Traceback" not in run.output
+
+
+def test_the_version():
+    assert CliRunner().invoke(app, ["--version"]).stdout.strip() == importlib.metadata.version("lvsa-compile")
+
+
+def test_a_report_says_how_much_work_is_left_and_leaves_the_lowering_open_on_no_device():
+    model = wan(num_layers=1).to("meta")
+    inputs = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in wan_inputs().items()}
+    report = lvsa_compile.explain(model, options=PATTERN, **inputs)
+    (site,) = report.sparse_sites
+    assert site.lowering == "(chosen on the real device)"
+    assert site.passed_over == ()
+    flops = 4 * 108**2 * 2 * 24
+    assert report.work == (
+        f"attention over the video computes {site.density:.0%} of what dense attention would "
+        f"({flops * site.density / 1e9:.3g} GFLOP of {flops / 1e9:.3g} GFLOP per forward)"
+    )
+    assert f"  work: {report.work}" in str(report)

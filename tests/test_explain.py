@@ -107,7 +107,7 @@ def test_nearest_miss_comes_first_with_values_line_and_remedy():
     assert str(report).splitlines()[1:3] == [
         "  nearest miss: attention: dense, horizon_unknown: VideoDiT is not in the table of training horizons  [video 9×3×4]  "
         "Remedy: Pass options={'reference_frames': N}, N being the latent frames the model was trained on.",
-        f"    at {report.sites[0].source}",
+        f"    attention at {report.sites[0].source}",
     ]
     assert "tiny_models.py" in report.sites[0].source
     full = lvsa_compile.explain(wan(), **wan_inputs())

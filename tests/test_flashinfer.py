@@ -170,4 +170,4 @@ def test_it_leaves_cuda_graphs_to_others():
 
 def test_without_flashinfer_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(lowering.importlib.util, "find_spec", lambda name: None)
-    assert lowering._unavailable(torch.device("cuda")) == "flashinfer is not installed: pip install 'lvsa-compile[flashinfer]'"
+    assert lowering._unavailable(torch.device("cuda")) == "flashinfer is not installed: pip install flashinfer-python"

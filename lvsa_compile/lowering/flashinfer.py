@@ -157,7 +157,7 @@ def _wrapper_class() -> Any:
 
 def _unavailable(device: torch.device) -> str | None:
     if importlib.util.find_spec("flashinfer") is None:
-        return "flashinfer is not installed: pip install 'lvsa-compile[flashinfer]'"
+        return "flashinfer is not installed: pip install flashinfer-python"
     return "FlashInfer runs on NVIDIA GPUs, not on ROCm" if torch.version.hip else why_no_gpu(device)
 
 

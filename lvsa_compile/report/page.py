@@ -45,7 +45,6 @@ def page(report: Report) -> str:
 
 def _pattern(pattern: FramePattern, sites: Sequence[SiteReport], rotate: bool) -> dict[str, Any]:
     """A frame pattern, phase by phase: anchors, and from where to where each frame's window reaches."""
-    dense, saved = sum(site.flops for site in sites), sum(site.flops * (1.0 - site.density) for site in sites)
     phases = []
     for phase in range(pattern.phases if rotate else 1):
         anchors = set(pattern.anchors(phase))
@@ -57,7 +56,6 @@ def _pattern(pattern: FramePattern, sites: Sequence[SiteReport], rotate: bool) -
         "density": pattern.density,
         "interval": pattern.interval,
         "phases": phases,
-        "saving": f"saves {saved / 1e12:.3g} of {dense / 1e12:.3g} TFLOP of attention per forward",
     }
 
 

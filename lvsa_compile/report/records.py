@@ -20,6 +20,7 @@ from lvsa_compile.sparsity.frame_pattern import FramePattern
 
 _BETWEEN = "attention in the code between graphs runs eagerly and is not listed; lvsa_compile.explain counts it"
 SPARSE, MASKED, DENSE = "sparse", "masked", "dense"
+ON_THE_REAL_DEVICE = "(chosen on the real device)"
 _CLOSENESS = {reason.code: place for place, reason in enumerate(REASONS)}
 
 
@@ -100,6 +101,15 @@ class Report:
         return tuple(site for site in self.sites if site.decision == SPARSE)
 
     @property
+    def work(self) -> str:
+        """What the sparse sites compute of what they would dense, in words; "" where none is sparse."""
+        dense, kept = sum(site.flops for site in self.sparse_sites), sum(site.flops * site.density for site in self.sparse_sites)
+        if not dense:
+            return ""
+        counted = f"{_flop(kept)} of {_flop(dense)} per forward"
+        return f"attention over the video computes {kept / dense:.0%} of what dense attention would ({counted})"
+
+    @property
     def nearest_miss(self) -> SiteReport | None:
         """Of the dense sites the one that came closest to being sparse; None where something is sparse or nothing was found."""
         if self.sparse_sites or not self.sites:
@@ -123,8 +133,9 @@ class Report:
     def __str__(self) -> str:
         lines = [self.summary]
         if miss := self.nearest_miss:
-            lines += [f"  nearest miss: {miss}", *([f"    at {miss.source}"] if miss.source else [])]
+            lines += [f"  nearest miss: {miss}", *([f"    attention at {miss.source}"] if miss.source else [])]
         if self.sparse_sites:
+            lines.append(f"  work: {self.work}")
             lines.append(f"  horizon: {self.horizon}")
         for graph in self.graphs:
             if len(self.graphs) > 1:
@@ -146,6 +157,14 @@ class Report:
         from lvsa_compile.report.page import write_page
 
         write_page(self, path)
+
+
+def _flop(count: float) -> str:
+    """With three digits, in the unit that fits."""
+    for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e9:.3g} GFLOP"
 
 
 def versions() -> dict[str, str]:
@@ -192,8 +211,8 @@ def _site(decision: Decision) -> SiteReport:
             source=compat.source_line(decision.node),
             layout=decision.layout,
             density=plan.call.pattern.density,
-            lowering=plan.choice.lowering.name,
-            passed_over=plan.choice.passed_over,
+            lowering=plan.choice.lowering.name if plan.call.device.type != "meta" else ON_THE_REAL_DEVICE,
+            passed_over=plan.choice.passed_over if plan.call.device.type != "meta" else (),
             seconds=dict(plan.choice.seconds),
             query_shape=shapes[0],
             key_shape=shapes[1],
