@@ -144,7 +144,8 @@ def _has_flash(device: torch.device) -> bool:
         importlib.import_module("flash_attn.cute")
         query = torch.zeros(1, 1, 2 * _BLOCK, 64, dtype=torch.bfloat16, device=device)
         bounds, ranges = (torch.tensor(n, dtype=torch.int32, device=device) for n in ([0, 2 * _BLOCK], [[[0, _BLOCK]]]))
-        _attend(query, query, query, _mask(bounds, ranges, 2 * _BLOCK, 2 * _BLOCK), None, None, True)
+        mask_of, attend = _compiled("FlashAttention 4", device)  # uncompiled, FlexAttention takes no heed of the backend
+        attend(query, query, query, mask_of(bounds, ranges, 2 * _BLOCK, 2 * _BLOCK), None, None, True)
     except Exception as error:  # not installed, or for another CUDA, or a kernel that it does not have: the Triton kernel serves
         log.info("FlexAttention without FlashAttention 4 on %s: %s", device, error)
         return False
