@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -25,6 +26,14 @@ def test_the_readme_code_is_python_and_what_needs_no_weights_runs():
     with_weights, by_itself = (part.split("```")[0] for part in text.split("```python\n")[1:])
     compile(with_weights, "README.md", "exec")
     exec(compile(by_itself, "README.md", "exec"), {})
+
+
+def test_the_readmes_figures_are_those_of_the_results():
+    rows = {row["horizon"]: row for row in json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["model"] if "speedup" in row}
+    text = (ROOT / "README.md").read_text()
+    assert sorted(rows) == [1, 2, 4, 6]
+    for title, figure in (("speed-up", "speedup"), ("what counting FLOPs allows", "bound")):
+        assert f"| {title} | {' | '.join(f'{rows[n][figure]:.2f}×' for n in sorted(rows))} |" in text
 
 
 def test_every_lowering_is_in_the_table_of_lowerings():
