@@ -77,9 +77,10 @@ def diff(
         print(json.dumps([asdict(difference) for difference in found], indent=1))
     elif found:
         table = Table("site", "what", str(before), str(after))
+        table.columns[0].overflow = "fold"
         for difference in found:
             table.add_row(*(Text(part) for part in (difference.site or "(all)", difference.what, difference.before, difference.after)))
-        Console().print(table)
+        _for_tables().print(table)
     else:
         Console().print("The reports say the same.")
     if found:
@@ -238,7 +239,7 @@ def kernels(
 
     Exit code 1 where a variant spills, needs more shared memory than the part has, or does not use its matrix units.
     """
-    from lvsa_compile.kernels.inspection import TARGETS, inspect
+    from lvsa_compile.kernels.inspection import MATRIX_INSTRUCTION, TARGETS, inspect
 
     table = Table(
         "target", "dtype", "head dim", "mask", "loads", "tile", "warps", "stages", "registers", "spilled", "shared", "matrix ops", "problem"
@@ -251,14 +252,20 @@ def kernels(
             variant.target, variant.dtype, str(variant.head_dim), "yes" if variant.masked else "",
             "descriptor" if variant.described else "pointer", f"{shape.block_m}×{shape.block_n}",
             *(str(n) for n in (shape.warps, shape.stages, variant.registers, variant.spilled_bytes, variant.shared_bytes)),
-            str(variant.matrix_instructions), "; ".join(variant.problems),
+            f"{variant.matrix_instructions} {MATRIX_INSTRUCTION[variant.target]}", "; ".join(variant.problems),
         )  # fmt: skip
     if as_json:
         print(json.dumps([asdict(variant) for variant in found], indent=1))
     else:
-        Console().print(table)
+        _for_tables().print(table)
     if any(variant.problems for variant in found):
         raise typer.Exit(1)
+
+
+def _for_tables() -> Console:
+    """Wide where no terminal says how wide, so that nothing is cut in a log."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 180))
 
 
 def _sampled(count: int, room: int) -> list[int]:

@@ -325,6 +325,9 @@ def test_the_exit_code_says_whether_a_variant_has_a_problem(monkeypatch, problem
     assert run.exit_code == code
     assert asked == [["cuda:90", "cuda:100"]]
     (printed,) = json.loads(run.stdout)
+    shown = CliRunner().invoke(app, ["kernels", "--target", "cuda:90"]).stdout
+    assert "44 wgmma" in shown
+    assert "descriptor" in shown
     assert (printed["registers"], printed["problems"]) == (255, list(problems))
 
 

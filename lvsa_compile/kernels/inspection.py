@@ -19,7 +19,7 @@ HEAD_DIMS = (64, 80, 96, 128)
 DTYPES = ("bf16", "fp16")
 
 _SHARED_LIMIT = {"cuda:80": 166912, "cuda:89": 101376, "cuda:90": 232448, "cuda:100": 232448, "cuda:120": 101376, "hip:gfx942": 65536}
-_MATRIX_INSTRUCTION = {"cuda:80": "mma.sync", "cuda:89": "mma.sync", "cuda:90": "wgmma", "cuda:100": "tcgen05", "cuda:120": "mma.sync",
+MATRIX_INSTRUCTION = {"cuda:80": "mma.sync", "cuda:89": "mma.sync", "cuda:90": "wgmma", "cuda:100": "tcgen05", "cuda:120": "mma.sync",
                        "hip:gfx942": "v_mfma"}  # fmt: skip
 _MAY_SPILL = ("cuda:89", "cuda:120")  # consumer parts: small register files, and no goal of ours
 _ARGUMENTS = {  # of attention_kernel, by type; strides and the rest are integers
@@ -102,7 +102,7 @@ def _compiled(target: str, dtype: str, head_dim: int, masked: bool, described: b
         return Compiled(target, dtype, head_dim, masked, described, configuration, 0, 0, 0, 0, (problem,))
     registers, spilled = _registers(found.asm)
     text = found.asm["ptx" if kind == "cuda" else "amdgcn"]
-    instructions = text.count(_MATRIX_INSTRUCTION[target])
+    instructions = text.count(MATRIX_INSTRUCTION[target])
     shared = int(found.metadata.shared)
     problems = []
     if spilled and target not in _MAY_SPILL:
@@ -110,7 +110,7 @@ def _compiled(target: str, dtype: str, head_dim: int, masked: bool, described: b
     if shared > _SHARED_LIMIT[target]:
         problems.append(f"needs {shared} bytes of shared memory, the part has {_SHARED_LIMIT[target]}")
     if not instructions:
-        problems.append(f"no {_MATRIX_INSTRUCTION[target]}")
+        problems.append(f"no {MATRIX_INSTRUCTION[target]}")
     return Compiled(target, dtype, head_dim, masked, described, configuration, registers, spilled, shared, instructions, tuple(problems))
 
 
