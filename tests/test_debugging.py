@@ -163,6 +163,6 @@ def test_a_report_says_how_much_work_is_left_and_leaves_the_lowering_open_on_no_
     flops = 4 * 108**2 * 2 * 24
     assert report.work == (
         f"attention over the video computes {site.density:.0%} of what dense attention would "
-        f"({flops * site.density / 1e9:.3g} GFLOP of {flops / 1e9:.3g} GFLOP per forward)"
+        f"({flops * site.density / 1e6:.3g} MFLOP of {flops / 1e6:.3g} MFLOP per forward)"
     )
     assert f"  work: {report.work}" in str(report)

@@ -161,10 +161,10 @@ class Report:
 
 def _flop(count: float) -> str:
     """With three digits, in the unit that fits."""
-    for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12)):
+    for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
-    return f"{count / 1e9:.3g} GFLOP"
+    return f"{count / 1e6:.3g} MFLOP"
 
 
 def versions() -> dict[str, str]:
