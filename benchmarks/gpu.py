@@ -35,6 +35,7 @@ import lvsa_compile
 from lvsa_compile.bench.attention_sites import Measured, Site
 from lvsa_compile.bench.measuring import Seconds, in_turn, peak_bytes
 from lvsa_compile.bench.results import machine
+from lvsa_compile.errors import in_a_line
 from lvsa_compile.kernels.inspection import inspect
 from lvsa_compile.lowering.gpu import device_target
 from lvsa_compile.lowering.select import lowerings
@@ -163,7 +164,7 @@ def attempt(run: Callable[[], Any]) -> Any:
         with torch.no_grad():
             return run()
     except Exception as error:  # a benchmark that ends at one kernel's failure shows nothing of the others
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        return in_a_line(error)
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +91,3 @@ def bisect(
         low, high = (middle, high) if moved(middle) <= tolerance else (low, middle)
     culprit = names[high - 1]
     return Bisection(len(names), high, culprit.name, culprit.source, moved(high), moved(low), len(found))
-
-
-def as_dict(found: Bisection) -> dict[str, Any]:
-    """Ready for JSON."""
-    return dataclasses.asdict(found)

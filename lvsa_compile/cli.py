@@ -99,7 +99,6 @@ def bisect(
     The change adds up over the sites: compare it with and without the one that is named.  Compiles the model some log2(sites) times;
     inner=aot_eager is quick, and inner=inductor is what runs.  Exit code 1 where a site is found.
     """
-    from lvsa_compile.bisecting import as_dict
     from lvsa_compile.bisecting import bisect as search
     from lvsa_compile.options import parse_options
 
@@ -109,7 +108,7 @@ def bisect(
     say = functools.partial(Console(stderr=True).print, style="dim", highlight=False)
     found = search(model, inputs, tolerance, options, say)
     if as_json:
-        print(json.dumps(as_dict(found), indent=1))
+        print(json.dumps(asdict(found), indent=1))
     elif not found.site:
         Console().print(f"With all {found.sites} sites sparse the output moves by {found.error:.2e}, within {tolerance:g}.")
     else:

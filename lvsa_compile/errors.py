@@ -10,6 +10,12 @@ import difflib
 from collections.abc import Iterable
 
 
+def in_a_line(error: BaseException) -> str:
+    """The kind of an error of somebody else's and the first line of what it says."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
 class LvsaError(Exception):
     """Base of all errors this package raises on purpose."""
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvsa_compile import FramePattern
+from lvsa_compile.lowering.dense_merge import plan_of
 from lvsa_compile.lowering.select import lowerings
 from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
 
@@ -170,6 +171,20 @@ def test_a_row_without_keys_gives_zero(name):
         answer, answer_lse = oracle.dense(query, key, value, mask)
         assert torch.allclose(output.double(), answer, atol=1e-5)
         assert torch.allclose(log_sum_exp.double(), answer_lse, atol=1e-5)
+
+
+def test_windows_come_in_few_batches_of_few_shapes():
+    """121 latent frames under Wan's pattern: what docs/architecture.md says of ``dense_merge``."""
+    pattern, span = FramePattern(121), VideoSpan(0, 121, 10, 0)
+    bounds, ranges = tables(pattern, span)
+    shapes, calls = set(), []
+    for of_phase in ranges:
+        plan = plan_of(bounds.numpy().tobytes(), of_phase.contiguous().numpy().tobytes(), ranges.shape[2], span.length, span.length)
+        assert not plan.others
+        calls.append(len(plan.windows))
+        shapes |= {(batch.rows, batch.row_step, batch.keys, batch.key_step, batch.count) for batch in plan.windows}
+    assert set(calls) == {11, 12}
+    assert len(shapes) == 10
 
 
 def test_what_plans_on_the_host_is_never_recorded_in_a_cuda_graph():

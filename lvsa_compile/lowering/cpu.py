@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lvsa_compile import compat
+from lvsa_compile.errors import in_a_line
 from lvsa_compile.lowering.attention_op import (
     accumulation_dtype,
     broadcast_strides,
@@ -68,8 +69,7 @@ def _why_not_built() -> str | None:
     try:
         _kernel()
     except Exception as error:  # no compiler, one that knows no vector extensions, a cache that cannot be written: all end the same
-        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-        return f"its kernel could not be compiled ({type(error).__name__}: {lines[0][:200]})"
+        return f"its kernel could not be compiled ({in_a_line(error)})"
     return None
 
 

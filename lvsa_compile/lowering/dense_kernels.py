@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lvsa_compile import compat
+from lvsa_compile.kernels.configurations import power_of_two
 from lvsa_compile.lowering.contract import AttentionCall
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -71,5 +72,5 @@ def _merge_by_triton(output: Tensor, log_sum_exp: Tensor, part: Tensor, part_lse
     batch, heads, rows, width = output.shape
     merge_kernel[(-(-rows // ROWS.value), batch * heads)](
         output, log_sum_exp, part, part_lse, *output.stride(), *log_sum_exp.stride(), *part.stride(), *part_lse.stride(),
-        heads, rows, WIDTH=width, COLUMNS=1 << (width - 1).bit_length(), num_warps=4,
+        heads, rows, WIDTH=width, COLUMNS=power_of_two(width), num_warps=4,
     )  # fmt: skip

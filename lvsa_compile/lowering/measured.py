@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lvsa_compile import compat
+from lvsa_compile.errors import in_a_line
 from lvsa_compile.lowering.attention_op import ATTENTION
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
 from lvsa_compile.source_stamp import source_stamp
@@ -33,7 +35,7 @@ def seconds_of(lowering: Lowering, call: AttentionCall) -> float | str:
         with compat.no_modes(), torch.no_grad(), torch.random.fork_rng([call.device] if call.device.type != "cpu" else []):
             return lowering.tuned(call, functools.partial(_seconds_under, lowering, call))
     except Exception as failure:  # out of memory above all; the site itself may still find room
-        return f"measuring it failed ({type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]})"
+        return f"measuring it failed ({in_a_line(failure)})"
 
 
 def seconds_of_dense(call: AttentionCall) -> float | str:
@@ -100,8 +102,7 @@ def _measure(lowering: Lowering, call: AttentionCall) -> float:
     return min(_seconds(run, call.device) for _ in range(_RUNS))
 
 
-def _seconds(run: object, device: torch.device) -> float:
-    assert callable(run)
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     started = time.perf_counter()

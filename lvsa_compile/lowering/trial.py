@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from lvsa_compile import compat
-from lvsa_compile.errors import LvsaWarning
+from lvsa_compile.errors import LvsaWarning, in_a_line
 from lvsa_compile.lowering.attention_op import attention
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
 from lvsa_compile.lowering.verification import TOLERANCE
@@ -40,7 +40,7 @@ def _tried(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: 
         with compat.no_modes(), torch.no_grad(), torch.random.fork_rng([device] if device.type != "cpu" else []):
             error = _error(lowering, device, dtype, group, head_dim, masked)
     except Exception as failure:  # of the compiler, the driver or the launch: whatever it is, the next lowering may do
-        problem = f"its trial failed ({type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]})"
+        problem = f"its trial failed ({in_a_line(failure)})"
     else:
         if error <= TOLERANCE[dtype]:
             return None

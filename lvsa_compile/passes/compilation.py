@@ -21,6 +21,11 @@ from lvsa_compile.reasons import Miss
 from lvsa_compile.sparsity.key_ranges import Range
 
 
+def sizes_of(tensor: Tensor) -> str:
+    """A shape as reports show it, symbolic sizes by their names: [1, s0, 24]."""
+    return f"[{', '.join(str(size) for size in tensor.shape)}]"
+
+
 @dataclass(frozen=True)
 class SparsePlan:
     """How a site becomes sparse: the call it is lowered to, the lowering chosen, and what its mask says.

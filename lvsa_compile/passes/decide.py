@@ -16,7 +16,7 @@ from lvsa_compile.errors import LoweringUnavailableError, OptionError
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.measured import seconds_of_dense
 from lvsa_compile.lowering.select import select
-from lvsa_compile.passes.compilation import Compilation, Decision, SparsePlan
+from lvsa_compile.passes.compilation import Compilation, Decision, SparsePlan, sizes_of
 from lvsa_compile.passes.trace_layout.token_layout import CONTRADICTED, IMAGE, SCRAMBLED, UNKNOWN, VIDEO, Segment, TokenLayout
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import Miss
@@ -97,10 +97,10 @@ def _decide(
         if not compilation.options.lower_padding_masks:
             return reasons.MASK_NOT_EXPRESSIBLE.because("lower_padding_masks=False")
         if form is None:
-            return reasons.MASK_NOT_EXPRESSIBLE.because(f"attn_mask is {mask.dtype} {_sizes(mask)}" if isinstance(mask, Tensor) else "")
+            return reasons.MASK_NOT_EXPRESSIBLE.because(f"attn_mask is {mask.dtype} {sizes_of(mask)}" if isinstance(mask, Tensor) else "")
     if not _shapes_supported(query, key, value):
         named = zip(("query", "key", "value"), (query, key, value), strict=True)
-        return reasons.SHAPE_NOT_SUPPORTED.because(", ".join(f"{name} {_sizes(tensor)} {tensor.dtype}" for name, tensor in named))
+        return reasons.SHAPE_NOT_SUPPORTED.because(", ".join(f"{name} {sizes_of(tensor)} {tensor.dtype}" for name, tensor in named))
     if compilation.horizon is None:
         return reasons.HORIZON_UNKNOWN.because(f"{compilation.model or 'this model'} is not in the table of training horizons")
     query_span, key_span = (_span(layout, tensor, specialised) for layout, tensor in zip(layouts, (query, key), strict=True))
@@ -220,10 +220,6 @@ def _lost(node: fx.Node, lost: Segment) -> Miss:
     return reasons.LAYOUT_UNKNOWN.because(
         f"layout unknown at {lost.source}, {compat.source_line(place) if place is not None else lost.lost_at}"
     )
-
-
-def _sizes(tensor: Tensor) -> str:
-    return str([str(size) for size in tensor.shape]).replace("'", "")
 
 
 def _shapes_supported(query: object, key: object, value: object) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
-from lvsa_compile.passes.compilation import Compilation, Decision, TrailStep
+from lvsa_compile.passes.compilation import Compilation, Decision, TrailStep, sizes_of
 from lvsa_compile.passes.trace_layout.interpreter import input_kind
 from lvsa_compile.passes.trace_layout.token_layout import UNKNOWN, TokenLayout
 
@@ -63,7 +63,7 @@ def _steps(way: list[fx.Node], lost: bool) -> tuple[TrailStep, ...]:
         value = example_value(node)
         if isinstance(value, Tensor):
             op = input_kind(node)[1] if node.op == "placeholder" else getattr(node.target, "__name__", str(node.target))
-            step = TrailStep(op, str([str(size) for size in value.shape]).replace("'", ""), compat.source_line(node))
+            step = TrailStep(op, sizes_of(value), compat.source_line(node))
             if not steps or (step.op, step.shape) != (steps[-1].op, steps[-1].shape):
                 steps.append(step)
     if lost and steps:

@@ -14,7 +14,7 @@ from lvsa_compile import compat
 from lvsa_compile.clock import explicit_step
 from lvsa_compile.compat import example_value
 from lvsa_compile.lowering import verification
-from lvsa_compile.passes.compilation import Compilation, Decision, TrailStep
+from lvsa_compile.passes.compilation import Compilation, Decision, TrailStep, sizes_of
 from lvsa_compile.reasons import REASONS
 from lvsa_compile.sparsity.frame_pattern import FramePattern
 
@@ -240,7 +240,7 @@ def _site(decision: Decision) -> SiteReport:
 
 def _shape(node: Any) -> str:
     value = example_value(node)
-    return str([str(size) for size in value.shape]).replace("'", "") if isinstance(value, torch.Tensor) else ""
+    return sizes_of(value) if isinstance(value, torch.Tensor) else ""
 
 
 def with_errors_seen(report: Report) -> Report:
