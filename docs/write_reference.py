@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from lvsa_compile.options import option_fields
-from lvsa_compile.reasons import REASONS
+from lvsa_compile.reasons import NOTHING_TO_DO, REASONS
 
 FOLDER = Path(__file__).parent
 
@@ -35,7 +35,7 @@ def options_page() -> str:
 
 def reasons_page() -> str:
     """Every reason with meaning and remedy."""
-    rows = [f"| `{reason.code}` | {reason.meaning} | {reason.remedy or 'Nothing to do: dense is right here.'} |" for reason in REASONS]
+    rows = [f"| `{reason.code}` | {reason.meaning} | {reason.remedy or NOTHING_TO_DO} |" for reason in REASONS]
     return "\n".join(
         [
             "# Why a site is dense",

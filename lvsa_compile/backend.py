@@ -23,6 +23,7 @@ from lvsa_compile.lowering import trial, verification
 from lvsa_compile.lowering.reference import LOWERING as REFERENCE
 from lvsa_compile.options import Options, parse_options
 from lvsa_compile.passes.compilation import Compilation, Pass, Place
+from lvsa_compile.passes.count_work import count_work
 from lvsa_compile.passes.decide import decide
 from lvsa_compile.passes.find_attention import find_attention
 from lvsa_compile.passes.find_horizon import find_horizon
@@ -42,6 +43,7 @@ from lvsa_compile.source_stamp import source_stamp
 log = logging.getLogger(__name__)
 
 ANALYSIS: tuple[Pass, ...] = (
+    count_work,  # how much the model computes, for the report
     find_attention,  # every attention in the graph, in whatever form
     trace_layout,  # what each token axis is made of, followed from the inputs
     find_horizon,  # how many frames the model was trained on

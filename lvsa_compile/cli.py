@@ -10,7 +10,6 @@ import json
 import platform
 import shlex
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -42,10 +41,12 @@ def explain(
     device: Annotated[str | None, typer.Option(help="Where to run one forward; 'meta' needs neither memory nor time.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report as a page.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time a call of each sparse site, as it is lowered and dense.")] = False,
 ) -> None:
     """What the backend would do with a model, and why, without compiling it."""
     from lvsa_compile.explaining import explain as explain_model
     from lvsa_compile.options import parse_options
+    from lvsa_compile.report.terminal import show
 
     options = _options(option or [])
     parse_options(options)
@@ -53,11 +54,14 @@ def explain(
         raise typer.BadParameter(f"--html {str(html)!r} is a folder, or in one that does not exist. Give the path of a file.")
     _check_device(device)
     model, inputs = _load(target)
-    report = explain_model(model, options=options, device=device, **inputs)
+    with _named(f"a forward of {type(model).__name__} with the inputs of {target!r}"):
+        report = explain_model(model, options=options, device=device, **inputs)
+    if measure:
+        report = report.measured()
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
-        Console().print(Text(str(report)), soft_wrap=True)
+        show(report, _for_tables())
     if html is not None:
         report.to_html(str(html))
         Console(stderr=True).print(Text(f"The page is in {html}."), soft_wrap=True)
@@ -70,7 +74,7 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="Print the differences as JSON.")] = False,
 ) -> None:
     """What two reports say differently, site by site.  Exit code 1 where anything does."""
-    from lvsa_compile.report.comparison import differences, read_report
+    from lvsa_compile.report.comparison import differences, gathered, read_report
 
     found = differences(read_report(before), read_report(after))
     if as_json:
@@ -78,8 +82,8 @@ def diff(
     elif found:
         table = Table("site", "what", str(before), str(after))
         table.columns[0].overflow = "fold"
-        for difference in found:
-            table.add_row(*(Text(part) for part in (difference.site or "(all)", difference.what, difference.before, difference.after)))
+        for name, difference in gathered(found):
+            table.add_row(*(Text(part) for part in (name or "(all)", difference.what, difference.before, difference.after)))
         _for_tables().print(table)
     else:
         Console().print("The reports say the same.")
@@ -306,11 +310,12 @@ def _named(what: str) -> Iterator[None]:
     """An error of the user's own code as one line, with the line of it that raised."""
     try:
         yield
+    except LvsaError:
+        raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        raise typer.BadParameter(
-            f"{what} raised {type(error).__name__}: {error} ({frames[-1].filename}, line {frames[-1].lineno})"
-        ) from None
+        from lvsa_compile.explaining import user_line, what_it_says
+
+        raise typer.BadParameter(f"{what} raised {what_it_says(error)} ({user_line(error)})") from None
 
 
 def _check_device(device: str | None) -> None:

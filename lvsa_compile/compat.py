@@ -339,9 +339,24 @@ def example_value(node: fx.Node) -> Any:
 
 
 def source_line(node: fx.Node) -> str:
-    """File, line and function a node was traced from; the node's name where Dynamo gave none."""
+    """File, line and function a node was traced from; the node's name where Dynamo gave none.
+
+    Of the calls that lead to it the innermost in the file of the module it belongs to, so that a model's line is named and not one of a
+    library that the model calls.
+    """
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
-    return lines[-1] if lines else f"node {node.name}"
+    home = next((file for _, kind in reversed((node.meta.get("nn_module_stack") or {}).values()) if (file := _file_of(kind))), None)
+    return next((line for line in reversed(lines) if line.startswith(f'File "{home}"')), lines[-1] if lines else f"node {node.name}")
+
+
+@functools.cache
+def _file_of(module_class: Any) -> str | None:
+    """The source file of a module's class where that is not torch's own."""
+    try:
+        file = inspect.getsourcefile(module_class)
+    except TypeError:
+        return None
+    return file if file is None or not file.startswith(str(Path(torch.__file__).parent)) else None
 
 
 def placeholder_source(node: fx.Node) -> str | None:

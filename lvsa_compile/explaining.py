@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from lvsa_compile import compat
 from lvsa_compile.backend import analyse
-from lvsa_compile.errors import ExplainError
+from lvsa_compile.errors import ExplainError, in_a_line
 from lvsa_compile.options import parse_options
 from lvsa_compile.reasons import OUTSIDE_GRAPHS
 from lvsa_compile.report.records import DENSE, GraphReport, Report, SiteReport, report_of
@@ -59,7 +61,7 @@ def explain(
                 compat.trace_apart(function, note)(*args, **kwargs)
         except Exception as error:
             if device is not None and torch.device(device).type == "meta":
-                raise ExplainError(_user_line(error), str(error)) from error
+                raise ExplainError(user_line(error), str(error)) from error
             raise
     if eager.lines:
         sites = tuple(_outside_graphs(line, count) for line, count in eager.lines.items())
@@ -91,9 +93,16 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
-def _user_line(error: BaseException) -> str:
-    """The innermost line of the error that is not torch's own."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename and "lvsa" not in frame.filename
-    ]
-    return f'File "{frames[-1].filename}", line {frames[-1].lineno}, in {frames[-1].name}' if frames else "an unknown line"
+def user_line(error: BaseException) -> str:
+    """The innermost line of an error that is neither torch's nor of this package; of Dynamo's errors the one they tell of."""
+    told = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', str(error).partition("from user code:")[2])
+    raised = [(frame.filename, str(frame.lineno), frame.name) for frame in traceback.extract_tb(error.__traceback__)]
+    ours = str(Path(__file__).parent)
+    frames = [found for found in told or raised if "/torch/" not in found[0] and not found[0].startswith((ours, "<lvsa"))]
+    return 'File "{}", line {}, in {}'.format(*frames[-1]) if frames else "an unknown line"
+
+
+def what_it_says(error: BaseException) -> str:
+    """The kind of an error and its first line; of Dynamo's errors those of the error that they tell of."""
+    told = re.search(r"got (\w+)\((.*)\)$", str(error), re.MULTILINE)
+    return f"{told[1]}: {told[2]}" if told and "from user code:" in str(error) else in_a_line(error)

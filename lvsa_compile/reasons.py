@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+NOTHING_TO_DO: Final = "Nothing to do: dense is right here."
+
 
 @dataclass(frozen=True)
 class Reason:

@@ -12,19 +12,32 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import EXACT, PATTERN, VideoDiT, dit_inputs, randomise, wan, wan_inputs
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import lvsa_compile
 from lvsa_compile.bisecting import bisect
 from lvsa_compile.cli import app
 from lvsa_compile.errors import BisectError, ReportFileError
-from lvsa_compile.report.comparison import Difference, differences, read_report
+from lvsa_compile.report.comparison import Difference, differences, gathered, read_report
+from lvsa_compile.report.names import together
 
 MODEL = """
 import sys
 sys.path.insert(0, {tests!r})
 from tiny_models import wan, wan_inputs
 build = lambda: (wan(num_layers=3), wan_inputs())
+"""
+BAD = """
+def raises():
+    return {}['missing']
+def misfit():
+    return wan(), {**wan_inputs(), "hidden_states": wan_inputs()["hidden_states"][:, :2]}
+def fails():
+    def forward(x):
+        return {}['gone']
+    return forward, {"x": 1}
 """
 
 
@@ -136,12 +149,14 @@ with torch.no_grad():
     (["explain", "model.py", "--html", "."], "--html '.' is a folder, or in one that does not exist. Give the path of a file."),
     (["explain", "model.py", "--device", "foo"], "--device 'foo' cannot be used:"),
     (["explain", "model.py:raises"], "raises() of 'model.py' raised KeyError: 'missing'"),
+    (["explain", "model.py:misfit"], "a forward of WanTransformer3DModel with the inputs of 'model.py:misfit' raised RuntimeError: 'Given"),
+    (["explain", "model.py:fails"], "raised KeyError: 'gone' (File"),
     (["explain", "broken.py"], "running 'broken.py' raised SyntaxError"),
     (["bisect", "nothing.py"], "'nothing.py' is no Python file."),
 ])  # fmt: skip
 def test_bad_input_is_one_line_before_anything_runs(tmp_path, monkeypatch, arguments, text):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "model.py").write_text(f"{MODEL.format(tests=str(Path(__file__).parent))}\ndef raises():\n    return {{}}['missing']\n")
+    (tmp_path / "model.py").write_text(MODEL.format(tests=str(Path(__file__).parent)) + BAD)
     (tmp_path / "broken.py").write_text("def build(:\n")
     run = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
     assert run.exit_code == 2
@@ -151,6 +166,78 @@ def test_bad_input_is_one_line_before_anything_runs(tmp_path, monkeypatch, argum
 
 def test_the_version():
     assert CliRunner().invoke(app, ["--version"]).stdout.strip() == importlib.metadata.version("lvsa-compile")
+
+
+@pytest.mark.parametrize(("names", "one"), [
+    (["a.0.attn"], "a.0.attn"),
+    (["a.0.attn", "a.1.attn", "a.2.attn", "a.5.attn"], "a.0-2,5.attn (4 sites)"),
+    (["a.10.x", "a.9.x"], "a.9-10.x (2 sites)"),
+    (["a.0.x", "b.0.x", "c.0.x"], "a.0.x and 2 more"),
+    (["a.0.b.1", "a.1.b.0"], "a.0.b.1 and 1 more"),
+    (["a.0.attn", "a.0.attn"], "a.0.attn and 1 more"),
+    (["a.0", "a.0.x"], "a.0 and 1 more"),
+])  # fmt: skip
+def test_paths_that_differ_in_a_number_get_one_name(names, one):
+    assert together(names) == one
+
+
+def test_differences_that_are_the_same_at_many_sites_are_one_row():
+    found = [Difference(f"blocks.{n}.attn1", "lowering", "cpu", "triton") for n in range(40)] + [Difference("", "model", "A", "B")]
+    assert gathered(found) == [
+        ("blocks.0-39.attn1 (40 sites)", Difference("", "lowering", "cpu", "triton")),
+        ("", Difference("", "model", "A", "B")),
+    ]
+
+
+def test_measuring_times_each_sparse_site_as_it_is_lowered_and_dense():
+    plain = lvsa_compile.explain(wan(num_layers=1), options=PATTERN, **wan_inputs())
+    report = plain.measured()
+    (site,) = report.sparse_sites
+    assert set(site.seconds) == {"cpu", "dense"}
+    assert site.measured == site.seconds["dense"] / site.seconds["cpu"] > 0
+    assert f"{site.measured:.2g}×)" in str(site)
+    assert "as measured" in report.gain
+    assert "as expected of the lowering" in plain.gain
+    assert plain.sparse_sites[0].seconds == {}, "the report that was measured is another one"
+    nowhere = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in wan_inputs().items()}
+    (site,) = lvsa_compile.explain(wan(num_layers=1).to("meta"), options=PATTERN, **nowhere).measured().sparse_sites
+    assert (site.expected, site.seconds) == (0.0, {})
+    json.dumps(report.to_dict())
+
+
+def test_the_share_of_the_forward_is_that_of_torchs_own_count():
+    """Oracle: torch.utils.flop_counter over the eager model."""
+    model, inputs = wan(num_layers=2), wan_inputs(frames=30)
+    report = lvsa_compile.explain(model, options=PATTERN, **inputs)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    (graph,) = report.graphs
+    assert graph.flops == counter.get_total_flops()
+    sparse = sum(site.flops for site in report.sparse_sites)
+    assert f"is {sparse / graph.flops:.0%} of the forward's" in report.gain
+    site = report.sparse_sites[0]
+    whole = graph.flops / (graph.flops - sparse + sparse / site.expected)
+    assert report.gain.endswith(f"the whole should be about {whole:.2g}× as fast")
+
+
+def test_a_trail_that_is_lost_and_a_horizon_nobody_knows_are_said_together():
+    report = lvsa_compile.explain(randomise(VideoDiT(shuffled)), *dit_inputs())
+    assert report.nearest_miss.reason == "layout_unknown"
+    assert report.also_missing.startswith("horizon_unknown: The training horizon of this model is not in the table.")
+    assert f"and beside that {report.also_missing}" in str(report)
+    told = lvsa_compile.explain(randomise(VideoDiT(shuffled)), *dit_inputs(), options=PATTERN)
+    assert told.also_missing == ""
+
+
+def shuffled(model, tokens, grid, text):
+    tokens = tokens[:, torch.sort(tokens[0, :, 0]).indices]
+    heads = tokens.unflatten(-1, (2, -1)).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+
+def test_the_line_named_is_the_models_and_not_that_of_a_library_it_calls():
+    site = lvsa_compile.explain(wan(num_layers=1), options=PATTERN, **wan_inputs()).sites[0]
+    assert "transformer_wan.py" in site.source
 
 
 def test_a_report_says_how_much_work_is_left_and_leaves_the_lowering_open_on_no_device():

@@ -120,12 +120,27 @@ def test_it_stays_small(layers, most):
     assert text.count("<details") == layers + 1
 
 
+def test_queries_and_keys_are_drawn_to_one_scale_where_they_differ():
+    same = page(report_of(sparse_site()))
+    assert "queries and keys, 607 tokens" in same
+    text = page(report_of(sparse_site(key_segments=(("other", "text 300", 300), ("video", "video 25×4×6", 600)))))
+    assert re.findall(r"(queries|keys), (\d+) tokens", text) == [("queries", "607"), ("keys", "900")]
+    assert re.findall(r"width:([\d.]+)%", text)[-2:] == ["67.44", "100.0"]
+
+
+def test_what_is_expected_and_what_was_measured():
+    text = html.unescape(page(report_of(sparse_site(expected=2.5), sparse_site("b", seconds={"cpu": 0.5, "dense": 1.0}))))
+    assert "2.5×, expected" in text
+    assert "2×, measured" in text
+    assert "dense 1e+03 ms" in text
+
+
 def test_a_report_without_sites():
     assert "No attention was found." in page(Report("", ()))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-@pytest.mark.parametrize("sites", [1, 80])
+@pytest.mark.parametrize("sites", [1, 80, 4000])
 def test_in_a_browser_the_slider_moves_the_anchors_and_nothing_fails(tmp_path, sites):
     probe = """<script>
       const failures = [];
@@ -138,7 +153,14 @@ def test_in_a_browser_the_slider_moves_the_anchors_and_nothing_fails(tmp_path, s
         setTimeout(() => {
           const wide = document.documentElement.scrollWidth > innerWidth;
           const output = document.querySelector("output").value;
-          document.body.dataset.seen = JSON.stringify({failures, seen, value: slider.value, wide, output});
+          const controls = [...document.querySelectorAll("button, input, summary, .wide")];
+          const reached = controls.every(control => {
+            if (!control.checkVisibility()) return true;
+            control.focus();
+            return document.activeElement === control && control.tabIndex === 0;
+          });
+          const named = controls.every(c => c.textContent.trim() || c.labels?.length || c.ariaLabel);
+          document.body.dataset.seen = JSON.stringify({failures, seen, value: slider.value, wide, output, reached, named});
         }, 600);
       });
     </script>"""
@@ -152,6 +174,8 @@ def test_in_a_browser_the_slider_moves_the_anchors_and_nothing_fails(tmp_path, s
     seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', shown.stdout)[1]))
     assert seen["failures"] == []
     assert not seen["wide"], "the page is wider than a phone"
+    assert seen["reached"], "every control can be reached by keyboard"
+    assert seen["named"], "every control has a name"
     anchor = FramePattern(25, 2, 1, 9)
     colours = {step: 3 + step in anchor.anchors(step) for step in (0, 1)}
     assert (seen["seen"][0] == seen["seen"][1]) == (colours[0] == colours[1])

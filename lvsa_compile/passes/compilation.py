@@ -20,6 +20,9 @@ from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import Miss
 from lvsa_compile.sparsity.key_ranges import Range
 
+Segments = tuple[tuple[str, str, int], ...]
+"""Kind, label and tokens of each part of a sequence."""
+
 
 def sizes_of(tensor: Tensor) -> str:
     """A shape as reports show it, symbolic sizes by their names: [1, s0, 24]."""
@@ -54,7 +57,8 @@ class Decision:
     """What becomes of one site: a ``plan``, or a ``miss`` that says why it stays dense.
 
     A dense site with a ``mask`` is "masked": computed dense by the mask's parts, so that the mask itself need not be made.
-    ``segments`` are the kinds, labels and sizes in tokens of the query sequence, as far as they are numbers.
+    ``segments`` are the kinds, labels and sizes in tokens of the query sequence, as far as they are numbers; ``key_segments`` those of
+    the key sequence where it is another.
     """
 
     name: str
@@ -64,7 +68,8 @@ class Decision:
     mask: MaskForm | None = None
     plan: SparsePlan | None = None
     miss: Miss | None = None
-    segments: tuple[tuple[str, str, int], ...] = ()
+    segments: Segments = ()
+    key_segments: Segments = ()
     trail: tuple[TrailStep, ...] = ()
 
 
@@ -116,7 +121,8 @@ class Compilation:
     ``device`` is where the model will run if that is not where it is traced; ``masks`` says of each
     masked site what its mask says, None where that cannot be told; ``scaffold`` are nodes that were added to be looked at;
     ``has_video`` says whether any input shows a video grid that is generated; ``reader`` knows which inputs' values were read;
-    ``clock_before`` is the input that moved the clock before this graph runs; ``outgoing`` is what to say of outputs, by position, for
+    ``clock_before`` is the input that moved the clock before this graph runs; ``flops`` are those of the whole graph, dense, 0 where a
+    size is not a number; ``outgoing`` is what to say of outputs, by position, for
     the next graph of the same forward.
     """
 
@@ -141,6 +147,7 @@ class Compilation:
     specialised: tuple[str, ...] = ()
     extra_inputs: tuple[ExtraInput, ...] = ()
     outgoing: tuple[tuple[int, Axes], ...] = ()
+    flops: float = 0.0
 
     @property
     def masked(self) -> tuple[Decision, ...]:

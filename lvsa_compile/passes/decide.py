@@ -16,7 +16,7 @@ from lvsa_compile.errors import LoweringUnavailableError, OptionError
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.measured import seconds_of_dense
 from lvsa_compile.lowering.select import select
-from lvsa_compile.passes.compilation import Compilation, Decision, SparsePlan, sizes_of
+from lvsa_compile.passes.compilation import Compilation, Decision, Segments, SparsePlan, sizes_of
 from lvsa_compile.passes.trace_layout.token_layout import CONTRADICTED, IMAGE, SCRAMBLED, UNKNOWN, VIDEO, Segment, TokenLayout
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import Miss
@@ -55,12 +55,17 @@ def _decision(
 ) -> Decision:
     name, shown = compat.module_path(site.node) or site.node.name, _shown(layouts)
     attention = site if isinstance(site, AttentionSite) else None
-    segments = tuple((s.kind, str(s), s.size if isinstance(s.size, int) else 0) for s in layouts[0].segments) if layouts else ()
+    segments, key_segments = (_segments(layout) for layout in layouts) if layouts else ((), ())
+    decision = Decision(name, site.node, attention, shown, segments=segments, key_segments=key_segments if key_segments != segments else ())
     if isinstance(outcome, SparsePlan):
-        return Decision(name, site.node, attention, shown, plan=outcome, segments=segments)
+        return dataclasses.replace(decision, plan=outcome)
     form = compilation.masks.get(site.node) if _could_be_masked(attention, outcome) and compilation.options.lower_padding_masks else None
     apart = form if form is not None and form.queries and form.pairs is None else None
-    return Decision(name, site.node, attention, shown, apart, miss=outcome, segments=segments)
+    return dataclasses.replace(decision, mask=apart, miss=outcome)
+
+
+def _segments(layout: TokenLayout) -> Segments:
+    return tuple((segment.kind, str(segment), segment.size if isinstance(segment.size, int) else 0) for segment in layout.segments)
 
 
 def _could_be_masked(site: AttentionSite | None, miss: Miss) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lvsa_compile.errors import ReportFileError
+from lvsa_compile.report.names import together
 
 _COMPARED = ("decision", "reason", "detail", "density", "lowering", "layout", "query_shape", "key_shape")
 _OF_THE_WHOLE = ("model", "horizon", "options", "versions")
@@ -57,6 +59,14 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Dif
             if old.get(what) != new.get(what):
                 found.append(Difference(name, what, _text(old.get(what)), _text(new.get(what))))
     return found
+
+
+def gathered(found: Iterable[Difference]) -> list[tuple[str, Difference]]:
+    """Differences that are the same but for the site as one, under one name for all their sites; in order."""
+    alike: dict[Difference, list[str]] = {}
+    for difference in found:
+        alike.setdefault(dataclasses.replace(difference, site=""), []).append(difference.site)
+    return [(together(names), difference) for difference, names in alike.items()]
 
 
 def _sites(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

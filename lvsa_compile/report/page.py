@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from lvsa_compile.passes.compilation import Segments
+from lvsa_compile.reasons import NOTHING_TO_DO
 from lvsa_compile.sparsity.frame_pattern import FramePattern
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ def page(report: Report) -> str:
     sites = report.sites
     return environment.get_template("page.html").render(
         report=report,
+        nothing_to_do=NOTHING_TO_DO,
         versions=report.to_dict()["versions"],
         clocks=list(dict.fromkeys(graph.clock for graph in report.graphs if graph.clock and graph.sites)),
         specialised=list(dict.fromkeys(what for graph in report.graphs for what in graph.specialised)),
@@ -61,18 +64,25 @@ def _pattern(pattern: FramePattern, sites: Sequence[SiteReport], rotate: bool) -
 
 def _layouts(sites: Iterable[SiteReport]) -> list[dict[str, Any]]:
     """Each token layout once, as parts to scale."""
-    counts = Counter((site.segments, site.layout) for site in sites if site.segments)
+    counts = Counter((site.segments, site.key_segments, site.layout) for site in sites if site.segments)
+    return [{"count": count, "text": text, "sequences": _sequences(query, key)} for (query, key, text), count in counts.most_common(20)]
+
+
+def _sequences(query: Segments, key: Segments) -> list[dict[str, Any]]:
+    """The query's sequence, and the key's where it is another, the longer one as wide as there is room."""
+    named = {"queries": query, "keys": key} if key else {"queries and keys": query}
+    tokens = {name: sum(size for _, _, size in segments) for name, segments in named.items()}
     return [
         {
-            "count": count,
-            "text": text,
-            "tokens": sum(size for _, _, size in segments),
+            "name": name,
+            "tokens": tokens[name],
+            "width": round(100 * tokens[name] / max(*tokens.values(), 1), 2),
             "parts": [
                 {"colour": _COLOURS.get(kind, "other"), "size": max(size, 1), "title": label, "label": label if size else ""}
                 for kind, label, size in segments
             ],
         }
-        for (segments, text), count in counts.most_common(20)
+        for name, segments in named.items()
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +15,16 @@ from lvsa_compile import compat
 from lvsa_compile.clock import explicit_step
 from lvsa_compile.compat import example_value
 from lvsa_compile.lowering import verification
-from lvsa_compile.passes.compilation import Compilation, Decision, TrailStep, sizes_of
-from lvsa_compile.reasons import REASONS
+from lvsa_compile.lowering.contract import AttentionCall
+from lvsa_compile.lowering.measured import seconds_of, seconds_of_dense
+from lvsa_compile.lowering.select import lowerings
+from lvsa_compile.passes.compilation import Compilation, Decision, Segments, TrailStep, sizes_of
+from lvsa_compile.reasons import HORIZON_UNKNOWN, REASONS
+from lvsa_compile.report.names import together
 from lvsa_compile.sparsity.frame_pattern import FramePattern
 
 _BETWEEN = "attention in the code between graphs runs eagerly and is not listed; lvsa_compile.explain counts it"
+UNKNOWN_HORIZON = "unknown"
 SPARSE, MASKED, DENSE = "sparse", "masked", "dense"
 ON_THE_REAL_DEVICE = "(chosen on the real device)"
 _CLOSENESS = {reason.code: place for place, reason in enumerate(REASONS)}
@@ -30,10 +36,12 @@ class SiteReport:
     queries × keys is made.  A site that is not sparse has a ``reason`` from the closed list.
 
     ``name`` is the path of its module, ``source`` the file and line; ``layout`` shows the token sequence; ``density`` is the attended
-    share of frame pairs, mean over the phases; ``passed_over`` names the lowerings that could not serve, with why, and ``seconds``
-    what a call took by each that was measured; shapes are ``[batch, heads, tokens, head_dim]``; ``worst_error`` is what
+    share of frame pairs, mean over the phases; ``passed_over`` names the lowerings that could not serve, with why, ``seconds``
+    what a call took by each that was measured, and ``expected`` how many times faster than dense it should be, 0 where that is not
+    known; shapes are ``[batch, heads, tokens, head_dim]``; ``worst_error`` is what
     ``options={"verify": True}`` has seen so far, and ``tolerance`` what rounding explains in the site's dtype; ``flops`` are those of
-    dense attention; ``segments`` are kind, label and tokens of each part of the query sequence; ``trail`` is the way of the query from
+    dense attention; ``segments`` are kind, label and tokens of each part of the query sequence, ``key_segments`` those of the key
+    sequence where it is another; ``trail`` is the way of the query from
     the input that shows the video, up to where it was lost if it was.
     """
 
@@ -48,37 +56,51 @@ class SiteReport:
     lowering: str = ""
     passed_over: tuple[tuple[str, str], ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    expected: float = 0.0
     query_shape: str = ""
     key_shape: str = ""
     worst_error: float | None = None
     tolerance: float = 0.0
     flops: float = 0.0
     pattern: FramePattern | None = None
-    segments: tuple[tuple[str, str, int], ...] = ()
+    segments: Segments = ()
+    key_segments: Segments = ()
     trail: tuple[TrailStep, ...] = ()
+    call: AttentionCall | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
+        return f"{self.name}: {self.said}"
+
+    @property
+    def measured(self) -> float:
+        """How many times faster than dense a call was, 0 where the two were not measured."""
+        return self.seconds[DENSE] / self.seconds[self.lowering] if {DENSE, self.lowering} <= self.seconds.keys() else 0.0
+
+    @property
+    def said(self) -> str:
+        """All but the name, in a line."""
         layout = f"  [{self.layout}]" if self.layout and self.layout not in self.detail else ""
         if self.decision == SPARSE:
             error = f", worst error {self.worst_error:.1e}" if self.worst_error is not None else ""
             if self.worst_error is not None and self.worst_error > self.tolerance:
                 error += f", ABOVE the tolerance {self.tolerance:.0e}"
             times = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in sorted(self.seconds.items(), key=lambda found: found[1]))
-            measured = f" (measured: {times})" if times else ""
-            return f"{self.name}: sparse, density {self.density:.3f}, lowering {self.lowering}{measured}{error}{layout}"
+            measured = f" (measured: {times}{f'; {self.measured:.2g}×' if self.measured else ''})" if times else ""
+            return f"sparse, density {self.density:.3f}, lowering {self.lowering}{measured}{error}{layout}"
         remedy = f"  Remedy: {self.remedy}" if self.remedy else ""
-        return f"{self.name}: {self.decision}, {self.reason}: {self.detail}{layout}{remedy}"
+        return f"{self.decision}, {self.reason}: {self.detail}{layout}{remedy}"
 
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph of a forward: Dynamo makes several where the model ``breaks``."""
+    """One graph of a forward: Dynamo makes several where the model ``breaks``.  ``flops`` are all of it, dense; 0 where not known."""
 
     compile_id: str
     sites: tuple[SiteReport, ...]
     clock: str = ""
     specialised: tuple[str, ...] = ()
     breaks: bool = False
+    flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +132,29 @@ class Report:
         return f"attention over the video computes {kept / dense:.0%} of what dense attention would ({counted})"
 
     @property
+    def gain(self) -> str:
+        """How much of the forward the sparse sites are, and what they are worth to the whole, in words; "" where that is not known."""
+        whole, dense = sum(graph.flops for graph in self.graphs), sum(site.flops for site in self.sparse_sites)
+        compiled_once_for_many = any("*" in site.name for site in self.sites)
+        if not 0 < dense <= whole or compiled_once_for_many or not all(graph.flops for graph in self.graphs if graph.sites):
+            return ""
+        said = f"attention over the video is {dense / whole:.0%} of the forward's {_flop(whole)}"
+        faster = [site.measured or site.expected for site in self.sparse_sites]
+        if not all(faster):
+            return said
+        left = whole - dense + sum(site.flops / times for site, times in zip(self.sparse_sites, faster, strict=True))
+        known = "as measured" if all(site.measured for site in self.sparse_sites) else "as expected of the lowering"
+        return f"{said}; sparse, {known}, the whole should be about {whole / left:.2g}× as fast"
+
+    @property
+    def also_missing(self) -> str:
+        """What stands in the way beside the nearest miss, in words; "" where nothing is known to."""
+        miss = self.nearest_miss
+        if miss is None or self.horizon != UNKNOWN_HORIZON or miss.reason == HORIZON_UNKNOWN.code or not miss.remedy:
+            return ""
+        return f"{HORIZON_UNKNOWN.code}: {HORIZON_UNKNOWN.meaning} {HORIZON_UNKNOWN.remedy}"
+
+    @property
     def nearest_miss(self) -> SiteReport | None:
         """Of the dense sites the one that came closest to being sparse; None where something is sparse or nothing was found."""
         if self.sparse_sites or not self.sites:
@@ -130,27 +175,47 @@ class Report:
         dense = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         return start + f"{len(self.sparse_sites)} of {len(self.sites)} attention sites sparse" + (f"; dense: {dense}" if dense else "")
 
-    def __str__(self) -> str:
+    @property
+    def head(self) -> list[str]:
+        """What is said of the forward as a whole, line by line."""
         lines = [self.summary]
         if miss := self.nearest_miss:
             lines += [f"  nearest miss: {miss}", *([f"    attention at {miss.source}"] if miss.source else [])]
+        if self.also_missing:
+            lines.append(f"    and beside that {self.also_missing}")
         if self.sparse_sites:
-            lines.append(f"  work: {self.work}")
+            lines += [f"  {name}: {said}" for name, said in (("work", self.work), ("forward", self.gain)) if said]
             lines.append(f"  horizon: {self.horizon}")
+        clocks = dict.fromkeys(graph.clock for graph in self.graphs if any(site.decision == SPARSE for site in graph.sites))
+        lines += [f"  denoising step: {clock}" for clock in clocks]
+        lines += [f"  specialised: {what}" for what in dict.fromkeys(what for graph in self.graphs for what in graph.specialised)]
+        return lines
+
+    def __str__(self) -> str:
+        lines = self.head
         for graph in self.graphs:
             if len(self.graphs) > 1:
                 lines.append(f"  graph {graph.compile_id}: {len(graph.sites) or 'no'} attention sites")
-            if any(site.decision == SPARSE for site in graph.sites):
-                lines.append(f"  denoising step: {graph.clock}")
-            lines += [f"  specialised: {what}" for what in graph.specialised]
-            lines += [f"  {site}" for site in graph.sites]
+            lines += [f"  {together([site.name for site in alike])}: {said}" for said, alike in alike_sites(graph.sites).items()]
         if any(graph.breaks for graph in self.graphs):
             lines.append(f"  graph breaks: {_BETWEEN}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, ready for JSON."""
-        return {**dataclasses.asdict(self), "summary": self.summary, "versions": versions()}
+        plain = dataclasses.asdict(self)
+        for graph in plain["graphs"]:
+            for site in graph["sites"]:
+                del site["call"]
+        return {**plain, "summary": self.summary, "versions": versions()}
+
+    def measured(self) -> Report:
+        """The report with the seconds of a call of each sparse site, by its lowering and dense, measured now on its shapes and device.
+
+        What was measured before on this machine is remembered.  Random tensors of the site's sizes are made; a site for which there is
+        no room, or whose device is not here, keeps no seconds.
+        """
+        return _with_sites(self, _measured)
 
     def to_html(self, path: str) -> None:
         """Writes the report as one self-contained page; everything printed is escaped."""
@@ -191,11 +256,12 @@ def report_of(compilation: Compilation) -> Report:
         clock,
         compilation.specialised,
         compilation.place.breaks,
+        compilation.flops,
     )
     return Report(
         compilation.model,
         (graph,),
-        f"{horizon.frames} latent frames ({horizon.found_in})" if horizon is not None else "unknown",
+        f"{horizon.frames} latent frames ({horizon.found_in})" if horizon is not None else UNKNOWN_HORIZON,
         options.changed(),
     )
 
@@ -218,7 +284,10 @@ def _site(decision: Decision) -> SiteReport:
             key_shape=shapes[1],
             flops=plan.call.flops,
             pattern=plan.call.pattern,
+            expected=plan.choice.lowering.speedup(plan.call) if plan.call.device.type != "meta" else 0.0,
+            call=plan.call,
             segments=decision.segments,
+            key_segments=decision.key_segments,
             trail=decision.trail,
         )
     assert decision.miss is not None
@@ -234,6 +303,7 @@ def _site(decision: Decision) -> SiteReport:
         query_shape=shapes[0],
         key_shape=shapes[1],
         segments=decision.segments,
+        key_segments=decision.key_segments,
         trail=decision.trail,
     )
 
@@ -245,8 +315,13 @@ def _shape(node: Any) -> str:
 
 def with_errors_seen(report: Report) -> Report:
     """The report with the worst error that verification has seen at each site so far."""
+    return _with_sites(report, _with_error)
+
+
+def _with_sites(report: Report, changed: Callable[[SiteReport, str], SiteReport]) -> Report:
+    """The report with each site changed by a function of it and its graph's compile id."""
     graphs = tuple(
-        dataclasses.replace(graph, sites=tuple(_with_error(site, graph.compile_id) for site in graph.sites)) for graph in report.graphs
+        dataclasses.replace(graph, sites=tuple(changed(site, graph.compile_id) for site in graph.sites)) for graph in report.graphs
     )
     return dataclasses.replace(report, graphs=graphs)
 
@@ -254,3 +329,19 @@ def with_errors_seen(report: Report) -> Report:
 def _with_error(site: SiteReport, compile_id: str) -> SiteReport:
     seen = verification.seen(compile_id, site.name)
     return site if seen is None else dataclasses.replace(site, worst_error=seen[0], tolerance=seen[1])
+
+
+def _measured(site: SiteReport, compile_id: str) -> SiteReport:
+    if site.call is None or site.call.device.type == "meta":
+        return site
+    lowering = next(found for found in lowerings() if found.name == site.lowering)
+    found = {site.lowering: seconds_of(lowering, site.call), DENSE: seconds_of_dense(site.call)}
+    return dataclasses.replace(site, seconds={**site.seconds, **{name: taken for name, taken in found.items() if isinstance(taken, float)}})
+
+
+def alike_sites(sites: Iterable[SiteReport]) -> dict[str, list[SiteReport]]:
+    """The sites of which all but the name is the same, under what is said of them, in order."""
+    found: dict[str, list[SiteReport]] = {}
+    for site in sites:
+        found.setdefault(site.said, []).append(site)
+    return found

@@ -1,0 +1,21 @@
+"""Paths of modules that differ only in their numbers, as one name."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+
+def together(names: Sequence[str]) -> str:
+    """One name for several: "blocks.0-2.attn1 (3 sites)", and the first with a count where they differ in more than one number."""
+    if len(names) == 1:
+        return names[0]
+    parts = [name.split(".") for name in names]
+    differing = [place for place, members in enumerate(zip(*parts, strict=False)) if len(set(members)) > 1]
+    alike = len({len(path) for path in parts}) == 1 and len(differing) == 1
+    if not alike or not all(path[differing[0]].isdigit() for path in parts):
+        return f"{names[0]} and {len(names) - 1} more"
+    numbers = sorted(int(path[differing[0]]) for path in parts)
+    runs = [list(run) for _, run in itertools.groupby(enumerate(numbers), lambda found: found[1] - found[0])]
+    said = ",".join(str(run[0][1]) if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs)
+    return ".".join([*parts[0][: differing[0]], said, *parts[0][differing[0] + 1 :]]) + f" ({len(names)} sites)"
