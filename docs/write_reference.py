@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from lvsa_compile.horizons import HORIZONS
 from lvsa_compile.options import option_fields
 from lvsa_compile.reasons import NOTHING_TO_DO, REASONS
 
@@ -75,7 +76,45 @@ def behaviours_page() -> str:
     )
 
 
-PAGES = {"options.md": options_page, "reasons.md": reasons_page, "behaviours.md": behaviours_page}
+def models_page() -> str:
+    """Which models were tried, from the rows that the tests hold."""
+    sys.path.insert(0, str(FOLDER.parent / "tests"))
+    from test_models import COLUMNS, FRAMES, MODELS, ROWS, built
+
+    rows = []
+    for name, facts in MODELS.items():
+        kind = type(built(name)[0]).__name__
+        horizons = sorted({row.frames for row in HORIZONS if row.class_name == kind})
+        frames = "–" if facts.dense else " or ".join(map(str, horizons)) or "give `reference_frames`"
+        ways = [way for way, held in (("whole", facts.whole), ("block by block", facts.blocks)) if held]
+        ways = [f"{way}, `fullgraph=True`" if facts.fullgraph else way for way in ways]
+        result = f"dense: `{facts.dense}`" if facts.dense else " and ".join(ways)
+        rows.append(f"| {facts.what} | `{kind}` | {facts.sequence} | {frames} | {result} |")
+    return "\n".join(
+        [
+            "# Models",
+            "",
+            "Written by `python docs/write_reference.py` from `tests/test_models.py`.",
+            "",
+            "Nothing here is a list of what is supported: the layout is inferred from the graph, so that a model that is not listed is",
+            "tried like any other, and `lvsa explain` says what became of it. Each row is a test with diffusers' own class and small",
+            f"random weights, a video of {FRAMES} latent frames of {ROWS} by {COLUMNS} tokens, float32, on the CPU: two denoising steps of",
+            "the compiled model equal the uncompiled one whose attention was given the explicit mask of each step. No checkpoints were",
+            "tried: none can be had where these tests run.",
+            "",
+            "The horizon is the training length in latent frames that the table in `lvsa_compile/horizons.py` holds for the class; where",
+            "it holds several, the model's config decides, and the option `reference_frames` beats it. Compiled *whole* means",
+            "`torch.compile(model)`, *block by block* `lvsa_compile.compile_repeated_blocks(model)`.",
+            "",
+            "| model | class | attention over the video sees | horizon | sparse and exact when compiled |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+PAGES = {"models.md": models_page, "options.md": options_page, "reasons.md": reasons_page, "behaviours.md": behaviours_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
