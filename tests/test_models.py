@@ -241,7 +241,8 @@ def cosmos():
 def latte():
     latte = diffusers.LatteTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, cross_attention_dim=32,
-        attention_bias=True, sample_size=2 * ROWS, patch_size=2, activation_fn="gelu-approximate", num_embeds_ada_norm=1000, norm_type="ada_norm_single",
+        attention_bias=True, sample_size=2 * ROWS, patch_size=2, activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000, norm_type="ada_norm_single",
         norm_elementwise_affine=False, norm_eps=1e-6, caption_channels=16, video_length=FRAMES,
     )  # fmt: skip
     given = inputs()
