@@ -36,7 +36,29 @@ def rotation() -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
-PICTURES = {"rotation.svg": rotation}
+def sequence() -> str:
+    """The tokens of a short video with text behind it, frame by frame, and which of them one frame's tokens attend, for three steps."""
+    pattern, frame, text, width, height = FramePattern(21, window=2, reference_frames=9), 10, 3, 32, 26
+    whole = (pattern.frames + text) * width
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {5 * height}" width="{whole}" height="{5 * height}" role="img">',
+        f"<title>What the tokens of latent frame {frame} attend in three denoising steps</title>",
+        "<style>svg{color-scheme:light dark;font:13px sans-serif}.a{fill:#d18a2f}.w{fill:#4a90d0}.t{fill:#7a8a5a}.s{fill:#8883}"
+        "text{fill:#888;text-anchor:middle}</style>",
+    ]
+    for place in range(pattern.frames):
+        lines.append(f'<text x="{(place + 0.5) * width}" y="16">{place}</text>')
+    lines.append(f'<text x="{(pattern.frames + text / 2) * width}" y="16">text</text>')
+    for step in range(3):
+        anchors, attended, top = pattern.anchors(step), pattern.attended(frame, step), (1.2 + 1.2 * step) * height
+        for place in range(pattern.frames):
+            kind = "a" if place in anchors else "w" if place in attended else "s"
+            lines.append(f'<rect class="{kind}" x="{place * width + 1}" y="{top:.4g}" width="{width - 2}" height="{height}"/>')
+        lines.append(f'<rect class="t" x="{pattern.frames * width + 1}" y="{top:.4g}" width="{text * width - 2}" height="{height}"/>')
+    return "\n".join([*lines, "</svg>", ""])
+
+
+PICTURES = {"rotation.svg": rotation, "sequence.svg": sequence}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():
