@@ -58,6 +58,10 @@ def explain(
         report = explain_model(model, options=options, device=device, **inputs)
     if measure:
         report = report.measured()
+        if report.sparse_sites and not any(site.seconds for site in report.sparse_sites):
+            Console(stderr=True).print(
+                "lvsa: --measure found nothing that it can time here: the model is on the meta device, or has no room."
+            )
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
@@ -83,7 +87,7 @@ def diff(
         table = Table("site", "what", str(before), str(after))
         table.columns[0].overflow = "fold"
         for name, difference in gathered(found):
-            table.add_row(*(Text(part) for part in (name or "(all)", difference.what, difference.before, difference.after)))
+            table.add_row(*(Text(part) for part in (name or "(all)", difference.what, difference.before or "–", difference.after or "–")))
         _for_tables().print(table)
     else:
         Console().print("The reports say the same.")

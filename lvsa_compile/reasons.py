@@ -68,7 +68,8 @@ FORM_NOT_REWRITTEN: Final = Reason(
 LAYOUT_UNKNOWN: Final = Reason(
     "layout_unknown",
     "The trail from the model's inputs to this site was lost.",
-    "If the op keeps the order of frames, please report it: a rule for it makes the site sparse. If it reorders them, dense is right.",
+    "Does the op named pick or sort tokens? Then dense is right; or do it outside of the blocks. If it keeps the order of frames, please "
+    "open an issue with its line: a rule for it makes the site sparse.",
 )
 LAYOUT_CONTRADICTED: Final = Reason(
     "layout_contradicted",
@@ -107,7 +108,8 @@ SIZE_NOT_KNOWN: Final = Reason(
 PATTERN_FULL: Final = Reason(
     "pattern_full",
     "At this length every frame attends every frame at every phase, so nothing can be skipped.",
-    "Nothing to do at or below the training horizon. To thin out shorter videos lower reference_frames or set key_frame_interval.",
+    "Nothing to do: LVSA is for videos longer than what the model was trained on. To thin out this one all the same, though the model "
+    "was trained to see it whole, set key_frame_interval or a smaller reference_frames.",
 )
 NO_LOWERING: Final = Reason("no_lowering", "No lowering can serve the site.", "Set options={'lowering': 'auto'}.")
 DENSE_LAYER: Final = Reason("dense_layer", "The option dense_layers names this site.", "Take its index out of dense_layers.")

@@ -57,7 +57,8 @@ def test_a_model_that_works():
     assert report.summary in text
     assert "Nearest miss" not in text
     assert "value of input 'timestep'" in text
-    assert all(site.name in text for site in report.sites)
+    assert all(site.name in text for site in report.sites[:2])
+    assert "blocks.0-1 (2 blocks)" in text
     assert "hidden_states" in text
     assert "conv3d" in text
     for said in dict.fromkeys(f"<code>{name}</code></td><td>{why}" for site in report.sparse_sites for name, why in site.passed_over):
@@ -80,7 +81,7 @@ def test_the_data_of_the_slider_are_the_pattern():
 def test_a_model_at_its_horizon_says_what_to_do():
     report = lvsa_compile.explain(wan(), options={**PATTERN, "reference_frames": 50}, **wan_inputs())
     text = html.unescape(page(report))
-    assert f"Nearest miss: {report.nearest_miss.name}" in text
+    assert f"Nothing is sparse at this length: {report.nearest_miss.name}" in text
     assert "pattern_full" in text
     assert f"What to do:</b> {report.nearest_miss.remedy}" in text
     assert data_of(text) == []
@@ -116,6 +117,11 @@ def test_it_stays_small(layers, most):
     ]
     sites += [SiteReport(f"blocks.{n}.attn2", "dense", "cross_attention", "query video 25×4×6, key text 7") for n in range(layers)]
     text = page(report_of(*sites))
+    assert len(text.encode()) < most
+    assert text.count("<details") == 2, "blocks that are alike are one"
+    assert f"blocks.0-{layers - 1} ({layers} blocks)" in text
+    other = [dataclasses.replace(site, lowering=f"lowering{n}") for n, site in enumerate(sites[:layers])]
+    text = page(report_of(*other))
     assert len(text.encode()) < most
     assert text.count("<details") == layers + 1
 

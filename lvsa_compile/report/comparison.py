@@ -13,7 +13,7 @@ from lvsa_compile.errors import ReportFileError
 from lvsa_compile.report.names import together
 
 _COMPARED = ("decision", "reason", "detail", "density", "lowering", "layout", "query_shape", "key_shape")
-_OF_THE_WHOLE = ("model", "horizon", "options", "versions")
+_OF_THE_WHOLE = ("model", "horizon", "options", "versions", "work", "forward")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReportFileError(str(path), "does not exist") from None
     except (OSError, ValueError) as error:
         raise ReportFileError(str(path), f"cannot be read as JSON ({error})") from None
     if not isinstance(found, dict) or not isinstance(found.get("graphs"), list):

@@ -6,8 +6,11 @@ import itertools
 from collections.abc import Sequence
 
 
-def together(names: Sequence[str]) -> str:
-    """One name for several: "blocks.0-2.attn1 (3 sites)", and the first with a count where they differ in more than one number."""
+def together(names: Sequence[str], what: str = "sites") -> str:
+    """One name for several, by ``what`` they are: "blocks.0-2.attn1 (3 sites)".
+
+    Where they differ in more than one number it is the first and a count.
+    """
     if len(names) == 1:
         return names[0]
     parts = [name.split(".") for name in names]
@@ -18,4 +21,4 @@ def together(names: Sequence[str]) -> str:
     numbers = sorted(int(path[differing[0]]) for path in parts)
     runs = [list(run) for _, run in itertools.groupby(enumerate(numbers), lambda found: found[1] - found[0])]
     said = ",".join(str(run[0][1]) if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs)
-    return ".".join([*parts[0][: differing[0]], said, *parts[0][differing[0] + 1 :]]) + f" ({len(names)} sites)"
+    return ".".join([*parts[0][: differing[0]], said, *parts[0][differing[0] + 1 :]]) + f" ({len(names)} {what})"

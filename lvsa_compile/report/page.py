@@ -11,6 +11,7 @@ import jinja2
 
 from lvsa_compile.passes.compilation import Segments
 from lvsa_compile.reasons import NOTHING_TO_DO
+from lvsa_compile.report.names import together
 from lvsa_compile.sparsity.frame_pattern import FramePattern
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def _sequences(query: Segments, key: Segments) -> list[dict[str, Any]]:
         {
             "name": name,
             "tokens": tokens[name],
+            "said": ", ".join(label for _, label, _ in segments),
             "width": round(100 * tokens[name] / max(*tokens.values(), 1), 2),
             "parts": [
                 {"colour": _COLOURS.get(kind, "other"), "size": max(size, 1), "title": label, "label": label if size else ""}
@@ -87,14 +89,21 @@ def _sequences(query: Segments, key: Segments) -> list[dict[str, Any]]:
 
 
 def _blocks(sites: Iterable[SiteReport]) -> list[dict[str, Any]]:
-    """Sites by the block of the model they are in, with a line that says what became of them."""
+    """Sites by the block of the model they are in, blocks that are alike as one, with a line that says what became of them."""
     blocks: dict[str, list[SiteReport]] = {}
     for site in sites:
         blocks.setdefault(_block_of(site.name), []).append(site)
-    said = {name: Counter(site.reason or site.decision for site in members) for name, members in blocks.items()}
+    alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for name, members in blocks.items():
+        alike.setdefault(tuple((site.name.removeprefix(name), site.said) for site in members), []).append(name)
     return [
-        {"name": name, "sites": members, "said": ", ".join(f"{count} {what}" for what, count in said[name].items())}
-        for name, members in blocks.items()
+        {
+            "name": together(names, "blocks"),
+            "alike": len(names),
+            "sites": blocks[names[0]],
+            "said": ", ".join(f"{count} {what}" for what, count in Counter(s.reason or s.decision for s in blocks[names[0]]).items()),
+        }
+        for names in alike.values()
     ]
 
 

@@ -19,7 +19,7 @@ from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.measured import seconds_of, seconds_of_dense
 from lvsa_compile.lowering.select import lowerings
 from lvsa_compile.passes.compilation import Compilation, Decision, Segments, TrailStep, sizes_of
-from lvsa_compile.reasons import HORIZON_UNKNOWN, REASONS
+from lvsa_compile.reasons import HORIZON_UNKNOWN, PATTERN_FULL, REASONS
 from lvsa_compile.report.names import together
 from lvsa_compile.sparsity.frame_pattern import FramePattern
 
@@ -139,12 +139,29 @@ class Report:
         if not 0 < dense <= whole or compiled_once_for_many or not all(graph.flops for graph in self.graphs if graph.sites):
             return ""
         said = f"attention over the video is {dense / whole:.0%} of the forward's {_flop(whole)}"
+        if any(site.lowering == ON_THE_REAL_DEVICE for site in self.sparse_sites):
+            left = whole - sum(site.flops * (1.0 - site.density) for site in self.sparse_sites)
+            return (
+                f"{said}; counting FLOPs the whole may become {whole / left:.2g}× as fast, by a lowering chosen where it runs (lvsa doctor)"
+            )
         faster = [site.measured or site.expected for site in self.sparse_sites]
         if not all(faster):
             return said
         left = whole - dense + sum(site.flops / times for site, times in zip(self.sparse_sites, faster, strict=True))
-        known = "as measured" if all(site.measured for site in self.sparse_sites) else "as expected of the lowering"
-        return f"{said}; sparse, {known}, the whole should be about {whole / left:.2g}× as fast"
+        known = "its sites measured" if all(site.measured for site in self.sparse_sites) else "by what is expected of the lowering"
+        return f"{said}; {known} and the rest by its FLOPs, the whole may become {whole / left:.2g}× as fast"
+
+    @property
+    def why_none(self) -> str:
+        """What the nearest miss is called: where the video is simply no longer than the training length, nothing was missed."""
+        miss = self.nearest_miss
+        return "nothing is sparse at this length" if miss is not None and miss.reason == PATTERN_FULL.code else "nearest miss"
+
+    @property
+    def lengths(self) -> str:
+        """How long the videos of the sparse sites are, in words."""
+        found = dict.fromkeys((site.call.pattern.frames, site.call.pattern.reference_frames) for site in self.sparse_sites if site.call)
+        return ", ".join(f"{frames} latent frames, {frames / known:.2g}× the training horizon" for frames, known in found)
 
     @property
     def also_missing(self) -> str:
@@ -152,7 +169,7 @@ class Report:
         miss = self.nearest_miss
         if miss is None or self.horizon != UNKNOWN_HORIZON or miss.reason == HORIZON_UNKNOWN.code or not miss.remedy:
             return ""
-        return f"{HORIZON_UNKNOWN.code}: {HORIZON_UNKNOWN.meaning} {HORIZON_UNKNOWN.remedy}"
+        return f"{HORIZON_UNKNOWN.code}, once that is solved: {HORIZON_UNKNOWN.meaning} {HORIZON_UNKNOWN.remedy}"
 
     @property
     def nearest_miss(self) -> SiteReport | None:
@@ -180,12 +197,12 @@ class Report:
         """What is said of the forward as a whole, line by line."""
         lines = [self.summary]
         if miss := self.nearest_miss:
-            lines += [f"  nearest miss: {miss}", *([f"    attention at {miss.source}"] if miss.source else [])]
+            lines += [f"  {self.why_none}: {miss}", *([f"    attention at {miss.source}"] if miss.source else [])]
         if self.also_missing:
             lines.append(f"    and beside that {self.also_missing}")
         if self.sparse_sites:
             lines += [f"  {name}: {said}" for name, said in (("work", self.work), ("forward", self.gain)) if said]
-            lines.append(f"  horizon: {self.horizon}")
+            lines += [f"  video: {self.lengths}", f"  horizon: {self.horizon}"]
         clocks = dict.fromkeys(graph.clock for graph in self.graphs if any(site.decision == SPARSE for site in graph.sites))
         lines += [f"  denoising step: {clock}" for clock in clocks]
         lines += [f"  specialised: {what}" for what in dict.fromkeys(what for graph in self.graphs for what in graph.specialised)]
@@ -207,7 +224,7 @@ class Report:
         for graph in plain["graphs"]:
             for site in graph["sites"]:
                 del site["call"]
-        return {**plain, "summary": self.summary, "versions": versions()}
+        return {**plain, "summary": self.summary, "work": self.work, "forward": self.gain, "versions": versions()}
 
     def measured(self) -> Report:
         """The report with the seconds of a call of each sparse site, by its lowering and dense, measured now on its shapes and device.
