@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What importing FlashInfer takes, to test the calls of it; what running it takes is gigabytes and a GPU.
 FLASHINFER := flashinfer-python apache-tvm-ffi nvidia-ml-py
 
-.PHONY: demo test test-all docs fuzz bench lint clean
+.PHONY: demo test test-all test-ascend docs fuzz bench lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/wan_long_video.py
@@ -20,6 +20,15 @@ test-all: test
 	$(BIN)/lvsa kernels
 	$(BIN)/python benchmarks/gpu.py --device cpu --quick --rounds 2 --layers 1
 	$(MAKE) docs
+
+# The lowerings for Ascend NPUs with the real torch_npu, over libraries of CANN that do nothing; in an environment of its own, since
+# torch_npu without CANN keeps torch from being imported.
+ASCEND := .venv-ascend
+test-ascend: $(ASCEND)/ready
+	@if [ -d $(ASCEND)/cann ]; then \
+	LD_LIBRARY_PATH=$(CURDIR)/$(ASCEND)/cann TORCH_DEVICE_BACKEND_AUTOLOAD=0 LVSA_TORCH_NPU_WHEELS=$(CURDIR)/$(ASCEND)/wheels \
+	$(ASCEND)/bin/python -m pytest --numprocesses 2 tests/ascend; \
+	else echo 'skipped: torch_npu cannot be had here'; fi
 
 # The documents as a site in out/site; a link that leads nowhere is an error.
 docs: $(VENV)/docs
@@ -58,5 +67,14 @@ $(VENV)/docs: $(VENV)/torch pyproject.toml
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
+$(ASCEND)/ready: constraints.txt pyproject.toml tests/ascend/stub_cann.py
+	$(PYTHON) -m venv $(ASCEND)
+	$(ASCEND)/bin/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(ASCEND)/bin/pip install --quiet --constraint constraints.txt --editable '.[demo]' pytest pytest-xdist hypothesis
+	if $(ASCEND)/bin/pip install --quiet --constraint constraints.txt --editable '.[ascend]'; then \
+	$(ASCEND)/bin/python tests/ascend/stub_cann.py $$($(ASCEND)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') $(ASCEND)/cann; \
+	$(ASCEND)/bin/pip download --quiet --no-deps --dest $(ASCEND)/wheels torch-npu==2.11.0.post3 || true; fi
+	touch $@
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(ASCEND) out

@@ -19,6 +19,7 @@ from lvsa_compile.axes.algebra import INPUT, PARAMETER
 from lvsa_compile.axes.labels import SameAxes, said_of
 from lvsa_compile.compat import example_value
 from lvsa_compile.errors import LvsaWarning
+from lvsa_compile.integrations import torchair
 from lvsa_compile.lowering import trial, verification
 from lvsa_compile.lowering.reference import LOWERING as REFERENCE
 from lvsa_compile.options import Options, parse_options
@@ -157,13 +158,22 @@ def _dump(compilation: Compilation, stage: str) -> None:
 
 def _compile_inner(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Options, stamp: str) -> Callable[..., Any]:
     """Hands a graph to the inner compiler; without ``stamp`` exactly as that compiler's own backend would get it."""
-    if options.inner == "eager":
+    inner = options.inner_on(next((value.device.type for value in inputs if isinstance(value, torch.Tensor)), "cpu"))
+    if inner == "eager":
         return graph_module.forward
-    if options.inner != "inductor":
-        compiled: Callable[..., Any] = compat.lookup_backend(options.inner)(graph_module, inputs)
+    if inner != "inductor":
+        compiled: Callable[..., Any] = _inner_backend(inner)(graph_module, inputs)
         return compiled
     inductor = dict(options.inductor)
     return compat.compile_with_inductor(graph_module, inputs, options.mode, compat.with_cache_stamp(inductor, stamp) if stamp else inductor)
+
+
+def _inner_backend(inner: str | Callable[..., Any]) -> Callable[..., Any]:
+    if callable(inner):
+        return inner
+    if inner in torchair.NAMES:
+        return torchair.npu_backend(inner)
+    return compat.lookup_backend(inner)
 
 
 def _owner_position(graph_module: fx.GraphModule) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from lvsa_compile import compat
 from lvsa_compile.errors import GradientError, ShapeError, StepError, UnknownOptionError
 from lvsa_compile.lowering.attention_op import accumulation_dtype, library, output_like
-from lvsa_compile.lowering.contract import AttentionCall
+from lvsa_compile.lowering.contract import AttentionCall, Lowering
 from lvsa_compile.lowering.select import select
 from lvsa_compile.sparsity.frame_pattern import FramePattern
 from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
@@ -96,12 +97,12 @@ def _body(
     query: Tensor, key: Tensor, value: Tensor, step: Tensor, grid: list[int], prefix: int, suffix: int, scale: float | None, *pattern: Any
 ) -> Any:
     span, frame_pattern = _checked(query, key, value, grid, prefix, suffix, pattern)
-    bounds, ranges, phases = _tables(frame_pattern, span, query.device)
     batch, heads, _, head_dim = query.shape
     widths = (head_dim, value.shape[3])
     call = AttentionCall(query.device, query.dtype, batch, heads, key.shape[1], *widths, span, span, frame_pattern, device_only=True)
+    attention, phases = _ready(select(call).lowering, call)
     phase = torch.remainder(step.reshape(()), phases).to(device=query.device, dtype=torch.int32)
-    return select(call).lowering.operator(query, key, value, bounds, ranges, phase, scale=scale)
+    return attention(query, key, value, phase, scale=scale)
 
 
 def _fake(
@@ -155,11 +156,11 @@ def _checked(
 
 
 @functools.lru_cache(maxsize=32)
-def _tables(pattern: FramePattern, span: VideoSpan, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    table = key_range_table(pattern, span, span)
+def _ready(lowering: Lowering, call: AttentionCall) -> tuple[Callable[..., tuple[Tensor, Tensor]], int]:
+    """What computes a call, and how many phases it has."""
+    table = key_range_table(call.pattern, call.query, call.key)
     with torch.inference_mode(False):
-        bounds, ranges = (torch.tensor(rows, dtype=torch.int32, device=device) for rows in (table.query_bounds, table.key_ranges))
-    return bounds, ranges, table.phases
+        return lowering.on_device(call, table), table.phases
 
 
 library.define(

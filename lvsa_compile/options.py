@@ -8,12 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from lvsa_compile.errors import OptionError, UnknownOptionError
 from lvsa_compile.sparsity.frame_pattern import FramePattern
 
+if TYPE_CHECKING:
+    import torch
+
 T = TypeVar("T")
+Inner: TypeAlias = "str | Callable[..., Any]"
+"""A compiler by name, or a Dynamo backend."""
 Check = Callable[[Any], "tuple[str, str] | None"]
 """Returns what is wrong with a value and the remedy, or None."""
 
@@ -57,6 +62,13 @@ def _lowering(value: Any) -> tuple[str, str] | None:
     from lvsa_compile.lowering.select import lowering_names
 
     return _one_of("auto", *lowering_names())(value)
+
+
+def _inner(value: Any) -> tuple[str, str] | None:
+    names = ("auto", "inductor", "torchair", "npugraph_ex", "aot_eager", "eager")
+    if callable(value) or value in names:
+        return None
+    return "not a known choice", f"Choose one of: {', '.join(names)}; or give a Dynamo backend as a function."
 
 
 def _inductor_mode(value: Any) -> tuple[str, str] | None:
@@ -114,7 +126,12 @@ class Options:
         "How the pattern is computed; 'auto' takes what is expected to be fastest, under mode='max-autotune' what measuring finds.",
         _lowering,
     )
-    inner: str = _option("inductor", "Compiler of the rewritten graph.", _one_of("inductor", "aot_eager", "eager"))
+    inner: Inner = _option(  # noqa: RUF009 - as all options; the rule trips over a type that holds functions
+        "auto",
+        "Compiler of the rewritten graph: 'inductor', 'torchair' or 'npugraph_ex' on Ascend NPUs, 'aot_eager', 'eager', or any Dynamo "
+        "backend as a function; 'auto' is Inductor, and torchair on an NPU.",
+        _inner,
+    )
     mode: str | None = _option(
         None, "Inductor's mode, since torch.compile does not take mode= and options= together.", _optional(_inductor_mode)
     )
@@ -125,7 +142,7 @@ class Options:
             value = getattr(self, spec.name)
             if problem := spec.metadata["check"](value):
                 raise OptionError(spec.name, value, *problem)
-        if self.inner != "inductor":
+        if not self.may_be_inductor:
             for name, value in (("mode", self.mode), *self.inductor):
                 if value is not None:
                     raise OptionError(
@@ -134,6 +151,10 @@ class Options:
                         f"this is Inductor's, and inner={self.inner!r} does not use Inductor",
                         "Drop it, or use inner='inductor'.",
                     )
+        if self.verify and (callable(self.inner) or self.inner in ("torchair", "npugraph_ex")):
+            raise OptionError(
+                "verify", True, "its comparison is an op that only torch's own compilers know", "Verify with inner='aot_eager'."
+            )
         if self.verify and self.uses_cuda_graphs:
             raise OptionError(
                 "verify", True, "CUDA graphs replay without running the comparison", "Drop mode and triton.cudagraphs while verifying."
@@ -142,11 +163,27 @@ class Options:
             self.frame_pattern(1, self.reference_frames)  # combinations that no frame could use are an error now, not at the first forward
 
     @property
+    def may_be_inductor(self) -> bool:
+        """Whether Inductor may compile the graph."""
+        return self.inner in ("auto", "inductor")
+
+    def inner_on(self, device_type: str) -> Inner:
+        """Who compiles a graph on a kind of device."""
+        return self.inner if self.inner != "auto" else "torchair" if device_type == "npu" else "inductor"
+
+    def graph_compiler(self, device: torch.device) -> str:
+        """Who compiles a graph on a device, where that is one that knows no ops of this package; else ""."""
+        inner = self.inner_on(device.type)
+        if callable(inner):
+            return getattr(inner, "__name__", type(inner).__name__) if device.type == "npu" else ""
+        return inner if inner in ("torchair", "npugraph_ex") else ""
+
+    @property
     def uses_cuda_graphs(self) -> bool:
         """Whether Inductor will use CUDA graphs: by its own option, else by the mode, else by its configuration."""
         from lvsa_compile import compat
 
-        by_mode = self.mode in ("reduce-overhead", "max-autotune") or (self.inner == "inductor" and compat.cuda_graphs_by_default())
+        by_mode = self.mode in ("reduce-overhead", "max-autotune") or (self.may_be_inductor and compat.cuda_graphs_by_default())
         return bool(dict(self.inductor).get("triton.cudagraphs", by_mode))
 
     @property
@@ -156,7 +193,7 @@ class Options:
 
     def changed(self) -> dict[str, Any]:
         """The options that are not at their defaults, Inductor's own too."""
-        return {f.name: getattr(self, f.name) for f in option_fields() if getattr(self, f.name) != f.default} | dict(self.inductor)
+        return {f.name: _said(getattr(self, f.name)) for f in option_fields() if getattr(self, f.name) != f.default} | dict(self.inductor)
 
     def frame_pattern(self, frames: int, reference_frames: int) -> FramePattern:
         """The pattern these options give to a video of ``frames`` latent frames."""
@@ -169,6 +206,11 @@ class Options:
             key_frame_interval=self.key_frame_interval,
             expand_window=self.expand_window,
         )
+
+
+def _said(value: Any) -> Any:
+    """An option's value as reports show it, a function by its name."""
+    return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__name__)}" if callable(value) else value
 
 
 def option_fields() -> list[Any]:

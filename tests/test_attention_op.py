@@ -13,7 +13,7 @@ from lvsa_compile.lowering.select import lowerings
 from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
 
 ELSEWHERE = ("triton", "flex")  # are tested: an interpreter is slow, and FlexAttention tells no log-sum-exp on the CPU
-OPERATORS = {found.name: found.operator for found in lowerings() if found.name not in ELSEWHERE}
+OPERATORS = {found.name: found.operator for found in lowerings() if found.operator is not None and found.name not in ELSEWHERE}
 FINEST = {name: torch.float32 if name in ("cpu", "flashinfer") else torch.float64 for name in OPERATORS}
 """The dtype that shows errors best, of those a lowering takes."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -189,4 +189,5 @@ def test_windows_come_in_few_batches_of_few_shapes():
 
 def test_what_plans_on_the_host_is_never_recorded_in_a_cuda_graph():
     for lowering in lowerings():
-        assert (torch.Tag.cudagraph_unsafe in lowering.operator.tags) == lowering.plans_on_host
+        if lowering.operator is not None:
+            assert (torch.Tag.cudagraph_unsafe in lowering.operator.tags) == lowering.plans_on_host

@@ -128,6 +128,7 @@ def test_a_lowering_asked_for_by_name_that_cannot_serve_is_an_error():
         "dense_merge": "no device of this kind is here",
         "flashinfer": dict(select(call).passed_over)["flashinfer"],  # by whether it is installed
         "flex": "no device of this kind is here",
+        **{f"ascend_{name}": "it runs on npu, not on cuda" for name in ("block_sparse", "paged", "gather")},
     }
     with pytest.raises(LoweringUnavailableError) as raised:
         select(call, "cpu")

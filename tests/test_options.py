@@ -29,9 +29,14 @@ from lvsa_compile.options import Options, option_fields, parse_options
         (dict(rotate=1), "option rotate=1: not True or False. Give True or False."),
         (
             dict(lowering="tritn"),
-            "option lowering='tritn': not a known choice. Choose one of: auto, cpu, dense_merge, triton, flashinfer, flex, reference.",
+            "option lowering='tritn': not a known choice. Choose one of: auto, cpu, dense_merge, triton, flashinfer, flex, "
+            "ascend_block_sparse, ascend_paged, ascend_gather, reference.",
         ),
-        (dict(inner="tvm"), "option inner='tvm': not a known choice. Choose one of: inductor, aot_eager, eager."),
+        (
+            dict(inner="tvm"),
+            "option inner='tvm': not a known choice. Choose one of: auto, inductor, torchair, npugraph_ex, aot_eager, eager; "
+            "or give a Dynamo backend as a function.",
+        ),
         (dict(when_slower="maybe"), "option when_slower='maybe': not a known choice. Choose one of: sparse, dense."),
         (dict(max_autotune=1), "option max_autotune=1: Inductor wants bool, not int. Give a value of that type."),
         (

@@ -30,6 +30,7 @@ from lvsa_compile.axes.algebra import (
     slice_axis,
 )
 from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, tensors_in, with_axis
+from lvsa_compile.axes.device_rules import geglu, npu_attention, repeat_interleave
 from lvsa_compile.axes.overwriting import informed, lost_axes, overwritten, runs_of
 from lvsa_compile.axes.patch_rules import columns_to_image, convolution, image_to_columns, pad, pixel_shuffle, pool, unfold
 from lvsa_compile.axes.shard_rules import all_to_all
@@ -336,7 +337,7 @@ RULES: dict[str, Rule] = _table(
     (
         unchanged,
         "clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy native_layer_norm native_group_norm native_batch_norm"
-        " _fused_rms_norm rms_norm _softmax _log_softmax _safe_softmax cumsum native_dropout triu tril"
+        " _fused_rms_norm rms_norm npu_rms_norm _softmax _log_softmax _safe_softmax cumsum native_dropout triu tril"
         " wait_tensor all_reduce all_reduce_ cumprod renorm bernoulli bucketize _conj _neg_view",
     ),
     (
@@ -365,6 +366,9 @@ RULES: dict[str, Rule] = _table(
         " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"
         " _scaled_dot_product_attention_math attention",
     ),
+    (npu_attention, "npu_fusion_attention npu_fusion_attention_v2 npu_fusion_attention_v3 npu_prompt_flash_attention"),
+    (repeat_interleave, "repeat_interleave"),
+    (geglu, "npu_geglu"),
     (all_to_all, "all_to_all_single"),
     (cat, "cat"),
     (stack, "stack"),

@@ -167,7 +167,9 @@ class Measured:
         """The attention op by a lowering of this package."""
         lowering = next(lowering for lowering in lowerings() if lowering.name == name)
         tables = [table.to(lowering.device_of_tables(self.device)) for table in self._tables]
-        return lambda: lowering.operator(self.query, self.key, self.value, *tables, key_mask=self.key_mask)[0]
+        assert lowering.operator is not None, f"{name} is no op of its own"
+        operator = lowering.operator
+        return lambda: operator(self.query, self.key, self.value, *tables, key_mask=self.key_mask)[0]
 
     def worst_error(self, output: Tensor, sparse: bool) -> float:
         """Largest difference from attention in float64, over rows spread evenly, relative to the largest value there."""

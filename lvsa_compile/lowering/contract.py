@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lvsa_compile import compat
 from lvsa_compile.lowering.attention_op import AttentionBody
 from lvsa_compile.sparsity.frame_pattern import FramePattern
-from lvsa_compile.sparsity.key_ranges import VideoSpan
+from lvsa_compile.sparsity.key_ranges import KeyRangeTable, VideoSpan
 
 CPU = torch.device("cpu")
 
@@ -19,8 +21,10 @@ CPU = torch.device("cpu")
 class AttentionCall:
     """One attention site as a lowering sees it: sizes in tokens, pattern in latent frames.
 
-    ``masked`` says that a mask leaves out keys beside those that the pattern leaves out, ``device_only`` that nothing may be asked of the
-    host while it runs, as when CUDA graphs replay it.
+    ``masked`` says that a mask leaves out keys beside those that the pattern leaves out, ``own_ranges`` that a constant mask leaves each
+    frame key ranges of its own, ``dense_step`` that the table has a row in which everything is attended, ``device_only`` that nothing may
+    be asked of the host while it runs, as when CUDA graphs replay it; ``compiler`` names who compiles the graph where that is one that
+    knows no ops of ours.
     """
 
     device: torch.device
@@ -35,6 +39,9 @@ class AttentionCall:
     pattern: FramePattern
     masked: bool = False
     device_only: bool = False
+    own_ranges: bool = False
+    dense_step: bool = False
+    compiler: str = ""
 
     @property
     def density(self) -> float:
@@ -50,13 +57,22 @@ class AttentionCall:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A call made ready: ``target(query, key, value, *tables, phase, scale=, key_mask=)`` computes it; ``tables`` are nested lists."""
+
+    target: Callable[..., tuple[Tensor, Tensor]]
+    tables: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Lowering:
     """One way of computing the attention op.
 
-    ``summary`` says in a line what it is; ``body`` computes the op, ``operator`` is the op of that body; ``unavailable`` returns why it
-    cannot run on a device, or None; ``refuses`` why it cannot serve a call, or None; ``speedup`` estimates how many times faster than
-    dense attention it is, 0 where it is not meant for speed: ``lowering="auto"`` takes the fastest that serves, the lowest ``priority``
-    among equals.
+    ``summary`` says in a line what it is; ``body`` computes the op, ``operator`` is the op of that body.  One that has neither is
+    ``prepare``d: its target is traced into the graph as ops that other compilers know, with tables of its own.  ``unavailable`` returns
+    why it cannot run on a device, or None; ``refuses`` why it cannot serve a call, or None; ``speedup`` estimates how many times faster
+    than dense attention it is, 0 where it is not meant for speed: ``lowering="auto"`` takes the fastest that serves, the lowest
+    ``priority`` among equals.
     With ``plans_on_host`` the op's tables and phase are tensors of the CPU wherever the call runs.  ``tuned`` measures a call, with a
     function that returns the seconds of ``body`` under a name for how it is set up, and may prefer a set-up from then on.
     """
@@ -64,11 +80,12 @@ class Lowering:
     name: str
     summary: str
     priority: int
-    body: AttentionBody
-    operator: compat.OpOverload
     unavailable: Callable[[torch.device], str | None]
     refuses: Callable[[AttentionCall], str | None]
     speedup: Callable[[AttentionCall], float]
+    body: AttentionBody | None = None
+    operator: compat.OpOverload | None = None
+    prepare: Callable[[AttentionCall, KeyRangeTable], Prepared] | None = None
     plans_on_host: bool = False
     tuned: Callable[[AttentionCall, Callable[[str], float]], float] = lambda call, seconds: seconds("")
 
@@ -76,7 +93,25 @@ class Lowering:
         """Why it cannot serve a call by what it says of itself, or None: the device, then the call."""
         left_out = self.plans_on_host and call.device_only and call.device.type != "cpu"
         host = "it plans on the host, which CUDA graphs leave out" if left_out else None
-        return self.unavailable(call.device) or host or self.refuses(call)
+        unknown = f"{call.compiler} compiles the graph and knows no ops of this package" if call.compiler and not self.prepare else None
+        return self.unavailable(call.device) or host or unknown or self.refuses(call)
+
+    def prepared(self, call: AttentionCall, table: KeyRangeTable) -> Prepared:
+        """What computes a call, and the tables it wants."""
+        if self.prepare is not None:
+            return self.prepare(call, table)
+        assert self.body is not None
+        return Prepared(self.body, (table.query_bounds, table.key_ranges))
+
+    def on_device(self, call: AttentionCall, table: KeyRangeTable) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What computes a call, ``(query, key, value, phase, scale=, key_mask=)``, its tables made where it wants them."""
+        ready, where = self.prepared(call, table), self.device_of_tables(call.device)
+        tables = [torch.tensor(content, dtype=torch.int32, device=where) for content in ready.tables]
+
+        def run(query: Tensor, key: Tensor, value: Tensor, phase: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+            return ready.target(query, key, value, *tables, phase.to(where), **more)
+
+        return run
 
     def device_of_tables(self, device: torch.device) -> torch.device:
         """Where the op wants its tables and its phase for a call on ``device``."""

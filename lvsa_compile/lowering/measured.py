@@ -22,6 +22,7 @@ from lvsa_compile import compat
 from lvsa_compile.errors import in_a_line
 from lvsa_compile.lowering.attention_op import ATTENTION
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.lowering.gpu import random_state_kept
 from lvsa_compile.source_stamp import source_stamp
 from lvsa_compile.sparsity.key_ranges import key_range_table
 
@@ -32,7 +33,7 @@ _remembered: dict[str, float] = {}
 def seconds_of(lowering: Lowering, call: AttentionCall) -> float | str:
     """Seconds of one call, the least of three after a first; or what went wrong, such as no memory for tensors of this size."""
     try:
-        with compat.no_modes(), torch.no_grad(), torch.random.fork_rng([call.device] if call.device.type != "cpu" else []):
+        with compat.no_modes(), torch.no_grad(), random_state_kept(call.device):
             return lowering.tuned(call, functools.partial(_seconds_under, lowering, call))
     except Exception as failure:  # out of memory above all; the site itself may still find room
         return f"measuring it failed ({in_a_line(failure)})"
@@ -59,7 +60,7 @@ def _dense(
 
 
 _DENSE = Lowering(
-    "dense attention", "what is compared with", 0, _dense, ATTENTION, lambda device: None, lambda call: None, lambda call: 1.0
+    "dense attention", "what is compared with", 0, lambda device: None, lambda call: None, lambda call: 1.0, _dense, ATTENTION
 )
 
 
@@ -88,15 +89,13 @@ def _measure(lowering: Lowering, call: AttentionCall) -> float:
     sizes = [(call.batch, length, n, width) for length, n, width in zip(lengths, heads, widths, strict=True)]
     query, key, value = (torch.randn(size, device=call.device, dtype=call.dtype).transpose(1, 2) for size in sizes)
     table = key_range_table(call.pattern, call.query, call.key)
-    where = lowering.device_of_tables(call.device)
-    bounds, ranges, phase = (
-        torch.tensor(numbers, dtype=torch.int32, device=where) for numbers in (table.query_bounds, table.key_ranges, table.phases // 2)
-    )
+    attention = lowering.on_device(call, table)
+    phase = torch.tensor(table.phases // 2, dtype=torch.int32, device=lowering.device_of_tables(call.device))
     key_mask = (torch.arange(call.key.length, device=call.device) < call.key.length - call.key.suffix // 2) if call.masked else None
     key_mask = None if key_mask is None else key_mask.reshape(1, 1, 1, -1)
 
     def run() -> Tensor:
-        return lowering.body(query, key, value, bounds, ranges, phase, key_mask=key_mask)[0]
+        return attention(query, key, value, phase, key_mask=key_mask)[0]
 
     run()
     return min(_seconds(run, call.device) for _ in range(_RUNS))
@@ -114,7 +113,8 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def _facts(lowering: Lowering, call: AttentionCall, setup: str) -> str:
     """All that the seconds depend on, as text."""
-    device = torch.cuda.get_device_name(call.device) if call.device.type == "cuda" else f"{platform.processor()} {torch.get_num_threads()}"
+    cpu = f"{platform.processor()} {torch.get_num_threads()}"
+    device = cpu if call.device.type == "cpu" else getattr(torch, call.device.type).get_device_name(call.device)
     return json.dumps({"lowering": lowering.name, "setup": setup, "call": str(call), "device": device, "versions": _versions()})
 
 

@@ -3,6 +3,7 @@
 The CPU's are measured (docs/performance.md).  Those of GPUs are expectations from published numbers, no measurements of ours: a
 Triton kernel of this kind reaches about 390 TFLOP/s on Hopper where cuDNN and FlashAttention 3 (arXiv 2407.08608) reach 600 and more,
 and is close to FlashAttention 2 on Ampere; FlashInfer (arXiv 2501.01005) loads sparse keys by the older path on Hopper.
+Those of NPUs are guesses that only put an order.
 ``mode="max-autotune"`` measures instead.
 """
 
@@ -23,6 +24,7 @@ _SHARES: dict[str, dict[str, float]] = {
     "cuda:90": {"triton": 0.62, "dense_merge": 0.85, "flashinfer": 0.60, "flex": 0.55},
     "cuda:100": {"triton": 0.55, "dense_merge": 0.85, "flashinfer": 0.40, "flex": 0.45},
     "cuda:120": {"triton": 0.80, "dense_merge": 0.80, "flashinfer": 0.70, "flex": 0.60},
+    "npu": {"ascend_block_sparse": 0.85, "ascend_paged": 0.80, "ascend_gather": 0.70},
     "hip": {"triton": 0.90, "dense_merge": 0.80, "flex": 0.60},
 }
 
@@ -41,5 +43,5 @@ def by_rate(lowering: str) -> Callable[[AttentionCall], float]:
 def _class_of(device: torch.device) -> str:
     """The row of the table for a device: that of the newest part that is no newer."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        return "cpu" if device.type == "cpu" else "cuda:80"
+        return device.type if device.type in _SHARES else "cuda:80"
     return nearest(device_target(device), _SHARES)

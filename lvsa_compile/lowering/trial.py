@@ -9,8 +9,9 @@ import torch
 
 from lvsa_compile import compat
 from lvsa_compile.errors import LvsaWarning, in_a_line
-from lvsa_compile.lowering.attention_op import attention
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.lowering.gpu import random_state_kept
+from lvsa_compile.lowering.reference import LOWERING as REFERENCE
 from lvsa_compile.lowering.verification import TOLERANCE
 from lvsa_compile.sparsity.frame_pattern import FramePattern
 from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
@@ -24,7 +25,7 @@ def tried(lowering: Lowering, call: AttentionCall) -> str | None:
 
     Not on the CPU, where nothing can fail that a predicate does not know, and not the op's meaning itself.
     """
-    if call.device.type == "cpu" or lowering.body is attention:
+    if call.device.type == "cpu" or lowering is REFERENCE:
         return None
     return _tried(lowering, call.device, call.dtype, call.query_heads // call.key_heads, call.head_dim, call.masked)
 
@@ -37,7 +38,7 @@ def forget() -> None:
 @functools.cache
 def _tried(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: int, head_dim: int, masked: bool) -> str | None:
     try:
-        with compat.no_modes(), torch.no_grad(), torch.random.fork_rng([device] if device.type != "cpu" else []):
+        with compat.no_modes(), torch.no_grad(), random_state_kept(device):
             error = _error(lowering, device, dtype, group, head_dim, masked)
     except Exception as failure:  # of the compiler, the driver or the launch: whatever it is, the next lowering may do
         problem = f"its trial failed ({in_a_line(failure)})"
@@ -60,13 +61,13 @@ def _error(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: 
     length = _SPAN.length
     query, key, value = (torch.randn(1, length, 2 * n, head_dim, device=device, dtype=dtype).transpose(1, 2) for n in (group, 1, 1))
     key = key.contiguous()
-    where = lowering.device_of_tables(device)
-    bounds, ranges = (torch.tensor(content, dtype=torch.int32, device=where) for content in (table.query_bounds, table.key_ranges))
+    call = AttentionCall(device, dtype, 1, 2 * group, 2, head_dim, head_dim, _SPAN, _SPAN, _PATTERN, masked)
+    found_by, meaning_by = lowering.on_device(call, table), REFERENCE.on_device(call, table)
     key_mask = (torch.arange(length, device=device) < length - 10).reshape(1, 1, 1, length) if masked else None
     worst = 0.0
     for step in range(2):
-        phase = torch.tensor(step, dtype=torch.int32, device=where)
-        found, _ = lowering.body(query, key, value, bounds, ranges, phase, key_mask=key_mask)
-        meaning, _ = attention(query, key, value, bounds, ranges, phase, key_mask=key_mask)
+        phase = torch.tensor(step, dtype=torch.int32)
+        found, _ = found_by(query, key, value, phase, key_mask=key_mask)
+        meaning, _ = meaning_by(query, key, value, phase, key_mask=key_mask)
         worst = max(worst, float((found.float() - meaning.float()).abs().max() / meaning.float().abs().max()))
     return worst

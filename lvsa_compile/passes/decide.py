@@ -121,6 +121,8 @@ def _decide(
         return AttentionCall(
             device, dtype, batch, query_heads, key_heads, head_dim, value_dim, query_span, key_span, pattern,
             masked=form is not None, device_only=compilation.options.uses_cuda_graphs,
+            own_ranges=form is not None and form.pairs is not None, dense_step=compilation.options.dense_steps > 0,
+            compiler=compilation.options.graph_compiler(device),
         )  # fmt: skip
 
     allowed = None if form is None or form.pairs is None else _allowed(form.pairs, query_span, key_span)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, fx
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
 from lvsa_compile.lowering.attention_op import ATTENTION, accumulation_dtype
+from lvsa_compile.lowering.contract import AttentionCall, Prepared
 from lvsa_compile.lowering.verification import VERIFIED
-from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput
+from lvsa_compile.options import Options
+from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput, SparsePlan
 from lvsa_compile.passes.trace_layout.mask_form import MaskForm
 from lvsa_compile.patterns.shadow import called, provenance, step_in, withdraw, writes
 from lvsa_compile.sparsity.key_ranges import KeyRangeTable, VideoSpan, key_range_table, slopes
@@ -40,23 +43,47 @@ def rewrite(compilation: Compilation) -> Compilation:
 
 
 def lower(compilation: Compilation) -> Compilation:
-    """Retargets every ``lvsa::attention`` to the op of the lowering its site was given."""
+    """Retargets every ``lvsa::attention`` to what computes it by the lowering its site was given, with the tables that it wants."""
+    inputs = _ExtraInputs(compilation.graph_module, compilation.extra_inputs)
+    made: dict[tuple[str, AttentionCall], tuple[Prepared, list[fx.Node]]] = {}
     for decision in compilation.sparse:
         assert decision.plan is not None
-        decision.node.target = decision.plan.choice.lowering.operator
+        lowering, call = decision.plan.choice.lowering, decision.plan.call
+        if lowering.operator is not None:
+            decision.node.target = lowering.operator
+            continue
+        if (lowering.name, call) not in made:
+            ready = lowering.prepared(call, _table(decision.plan, compilation.options))
+            made[lowering.name, call] = ready, [inputs.table(lowering.name, content, call.device) for content in ready.tables]
+        ready, tables = made[lowering.name, call]
+        query, key, value, *_, phase = decision.node.args
+        decision.node.target, decision.node.args = ready.target, (query, key, value, *tables, phase)
+    inputs.drop_unused()
     compilation.graph_module.recompile()
-    return compilation
+    return dataclasses.replace(compilation, extra_inputs=tuple(inputs.made))
 
 
 class _ExtraInputs:
     """Appends inputs to a graph, each table and each phase once."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, made: tuple[ExtraInput, ...] = ()) -> None:
         self._graph_module = graph_module
         self._nodes: dict[object, fx.Node] = {}
         self._last = [node for node in graph_module.graph.nodes if node.op == "placeholder"][-1]
         self._fake_mode = compat.fake_mode_of_graph(graph_module.graph)
-        self.made: list[ExtraInput] = []
+        self.made = list(made)
+        self._numbers = itertools.count(len(made))
+
+    def table(self, kind: str, content: Any, device: torch.device) -> fx.Node:
+        """Node of a new table of whole numbers."""
+        return self._input(kind, content, device)
+
+    def drop_unused(self) -> None:
+        """Takes out the inputs that nothing uses any more."""
+        nodes = {node.name: node for node in self._graph_module.graph.nodes if node.op == "placeholder"}
+        for extra in [extra for extra in self.made if not nodes[extra.name].users]:
+            self._graph_module.graph.erase_node(nodes[extra.name])
+            self.made.remove(extra)
 
     def tables(self, table: KeyRangeTable, device: torch.device) -> tuple[fx.Node, fx.Node]:
         """Nodes of ``query_bounds`` and ``key_ranges``."""
@@ -82,13 +109,16 @@ class _ExtraInputs:
     def _node(self, kind: str, content: Any, device: torch.device, phases: int = 0, dense_steps: int = 0) -> fx.Node:
         key = (kind, content, device, phases)
         if key not in self._nodes:
-            extra = ExtraInput(
-                f"lvsa_{kind}_{len(self.made)}", torch.tensor(content, dtype=torch.int32, device=device), phases, dense_steps
-            )
-            self._last = compat.add_tensor_input(self._graph_module, self._last, extra.name, extra.value, self._fake_mode)
-            self._nodes[key] = self._last
-            self.made.append(extra)
+            self._nodes[key] = self._input(kind, content, device, phases, dense_steps)
         return self._nodes[key]
+
+    def _input(self, kind: str, content: Any, device: torch.device, phases: int = 0, dense_steps: int = 0) -> fx.Node:
+        value = torch.tensor(content, dtype=torch.int32, device=device)
+        extra = ExtraInput(f"lvsa_{kind}_{next(self._numbers)}", value, phases, dense_steps)
+        node = compat.add_tensor_input(self._graph_module, self._last, extra.name, extra.value, self._fake_mode)
+        self.made.append(extra)
+        self._last = node
+        return node
 
 
 def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraInputs) -> fx.Node:
@@ -98,7 +128,7 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
     assert plan is not None
     call, node = plan.call, site.node
     options = compilation.options
-    table = key_range_table(call.pattern, call.query, call.key, options.rotate, options.dense_steps > 0, plan.allowed)
+    table = _table(plan, options)
     where = plan.choice.lowering.device_of_tables(call.device)
     bounds, ranges = inputs.tables(table, where)
     if call.query.free_start or call.key.free_start:
@@ -125,6 +155,11 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
     step_in(site, rewritten)
     _erase(node)
     return attention
+
+
+def _table(plan: SparsePlan, options: Options) -> KeyRangeTable:
+    call = plan.call
+    return key_range_table(call.pattern, call.query, call.key, options.rotate, options.dense_steps > 0, plan.allowed)
 
 
 def _erase(node: fx.Node) -> None:

@@ -28,7 +28,8 @@ def verify(compilation: Compilation) -> Compilation:
         raise RewriteError("appended inputs have example values")
     for decision in compilation.sparse:
         assert decision.plan is not None
-        if decision.node.graph is not graph or decision.node.target is not decision.plan.choice.lowering.operator:
+        operator = decision.plan.choice.lowering.operator
+        if decision.node.graph is not graph or (operator is not None and decision.node.target is not operator):
             raise RewriteError(f"site {decision.name} has the op of its lowering")
         if not all(isinstance(value, Tensor) for value in decision.node.meta.get("example_value", (None,))):
             raise RewriteError(f"site {decision.name} has example values, without which torch's caches are bypassed")

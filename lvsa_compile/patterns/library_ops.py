@@ -32,13 +32,17 @@ LAYOUTS = {
     "aten._scaled_dot_product_flash_attention_for_cpu": BHSD,
     "aten._scaled_dot_product_efficient_attention": BHSD,
     "aten._scaled_dot_product_cudnn_attention": BHSD,
+    "npu.npu_fusion_attention": "",
 }
-"""Library and name of an op, and the order of axes of its query, key and value."""
+"""Library and name of an op, and the order of axes of its query, key and value; "" where its ``input_layout`` says it."""
+
+_NAMED_LAYOUTS = {"BSND": BSHD, "BNSD": BHSD}
 
 _ROLES = {"q": "query", "k": "key", "v": "value", "softmax_scale": "scale", "causal": "is_causal", "p": "dropout_p", "dropout": "dropout_p"}
 _NO_MATTER = frozenset(
     "return_softmax return_attn_probs return_debug_mask deterministic num_splits pack_gqa sm_margin compute_lse compute_log_sumexp op"
-    " output_dtype max_q max_k max_seqlen_q max_seqlen_k return_lse".split()
+    " output_dtype max_q max_k max_seqlen_q max_seqlen_k return_lse"
+    " head_num input_layout pre_tockens next_tockens inner_precise gen_mask_parallel sync softmax_layout seed offset".split()
 )
 _PLAIN: tuple[Any, ...] = (None, 0, -1, False, (-1, -1), [-1, -1], (None, None))
 
@@ -49,10 +53,15 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
     if layout is None:
         return None
     said = _arguments(node)
+    if not layout:
+        layout = _NAMED_LAYOUTS.get(said.get("input_layout", ""), "")
+        if not layout:
+            return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with input_layout={said.get('input_layout')}"))
     query, key, value = (said.pop(name, None) for name in ("query", "key", "value"))
     if not (is_tensor(query) and is_tensor(key) and is_tensor(value) and example_value(query).dim() == 4):
         return DenseSite(node, SHAPE_NOT_SUPPORTED.because(f"{_library_name(node)} without batch and heads"))
     scale, causal, dropout = said.pop("scale", None), bool(said.pop("is_causal", False)), said.pop("dropout_p", 0.0)
+    dropout = dropout or 1.0 - said.pop("keep_prob", 1.0)
     if dropout != 0.0:
         return DenseSite(node, DROPOUT.because(f"dropout_p={dropout}"))
     if not (scale is None or isinstance(scale, (int, float))):
@@ -81,14 +90,14 @@ def _output(node: fx.Node) -> fx.Node | None:
 
 
 def _library_name(node: fx.Node) -> str:
-    if hasattr(node.target, "_schema"):
+    if hasattr(node.target, "_schema") or hasattr(node.target, "overloads"):
         return ".".join(str(node.target).split(".")[:2])
     return f"{(getattr(node.target, '__module__', None) or '').split('.')[0]}.{name_of(node)}"
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments by the names used here, defaults included."""
-    schema = getattr(node.target, "_schema", None)
+    schema = getattr(getattr(node.target, "default", node.target), "_schema", None)
     if schema is not None:
         names = [argument.name for argument in schema.arguments]
         said = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
