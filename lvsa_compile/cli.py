@@ -22,8 +22,10 @@ from rich.text import Text
 
 from lvsa_compile.errors import LvsaError
 from lvsa_compile.sparsity.frame_pattern import FramePattern
+from lvsa_compile.vqeval.command import vqeval
 
 app = typer.Typer(help="Long Video Sparse Attention for torch.compile.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(vqeval)
 
 
 @app.callback(invoke_without_command=True)

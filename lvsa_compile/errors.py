@@ -191,3 +191,14 @@ class RewriteError(LvsaError, RuntimeError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.invariant,)
+
+
+class VideoQualityError(LvsaError):
+    """A video, or what was asked of its evaluation, cannot be used."""
+
+    def __init__(self, name: str, value: object, problem: str, remedy: str) -> None:
+        super().__init__(f"{name} {value!r}: {problem}. {remedy}")
+        self.name, self.value, self.problem, self.remedy = name, value, problem, remedy
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.name, self.value, self.problem, self.remedy)

@@ -1,0 +1,166 @@
+"""Loop: whether the video comes back to where it was, or never left.
+
+VQeval 1.0 looks at the similarities of CLIP embeddings, with thresholds that belong to CLIP.  Here frames are compared as small blurred
+pictures, so that nothing pretrained is needed, and thresholds are derived anew: distances are measured against the distance of
+neighbours and the contrast of the picture, so that a still camera with something moving is no loop and a frozen video is one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import cv2
+import numpy
+
+from lvsa_compile.vqeval.clip import Clip, Numbers
+from lvsa_compile.vqeval.motion import motion_of
+from lvsa_compile.vqeval.scores import Dimension, Metric
+
+LEAST_FRAMES = 10
+_MOST_COMPARED = 600
+_AGAIN, _ELSEWHERE = 1.0, 4.0  # distance of a frame that comes back, and of one that does not, in distances of neighbours
+_STILL = 0.06  # of the contrast: what grain alone makes
+_RANDOM = 0.7  # of the contrast: neighbours that far apart have nothing in common, so that being no farther says nothing
+
+
+@dataclass(frozen=True)
+class Distances:
+    """``between[i, j]`` is how far frames are apart, root mean square over the contrast of the pictures; every ``stride``-th frame."""
+
+    between: Numbers
+    stride: int
+
+    @property
+    def gap(self) -> int:
+        """From how many frames apart on a return counts."""
+        return max(3, len(self.between) // 10)
+
+    @property
+    def step(self) -> float:
+        """Between neighbours, the median."""
+        return max(float(numpy.median(numpy.diag(self.between, 1))), 1e-4)
+
+    @cached_property
+    def by_lag(self) -> Numbers:
+        """The mean at each distance in time, up to where fewer than ``gap`` pairs are so far apart."""
+        return numpy.array([numpy.diag(self.between, lag).mean() for lag in range(len(self.between) - self.gap)], numpy.float32)
+
+    @property
+    def far(self) -> float:
+        """Between frames that are ``gap`` to half the video apart, the median over that."""
+        return float(numpy.median(self.by_lag[self.gap : len(self.between) // 2 + 1]))
+
+
+@functools.lru_cache(maxsize=1)
+def distances_of(clip: Clip) -> Distances:
+    """Distances of all pairs of frames."""
+    stride = max(1, -(-clip.count // _MOST_COMPARED))
+    frames = [cv2.GaussianBlur(cv2.resize(frame, (64, 36), interpolation=cv2.INTER_AREA), (0, 0), 1.0) for frame in clip.small[::stride]]
+    flat = numpy.stack(frames).reshape(len(frames), -1).astype(numpy.float32) / 255
+    contrast = max(float(flat.std(axis=1).mean()), 1e-2)
+    squares = (flat**2).mean(1)
+    products = flat @ flat.T / flat.shape[1]
+    between = numpy.sqrt(numpy.maximum(squares[:, None] + squares[None] - 2 * products, 0)) / contrast
+    return Distances(between.astype(numpy.float32), stride)
+
+
+def loop(clip: Clip) -> Dimension:
+    """VQeval's four parts with its weights, each by evidence that needs no network."""
+    why = "" if clip.count >= LEAST_FRAMES else f"the video has {clip.count} frames, {LEAST_FRAMES} are the least a loop can be told from"
+    if why:
+        names = (("cycle", 0.35), ("recurrence", 0.25), ("flow_period", 0.20), ("autocorrelation", 0.20))
+        return Dimension("loop", tuple(Metric(name, weight, None, why=why) for name, weight in names))
+    distances = distances_of(clip)
+    cycle = max(_dip(distances), _mirror(distances), _stays(distances))
+    recurrence = _recurrence(distances)
+    still = distances.far < _STILL and _stays(distances) > 0.9
+    steps = numpy.diag(distances.between, 1)
+    period = None if still else _period(motion_of(clip).series)
+    again = None if still else _comes_again(steps)
+    nothing = "nothing moves, so there is no rhythm"
+    return Dimension(
+        "loop",
+        (
+            Metric("cycle", 0.35, 100 * (1 - cycle), cycle, "how much of a cycle, 0 to 1", surrogate=True),
+            Metric("recurrence", 0.25, 100 * (1 - recurrence), recurrence, "share of frames that are there again", surrogate=True),
+            Metric("flow_period", 0.20, None if period is None else 100 * (1 - period), period, "0 to 1", why=nothing if still else ""),
+            Metric("autocorrelation", 0.20, None if again is None else 100 * (1 - again), again, "0 to 1", nothing if still else "", True),
+        ),
+    )
+
+
+def _common(distances: Distances) -> float:
+    """How much neighbours have in common, 0 to 1."""
+    return min(1.0, max(0.0, (2 * _RANDOM - distances.step) / _RANDOM))
+
+
+def _stays(distances: Distances) -> float:
+    """1 where frames far apart are no farther from each other than neighbours: the video never leaves."""
+    return _common(distances) * (1 - _how_far(distances.far / distances.step))
+
+
+def _how_far(ratio: float) -> float:
+    """0 for a distance of neighbours or less, 1 for a frame that is elsewhere."""
+    return min(1.0, max(0.0, math.log(max(ratio, 1e-6) / _AGAIN) / math.log(_ELSEWHERE / _AGAIN)))
+
+
+def _dip(distances: Distances) -> float:
+    """How far the mean distance falls at some lag below what it was before: the period of a hard loop brings it to nothing."""
+    lags, count = distances.by_lag, len(distances.between)
+    before = numpy.maximum.accumulate(lags)
+    fall = _fallen(lags / numpy.maximum(before, 1e-6))
+    share = numpy.minimum(1, 2 * (count - numpy.arange(len(lags))) / count)  # a repeat of the last quarter is half a cycle
+    return float((fall * share)[distances.gap :].max(initial=0.0))
+
+
+def _mirror(distances: Distances) -> float:
+    """How near frames are that lie equally far before and after some moment: a video that turns back."""
+    count, gap = len(distances.between), distances.gap
+    best = 0.0
+    for middle in range(gap, count - gap):
+        reach = numpy.arange(gap // 2 + 1, min(middle, count - 1 - middle) + 1)
+        reach = reach[2 * reach < len(distances.by_lag)]
+        if len(reach) < gap:
+            continue
+        nearness = distances.between[middle - reach, middle + reach] / numpy.maximum(distances.by_lag[2 * reach], 1e-6)
+        best = max(best, float(_fallen(nearness.mean())) * min(1.0, 4 * len(reach) / count))
+    return best
+
+
+def _fallen(share: Any) -> Any:
+    """0 where a distance is at least 0.7 of what it should be, 1 where it is at most 0.2."""
+    return numpy.clip((0.7 - share) / 0.5, 0, 1)
+
+
+def _recurrence(distances: Distances) -> float:
+    """Share of frames that are there again at least ``gap`` later or earlier, as near as their neighbours are."""
+    between, count = distances.between, len(distances.between)
+    apart = numpy.abs(numpy.arange(count)[:, None] - numpy.arange(count)[None]) >= distances.gap
+    nearest = numpy.where(apart, between, numpy.inf).min(1)
+    return float(numpy.mean([1 - _how_far(float(near) / distances.step) for near in nearest])) * _common(distances)
+
+
+def _period(series: Numbers) -> float:
+    """VQeval's: the largest share of one frequency in the power of the motion's strength, above 0.3."""
+    if len(series) < 8:
+        return 0.0
+    power = numpy.abs(numpy.fft.rfft((series - series.mean()) * numpy.hanning(len(series)))) ** 2
+    moves = float(series.std()) > 0.1 * float(series.mean())
+    share = float(power[3:].max(initial=0.0) / max(power[1:].sum(), 1e-12))  # slower than three periods in the video is a trend
+    return min(1.0, max(0.0, (share - 0.3) / 0.4)) if moves else 0.0
+
+
+def _comes_again(steps: Numbers) -> float:
+    """Height of the peak to which the autocorrelation of step lengths comes back after it has fallen; smooth change alone has none."""
+    centred = steps - steps.mean()
+    whole = float((centred**2).sum())
+    if whole < 1e-9 or len(steps) < 8 or float(steps.std()) < 0.1 * float(steps.mean()):
+        return 0.0
+    lags = numpy.correlate(centred, centred, "full")[len(steps) - 1 :] / whole
+    lags = lags[: len(steps) // 2] * len(steps) / (len(steps) - numpy.arange(len(steps) // 2))
+    fallen = numpy.flatnonzero(lags < 0.2)
+    return min(1.0, max(0.0, float(lags[fallen[0] :].max()))) if len(fallen) else 0.0

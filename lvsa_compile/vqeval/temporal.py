@@ -1,0 +1,64 @@
+"""Temporal coherence: whether neighbouring frames belong together.  A frozen video is most coherent; see ``dynamics`` and ``loop``."""
+
+from __future__ import annotations
+
+import numpy
+
+from lvsa_compile.vqeval.clip import Clip, Numbers
+from lvsa_compile.vqeval.loop import distances_of
+from lvsa_compile.vqeval.motion import motion_of
+from lvsa_compile.vqeval.scores import Dimension, Metric, ramp
+
+_NO_CLIP, _NO_DINO = "needs a CLIP model", "needs a DINOv2 model"
+_TILES = 4
+
+
+def temporal(clip: Clip) -> Dimension:
+    """Flicker of brightness (in the place of CLIP's), smoothness of motion and warps by VQeval's formulas, and cuts."""
+    flicker = _flicker(clip)
+    cuts = _cuts(clip)
+    events, pairs = _warps(clip)
+    return Dimension(
+        "temporal",
+        (
+            Metric("flicker", 0.25, ramp(flicker, 0.04, 0.002), flicker, "share of full brightness", surrogate=True),
+            Metric("motion", 0.30, _smoothness(motion_of(clip).series), float(motion_of(clip).series.mean()), "pixels per frame"),
+            Metric("subject", 0.20, None, why=_NO_DINO),
+            Metric("background", 0.15, None, why=_NO_CLIP),
+            Metric("warp", 0.10, ramp(events / pairs, 0.3, 0.0), float(events), f"of {pairs} pairs"),
+            Metric("cuts", 0.20, ramp(cuts * 64.0 / clip.count, 3.0, 0.0), float(cuts), "jumps", surrogate=True),
+        ),
+    )
+
+
+def _flicker(clip: Clip) -> float:
+    """How far brightness leaves the line between its neighbours in time, in the worst quarter of the tiles of a frame."""
+    rows, columns = (size // _TILES * _TILES for size in clip.grey.shape[1:])
+    tiles = clip.grey[:, :rows, :columns].reshape(clip.count, _TILES, rows // _TILES, _TILES, columns // _TILES).mean((2, 4))
+    if clip.count < 3:
+        return 0.0
+    bent = numpy.abs(tiles[1:-1] - (tiles[:-2] + tiles[2:]) / 2).mean(0)
+    return float(numpy.sort(bent, axis=None)[-(_TILES**2) // 4 :].mean())
+
+
+def _smoothness(series: Numbers) -> float:
+    """VQeval's motion smoothness, of the mean flow of each pair in pixels per frame."""
+    if len(series) < 2:
+        return 100.0
+    variance, mean = float(series.var()), float(series.mean())
+    jerk = float(numpy.abs(numpy.diff(series)).max())
+    steady = 1.0 - min(1.0, variance / mean) if mean > 1e-6 else 1.0
+    return 0.5 * max(0.0, 100 - 10 * variance) + 0.3 * max(0.0, 100 - 5 * jerk) + 0.2 * 100 * steady
+
+
+def _warps(clip: Clip) -> tuple[int, int]:
+    """Pairs in which a few parts jump while most stay, VQeval's rule on dense flow: the 95th percentile over the median."""
+    lengths = motion_of(clip).lengths
+    high, middle = (numpy.percentile(lengths, share, axis=(1, 2)) for share in (95, 50))
+    return int(((high / numpy.maximum(middle, 1e-3) > 5) & (high > 20)).sum()), len(lengths)
+
+
+def _cuts(clip: Clip) -> int:
+    """Neighbours that are as far apart as any two frames, where neighbours are otherwise close."""
+    steps = numpy.diag(distances_of(clip).between, 1)
+    return int(((steps > 6 * numpy.median(steps)) & (steps > 0.3)).sum())
