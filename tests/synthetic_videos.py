@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import cv2
 import numpy
@@ -154,3 +155,12 @@ FAILURES = {  # the dimension that must fall with the strength
 def as_tensor(frames: numpy.ndarray) -> numpy.ndarray:
     """``[n, 3, ROWS, COLUMNS]`` in [0, 1]."""
     return (frames.clip(0, 255) / 255).astype(numpy.float32).transpose(0, 3, 1, 2)
+
+
+def written(path: Path, frames: numpy.ndarray, fps: float = 16) -> Path:
+    """A file with these frames."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, frames.shape[2:0:-1])
+    for frame in frames.clip(0, 255).astype(numpy.uint8):
+        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    writer.release()
+    return path

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import synthetic_videos
 from typer.testing import CliRunner
 
 from lvsa_compile.cli import app
@@ -62,6 +63,7 @@ def test_commands_in_the_documents_run(tmp_path, monkeypatch):
     path = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})"
     model = "from tiny_models import wan, wan_inputs\nbuild = lambda: (wan(num_layers=1), wan_inputs())"
     (tmp_path / "my_model.py").write_text(f"{path}\n{model}\n")
+    synthetic_videos.written(tmp_path / "video.mp4", synthetic_videos.healthy()[:20])
     monkeypatch.chdir(tmp_path)
     commands = [line for page in sorted((ROOT / "docs").glob("*.md")) for block in blocks(page, "sh") for line in block.splitlines()]
     ran = 0

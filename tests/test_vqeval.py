@@ -11,7 +11,6 @@ import os
 import re
 from pathlib import Path
 
-import cv2
 import numpy
 import pytest
 import synthetic_videos as synthetic
@@ -31,14 +30,6 @@ VIDEOS = Path(os.environ.get("LVSA_VQEVAL_VIDEOS", "/nowhere"))
 
 def scores_of(frames: numpy.ndarray) -> Scores:
     return evaluate(synthetic.as_tensor(frames))
-
-
-def written(path: Path, frames: numpy.ndarray, fps: float = 16) -> Path:
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, frames.shape[2:0:-1])
-    for frame in frames.clip(0, 255).astype(numpy.uint8):
-        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-    writer.release()
-    return path
 
 
 @pytest.mark.parametrize("name", synthetic.FAILURES)
@@ -114,7 +105,7 @@ def test_bad_input_is_named_with_a_remedy(video, text):
 
 def test_a_file_says_the_same_as_its_frames(tmp_path):
     frames = synthetic.healthy()[:40]
-    path = written(tmp_path / "a.mp4", frames, fps=24)
+    path = synthetic.written(tmp_path / "a.mp4", frames, fps=24)
     found, direct = evaluate(path), scores_of(frames)
     assert found.details["frames"] == 40
     assert found.details["fps"] == 24
@@ -130,7 +121,7 @@ def test_a_long_video_is_read_up_to_a_bound_and_says_so(monkeypatch):
 
 
 def test_files_that_cannot_be_read_stop_nothing(tmp_path):
-    good = written(tmp_path / "good.mp4", synthetic.healthy()[:20])
+    good = synthetic.written(tmp_path / "good.mp4", synthetic.healthy()[:20])
     whole = good.read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.mp4").write_bytes(b"")
@@ -176,8 +167,8 @@ def test_two_sets_are_compared_with_intervals():
 def test_the_command_writes_json_csv_and_a_page_that_escapes(tmp_path):
     folder = tmp_path / "<b>set"
     folder.mkdir()
-    written(folder / "a.mp4", synthetic.healthy()[:24])
-    written(folder / "b.mp4", synthetic.frozen(1.0)[:24])
+    synthetic.written(folder / "a.mp4", synthetic.healthy()[:24])
+    synthetic.written(folder / "b.mp4", synthetic.frozen(1.0)[:24])
     (folder / "bad.mp4").write_text("no video")
     out = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "html")}
     options = [part for kind, path in out.items() for part in (f"--{kind}", str(path))]
