@@ -68,7 +68,7 @@ def lvsa(
     Raises:
         OptionError: an option has a value it cannot have, or does not exist.
     """
-    parsed = parse_options(options, mode)
+    parsed = parse_options(options, mode).on(_device_type(example_inputs))
     compilation = _run(PIPELINE, _beginning(graph_module, example_inputs, parsed))
     _leave_the_clock_to_this_graph(compilation)
     _publish(report_of(compilation), compilation)
@@ -158,7 +158,7 @@ def _dump(compilation: Compilation, stage: str) -> None:
 
 def _compile_inner(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Options, stamp: str) -> Callable[..., Any]:
     """Hands a graph to the inner compiler; without ``stamp`` exactly as that compiler's own backend would get it."""
-    inner = options.inner_on(next((value.device.type for value in inputs if isinstance(value, torch.Tensor)), "cpu"))
+    inner = options.inner_on(_device_type(inputs))
     if inner == "eager":
         return graph_module.forward
     if inner != "inductor":
@@ -166,6 +166,12 @@ def _compile_inner(graph_module: fx.GraphModule, inputs: Sequence[Any], options:
         return compiled
     inductor = dict(options.inductor)
     return compat.compile_with_inductor(graph_module, inputs, options.mode, compat.with_cache_stamp(inductor, stamp) if stamp else inductor)
+
+
+def _device_type(inputs: Sequence[Any]) -> str:
+    """The kind of device a graph runs on: of its tensors the first that is not on the host."""
+    kinds = [value.device.type for value in inputs if isinstance(value, torch.Tensor)]
+    return next((kind for kind in kinds if kind not in ("cpu", "meta")), kinds[0] if kinds else "cpu")
 
 
 def _inner_backend(inner: str | Callable[..., Any]) -> Callable[..., Any]:

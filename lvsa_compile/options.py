@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -167,6 +168,15 @@ class Options:
         """Whether Inductor may compile the graph."""
         return self.inner in ("auto", "inductor")
 
+    def on(self, device_type: str) -> Options:
+        """These options where a graph runs on a kind of device.
+
+        Raises:
+            OptionError: one of them is Inductor's, and another compiler compiles there.
+        """
+        inner = self.inner_on(device_type)
+        return self if self.inner != "auto" or inner == "inductor" else dataclasses.replace(self, inner=inner)
+
     def inner_on(self, device_type: str) -> Inner:
         """Who compiles a graph on a kind of device."""
         return self.inner if self.inner != "auto" else "torchair" if device_type == "npu" else "inductor"
@@ -175,7 +185,7 @@ class Options:
         """Who compiles a graph on a device, where that is one that knows no ops of this package; else ""."""
         inner = self.inner_on(device.type)
         if callable(inner):
-            return getattr(inner, "__name__", type(inner).__name__) if device.type == "npu" else ""
+            return getattr(getattr(inner, "func", inner), "__name__", type(inner).__name__) if device.type == "npu" else ""
         return inner if inner in ("torchair", "npugraph_ex") else ""
 
     @property

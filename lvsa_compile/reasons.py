@@ -68,8 +68,8 @@ FORM_NOT_REWRITTEN: Final = Reason(
 LAYOUT_UNKNOWN: Final = Reason(
     "layout_unknown",
     "The trail from the model's inputs to this site was lost.",
-    "Does the op named pick or sort tokens? Then dense is right; or do it outside of the blocks. If it keeps the order of frames, please "
-    "open an issue with its line: a rule for it makes the site sparse.",
+    "If the op named sorts or picks tokens, dense is right: only without it before attention could the site be sparse. If it keeps the "
+    "order of frames, please open an issue with its line: a rule for it makes the site sparse.",
 )
 LAYOUT_CONTRADICTED: Final = Reason(
     "layout_contradicted",
@@ -108,8 +108,8 @@ SIZE_NOT_KNOWN: Final = Reason(
 PATTERN_FULL: Final = Reason(
     "pattern_full",
     "At this length every frame attends every frame at every phase, so nothing can be skipped.",
-    "Nothing to do: LVSA is for videos longer than what the model was trained on. To thin out this one all the same, though the model "
-    "was trained to see it whole, set key_frame_interval or a smaller reference_frames.",
+    "Nothing to do: the model runs as it would without LVSA, which is for videos longer than what it was trained on. To skip frames "
+    "all the same, at a risk to quality, set reference_frames to fewer latent frames than the video has.",
 )
 NO_LOWERING: Final = Reason("no_lowering", "No lowering can serve the site.", "Set options={'lowering': 'auto'}.")
 DENSE_LAYER: Final = Reason("dense_layer", "The option dense_layers names this site.", "Take its index out of dense_layers.")

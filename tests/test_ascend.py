@@ -16,7 +16,7 @@ from tiny_models import PATTERN, VideoDiT, dit_inputs, randomise, timesteps, wan
 import lvsa_compile
 from lvsa_compile import FramePattern
 from lvsa_compile.errors import OptionError
-from lvsa_compile.lowering import ascend_block_sparse, ascend_gather, ascend_ops, ascend_paged, select
+from lvsa_compile.lowering import ascend_block_sparse, ascend_gather, ascend_ops, ascend_paged, select, trial
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.options import parse_options
 from lvsa_compile.sparsity.frame_slots import PAGE, PageLayout, frame_slots
@@ -146,6 +146,66 @@ def test_blocks_of_whole_frames(tokens, prefix, suffix):
     check("block_sparse", call_of(pattern, span, head_dim=64, heads=2, key_heads=1, batch=2), [0, 3])
 
 
+@pytest.mark.parametrize("name", LOWERINGS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_passes_the_trial_that_it_meets_on_an_npu(name, masked):
+    if masked and name == "block_sparse":
+        pytest.skip("it refuses masks")
+    assert trial._error(LOWERINGS[name], CPU, torch.float16, 2, 64, masked) < 2e-3
+
+
+def test_the_trial_of_pages_needs_shared_ones():
+    """As a model's does: fewer pages than all sequences together use."""
+    tokens, text = LOWERINGS["paged"].trial_tokens
+    layout = PageLayout(frame_slots(trial._PATTERN, trial._PATTERN.phases), tokens, text)
+    assert layout.full
+    assert layout.around_full
+    assert layout.tail
+    assert layout.pages < trial._PATTERN.frames * -(-layout.keys // PAGE)
+
+
+@pytest.mark.parametrize("name", ["paged", "gather"])
+def test_rows_without_keys_are_zero(name):
+    pattern, span = FramePattern(9, 1, 1, 4), VideoSpan(0, 9, 12, 7)
+    call = call_of(pattern, span, batch=2, masked=True)
+    run = LOWERINGS[name].on_device(call, key_range_table(pattern, span, span))
+    mask = torch.ones(2, 1, 1, span.length, dtype=torch.bool)
+    mask[0] = False
+    mask[1, ..., :] = False
+    mask[1, ..., 7 * 12 : 8 * 12] = True  # a frame that not every frame attends
+    query, key, value = tensors(call)
+    output, log_sum_exp = run(query, key, value, torch.tensor(0, dtype=torch.int32), key_mask=mask)
+    wanted, wanted_lse = expected(call, 0, query, key, value, None, mask)
+    assert (output[0] == 0).all()
+    assert torch.equal(log_sum_exp == -torch.inf, wanted_lse == -torch.inf)
+    assert float((output - wanted).abs().max()) < 2e-3
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-8, -1e-5, 50.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_any_scale(scale, masked):
+    pattern, span = FramePattern(11, 1, 1, 4), VideoSpan(0, 11, 12, 7)
+    mask = torch.rand(1, 1, 1, span.length) < 0.8
+    check("paged", call_of(pattern, span, masked=masked), [0, 5], scale, mask if masked else None)
+
+
+def test_one_compile_serves_any_batch(monkeypatch):
+    """Dynamo makes the batch symbolic at its second size."""
+    monkeypatch.setattr(select, "lowerings", lambda: (LOWERINGS["paged"],))
+    model = wan(num_layers=1).to(torch.bfloat16)
+    compiled = torch.compile(model, backend="lvsa", options={**PATTERN, "inner": "eager"})
+    for batch in (1, 2, 3, 4, 2):
+        given = {
+            key: value.to(torch.bfloat16) if key != "timestep" and isinstance(value, torch.Tensor) else value
+            for key, value in wan_inputs(batch=batch).items()
+        }
+        with torch.no_grad():
+            with oracle.MaskedAttention(oracle.token_mask(9, 12, 0, window=1, reference=4)):
+                wanted = model(**given)[0].float()
+            found = compiled(**given)[0].float()
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < 2e-2
+
+
 def test_gathering_keeps_to_its_bound_and_chunks_change_nothing(monkeypatch):
     pattern, span = FramePattern(9, 1, 1, 4), VideoSpan(0, 9, 12, 7)
     given = call_of(pattern, span, batch=2)
@@ -166,10 +226,9 @@ def test_pages_hold_all_keys_of_a_frame_in_order_and_share_what_frames_share():
     slots = frame_slots(pattern, pattern.phases)
     layout = PageLayout(slots, tokens, around)
     assert (layout.full, layout.around_full, layout.tail_tokens) == (2, 1, slots.slots * 44 + 12)
-    table = torch.tensor(layout.table(2))
-    assert table.shape == (pattern.phases, 14, slots.slots * 2 + 1 + layout.tail)
-    assert int(table.max()) == 2 * layout.pages - 1
-    assert torch.equal(table[:, 7:], table[:, :7] + layout.pages)
+    table = torch.tensor(layout.table())
+    assert table.shape == (pattern.phases, 7, slots.slots * 2 + 1 + layout.tail)
+    assert int(table.max()) == layout.pages - 1
     for phase in range(pattern.phases):
         for frame in range(7):
             row = table[phase, frame].tolist()
@@ -188,6 +247,8 @@ def test_pages_hold_all_keys_of_a_frame_in_order_and_share_what_frames_share():
     ("paged", dict(batch=10_000), "torch_npu's fused attention takes batches up to 65536, not 10000 of 9 frames"),
     ("gather", dict(key=VideoSpan(1, 9, 12, 0, free_start=True)), "its tables want numbers of tokens that are known when it is compiled"),
     ("paged", dict(query=VideoSpan(0, 9, 12, 0, open_ended=True)), "its tables want numbers of tokens that are known when it is compiled"),
+    ("paged", dict(masked=True, mask_heads=4, query_heads=4), "its keys have 2 heads, the mask 4"),
+    ("gather", dict(query=VideoSpan(0, 9, 1, 0)), "frames of one token go to another kernel of torch_npu"),
     ("block_sparse", dict(compiler="torchair"), "torchair may have no converter for npu_block_sparse_attention"),
     ("block_sparse", dict(masked=True), "npu_block_sparse_attention takes no key mask"),
     ("block_sparse", dict(), "npu_block_sparse_attention takes equal head dims of 64 or 128, not 16 and 16"),
@@ -268,6 +329,18 @@ def test_torch_npus_own_attention_is_rewritten():
     assert float((found - wanted).abs().max()) < 1e-5
 
 
+def test_torch_npus_own_attention_with_fewer_key_heads():
+    def attend(tokens):
+        heads = tokens.unflatten(-1, (4, -1))
+        return tokens + torch.ops.npu.npu_fusion_attention(heads, heads[:, :, :2], heads[:, :, :2], 4, "BSND", scale=0.3)[0].flatten(2)
+
+    model, given = randomise(VideoDiT(lambda model, tokens, grid, text: attend(tokens))), dit_inputs()
+    with torch.no_grad():
+        found = torch.compile(model, backend="lvsa", options={**PATTERN, "inner": "eager", "dense_steps": 1})(*given)
+        assert float((found - model(*given)).abs().max()) < 1e-4
+    assert lvsa_compile.reports()[0].sites[0].decision == "sparse"
+
+
 @pytest.mark.parametrize(("given", "reason", "text"), [
     ({"atten_mask": torch.zeros(108, 108, dtype=torch.bool)}, "form_not_rewritten", "npu.npu_fusion_attention with atten_mask="),
     ({"keep_prob": 0.9}, "dropout", "dropout_p=0.0"),
@@ -289,6 +362,10 @@ def test_inner_takes_a_backend_and_names_what_it_does_not_know():
         parse_options({"inner": "torchair", "verify": True})
     with pytest.raises(OptionError, match="this is Inductor's, and inner='torchair' does not use Inductor"):
         parse_options({"inner": "torchair", "mode": "max-autotune"})
+    for name, value in (("mode", "max-autotune"), ("triton.cudagraphs", True), ("verify", True)):
+        assert parse_options({name: value}).on("cuda").inner == "auto"
+        with pytest.raises(OptionError, match=name):
+            parse_options({name: value}).on("npu")
 
 
 def test_without_torch_npu_the_error_names_it():

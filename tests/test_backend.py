@@ -261,6 +261,12 @@ def test_report_and_log_line_and_counters(caplog):
     assert lvsa_compile.reports() == []
 
 
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+def test_a_graph_without_inputs(inner):
+    compiled = torch.compile(lambda: torch.ones(3) * 2, backend="lvsa", options={"inner": inner})
+    assert torch.equal(compiled(), torch.full((3,), 2.0))
+
+
 def test_graphs_are_dumped_before_and_after_each_pass(tmp_path, monkeypatch):
     monkeypatch.setenv("LVSA_DUMP_DIR", str(tmp_path))
     torch.compile(wan(num_layers=1), backend="lvsa", options=EXACT)(**wan_inputs())

@@ -101,4 +101,5 @@ LOWERING = Lowering(
     unavailable=why_no_npu,
     refuses=_refuses,
     speedup=by_rate("ascend_block_sparse"),
+    trial_tokens=(_BLOCK, 70),
 )

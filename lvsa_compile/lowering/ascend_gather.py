@@ -7,7 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lvsa_compile.lowering.ascend_ops import fused_attention, joined, of_phase, operands, padded_width, split, why_no_npu, why_not_ascend
+from lvsa_compile.lowering.ascend_ops import (
+    around_of,
+    fused_attention,
+    joined,
+    of_phase,
+    operands,
+    padded_width,
+    video_of,
+    why_no_npu,
+    why_not_ascend,
+)
 from lvsa_compile.lowering.contract import AttentionCall, Lowering, Prepared
 from lvsa_compile.lowering.rates import by_rate
 from lvsa_compile.sparsity.frame_slots import FrameSlots, frame_slots
@@ -48,7 +58,7 @@ class GatheredAttention:
         call, batch, at_a_time = self.call, query.shape[0], self.frames_at_a_time
         given = operands(query, key, value, call.dtype, scale, key_mask, self.slots.some_empty)
         own_slots = of_phase(slots, phase)
-        rows, _ = split(given.query, call.query)
+        rows = video_of(given.query, call.query)
         outputs, sums = [], []
         for first in range(0, self.slots.frames, at_a_time):
             some = own_slots[first : first + at_a_time]
@@ -58,16 +68,19 @@ class GatheredAttention:
             outputs.append(found.unflatten(0, (batch, -1)))
             sums.append(found_lse.unflatten(0, (batch, -1)))
         video = torch.cat(outputs, 1).flatten(1, 2), torch.cat(sums, 1).transpose(1, 2).flatten(2, 3)
-        return joined(video, given, call.query, call.key_heads, call.value_dim)
+        return joined(video, given, call)
 
     def _gathered(self, tensor: Tensor, nothing: Tensor, slots: Tensor) -> Tensor:
         """Keys or values of some frames ``[B * frames, slots * tokens + around, key_heads, width]``."""
         batch, count = tensor.shape[0], slots.shape[0]
-        video, around = split(tensor, self.call.key)
+        video, span = video_of(tensor, self.call.key), self.call.key
         if self.slots.some_empty:
-            video = torch.cat([video, nothing.expand(batch, 1, video.shape[2], *nothing.shape)], 1)
+            video = torch.cat([video, nothing.expand(batch, 1, span.tokens_per_frame, *nothing.shape)], 1)
         own = video.index_select(1, slots.flatten()).reshape(batch, count, -1, *nothing.shape)
-        return torch.cat([own, around[:, None].expand(batch, count, *around.shape[1:])], 2).flatten(0, 1)
+        if around := span.prefix + span.suffix:
+            beside = around_of(tensor, span)[:, None].expand(batch, count, around, *nothing.shape)
+            own = torch.cat([own, beside], 2)
+        return own.flatten(0, 1)
 
 
 def _prepare(call: AttentionCall, table: KeyRangeTable) -> Prepared:

@@ -22,6 +22,7 @@ _ALIGNED = 16  # of what head_dim must be a multiple
 _PARTS = 3  # score columns: a float32 is three bfloat16
 _LOWEST = -6e4  # that a float16 holds
 _GONE = 1e4  # how far below 0 a score is that counts as not there; exp(-104) is 0 in float32
+_LEAST_SCALE = 2.0**-10
 _DTYPES = (torch.bfloat16, torch.float16)
 _MOST_HEAD_DIM, _MOST_HEADS, _MOST_HEADS_PER_KEY_HEAD, _MOST_WIDTH, _MOST_BATCH = 512, 256, 64, 65535, 65536
 
@@ -42,6 +43,10 @@ def why_not_ascend(call: AttentionCall) -> str | None:
         return "its tables want numbers of tokens that are known when it is compiled"
     if call.own_ranges:
         return "a constant mask leaves frames keys of their own, its tables hold whole frames"
+    if call.masked and call.mask_heads not in (1, call.key_heads):
+        return f"its keys have {call.key_heads} heads, the mask {call.mask_heads}"
+    if call.query.tokens_per_frame < 2:
+        return "frames of one token go to another kernel of torch_npu"
     if call.dense_step:
         return "dense_steps makes a step that attends everything, and its shapes are those of the sparse steps"
     width = padded_width(call.head_dim, call.value_dim, score_columns=True)
@@ -70,6 +75,7 @@ class Operands:
     value: Tensor
     nothing: Tensor
     scale: float
+    masked: bool
 
 
 def operands(
@@ -81,16 +87,18 @@ def operands(
     query, key, value = (tensor.to(dtype).transpose(1, 2) for tensor in (query, key, value))
     columns = some_empty or key_mask is not None
     width = padded_width(head_dim, value_dim, columns)
-    constant = 2.0 ** max(0, math.ceil(math.log2(_GONE / -_LOWEST / abs(factor))))
-    lowest = math.copysign(_LOWEST, -factor)
     nothing = torch.zeros(key_heads, width, dtype=dtype, device=key.device)
     if columns:
+        if abs(factor) < _LEAST_SCALE:  # under which no score column is low enough: the query takes the scale
+            query, factor = query * (factor / _LEAST_SCALE), _LEAST_SCALE
+        constant = 2.0 ** max(0, math.ceil(math.log2(_GONE / -_LOWEST / abs(factor))))
+        lowest = math.copysign(_LOWEST, -factor)
         nothing = torch.cat([nothing[:, :head_dim], torch.full_like(nothing[:, :1], lowest), nothing[:, head_dim + 1 :]], 1)
         constants = torch.full((*query.shape[:3], _PARTS), constant, dtype=dtype, device=query.device)
         query = torch.cat([query, constants], 3)
         key = torch.cat([key, _added(key_mask, key, constant * factor, lowest)], 3)
     query, key, value = (torch.nn.functional.pad(tensor, (0, width - tensor.shape[3])) for tensor in (query, key, value))
-    return Operands(query, key, value, nothing, factor)
+    return Operands(query, key, value, nothing, factor, key_mask is not None)
 
 
 def _added(key_mask: Tensor | None, key: Tensor, unit: float, lowest: float) -> Tensor:
@@ -130,22 +138,37 @@ def of_phase(table: Tensor, phase: Tensor) -> Tensor:
     return table.index_select(0, phase.reshape(1)).squeeze(0)
 
 
-def split(tensor: Tensor, span: VideoSpan) -> tuple[Tensor, Tensor]:
-    """``[B, S, ...]`` as the video ``[B, frames, tokens_per_frame, ...]`` and what is around it ``[B, tokens, ...]``."""
-    end = span.length - span.suffix
-    video = tensor[:, span.prefix : end].unflatten(1, (span.frames, span.tokens_per_frame))
-    return video, torch.cat([tensor[:, : span.prefix], tensor[:, end:]], 1)
+def video_of(tensor: Tensor, span: VideoSpan) -> Tensor:
+    """The video ``[B, frames, tokens_per_frame, ...]`` of ``[B, S, ...]``."""
+    video: Tensor = tensor[:, span.prefix : span.length - span.suffix].unflatten(1, (span.frames, span.tokens_per_frame))
+    return video
 
 
-def joined(video: tuple[Tensor, Tensor], given: Operands, span: VideoSpan, key_heads: int, value_dim: int) -> tuple[Tensor, Tensor]:
+def around_of(tensor: Tensor, span: VideoSpan) -> Tensor:
+    """What is before and after the video ``[B, tokens, ...]`` of ``[B, S, ...]``."""
+    parts = [tensor[:, : span.prefix], tensor[:, span.length - span.suffix :]]
+    return torch.cat(parts, 1) if span.prefix and span.suffix else parts[1] if span.suffix else parts[0]
+
+
+def joined(video: tuple[Tensor, Tensor], given: Operands, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """The op's results from those of the video's rows, output ``[B, tokens, heads, width]`` and log-sum-exp ``[B, heads, tokens]``.
 
-    Rows around the video attend everything.
+    Rows around the video attend everything.  Rows of which a mask leaves no key are 0.
     """
     output, log_sum_exp = video
-    _, around = split(given.query, span)
-    if around.shape[1]:
-        other, other_lse = fused_attention(around, given.key, given.value, given.scale, key_heads)
-        output = torch.cat([other[:, : span.prefix], output, other[:, span.prefix :]], 1)
-        log_sum_exp = torch.cat([other_lse[..., : span.prefix], log_sum_exp, other_lse[..., span.prefix :]], 2)
-    return output[..., :value_dim].transpose(1, 2), log_sum_exp
+    span = call.query
+    if beside := span.prefix + span.suffix:
+        around = around_of(given.query, span)
+        if beside == 1:  # a single row goes to the op's other kernel, which takes fewer keys
+            around = around.expand(-1, 2, -1, -1)
+        other, other_lse = fused_attention(around, given.key, given.value, given.scale, call.key_heads)
+        parts = [other[:, : span.prefix], output, other[:, span.prefix : beside]]
+        sums = [other_lse[..., : span.prefix], log_sum_exp, other_lse[..., span.prefix : beside]]
+        output = torch.cat([part for part, size in zip(parts, (span.prefix, 1, span.suffix), strict=True) if size], 1)
+        log_sum_exp = torch.cat([part for part, size in zip(sums, (span.prefix, 1, span.suffix), strict=True) if size], 2)
+    output = output[..., : call.value_dim].transpose(1, 2)
+    if given.masked:
+        empty = log_sum_exp < -_GONE / 2
+        output = torch.where(empty.unsqueeze(3), torch.zeros_like(output), output)
+        log_sum_exp = torch.where(empty, float("-inf"), log_sum_exp)
+    return output, log_sum_exp

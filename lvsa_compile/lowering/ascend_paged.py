@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lvsa_compile.lowering.ascend_ops import fused_attention, joined, of_phase, operands, split, why_no_npu, why_not_ascend
+from lvsa_compile.lowering.ascend_ops import around_of, fused_attention, joined, of_phase, operands, video_of, why_no_npu, why_not_ascend
 from lvsa_compile.lowering.contract import AttentionCall, Lowering, Prepared
 from lvsa_compile.lowering.rates import by_rate
 from lvsa_compile.sparsity.frame_slots import PAGE, PageLayout, frame_slots
@@ -16,7 +16,7 @@ from lvsa_compile.sparsity.key_ranges import KeyRangeTable
 
 @dataclass(frozen=True)
 class PagedAttention:
-    """Computes a call from tables of slots ``[phases, frames, slots]`` and of pages ``[phases, B * frames, pages]``."""
+    """Computes a call from tables of slots ``[phases, frames, slots]`` and of pages ``[phases, frames, pages]``."""
 
     call: AttentionCall
     layout: PageLayout
@@ -41,39 +41,44 @@ class PagedAttention:
         own_slots = of_phase(slots, phase).flatten()
         keys = self._paged(given.key, given.nothing, own_slots)
         values = self._paged(given.value, torch.zeros_like(given.nothing), own_slots)
-        rows, _ = split(given.query, call.query)
-        output, log_sum_exp = fused_attention(
-            rows.flatten(0, 1), keys, values, given.scale, call.key_heads, of_phase(pages, phase), self.layout.keys
-        )
+        first = torch.arange(batch, dtype=pages.dtype, device=pages.device) * self.layout.pages
+        own_pages = (first[:, None, None] + of_phase(pages, phase)).flatten(0, 1)
+        rows = video_of(given.query, call.query).flatten(0, 1)
+        output, log_sum_exp = fused_attention(rows, keys, values, given.scale, call.key_heads, own_pages, self.layout.keys)
         video = output.unflatten(0, (batch, -1)).flatten(1, 2), log_sum_exp.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
-        return joined(video, given, call.query, call.key_heads, call.value_dim)
+        return joined(video, given, call)
 
     def _paged(self, tensor: Tensor, nothing: Tensor, slots: Tensor) -> Tensor:
         """Keys or values ``[B, Sk, key_heads, width]`` as pages ``[B * pages, PAGE, key_heads * width]``."""
         layout, batch = self.layout, tensor.shape[0]
         frames, most = layout.slots.frames, layout.slots.slots
-        video, around = (part.flatten(-2) for part in split(tensor, self.call.key))
+        video, around = video_of(tensor, self.call.key).flatten(-2), around_of(tensor, self.call.key).flatten(-2)
         columns = video.shape[-1]
         nobody = nothing.flatten().expand(batch, 1, PAGE, columns)
         whole, text = layout.full * PAGE, layout.around_full * PAGE
-        parts = [video[:, :, :whole].reshape(batch, -1, PAGE, columns), around[:, :text].reshape(batch, -1, PAGE, columns)]
+        parts = [video[:, :, :whole].reshape(batch, frames * layout.full, PAGE, columns)] if whole else []
+        if text:
+            parts.append(around[:, :text].reshape(batch, layout.around_full, PAGE, columns))
         if layout.slots.some_empty:
             parts.append(nobody)
-        if layout.tail:
+        packed = []
+        if remainder := layout.tokens_per_frame % PAGE:
             rest = video[:, :, whole:]
             if layout.slots.some_empty:
-                rest = torch.cat([rest, nobody[:, :, : rest.shape[2]]], 1)
-            packed = rest.index_select(1, slots).reshape(batch, frames, most * rest.shape[2], columns)
-            packed = torch.cat([packed, around[:, None, text:].expand(batch, frames, -1, columns)], 2)
-            packed = torch.nn.functional.pad(packed, (0, 0, 0, layout.tail * PAGE - layout.tail_tokens))
-            parts.append(packed.reshape(batch, -1, PAGE, columns))
+                rest = torch.cat([rest, nobody[:, :, :remainder]], 1)
+            packed.append(rest.index_select(1, slots).reshape(batch, frames, most * remainder, columns))
+        if layout.around % PAGE:
+            packed.append(around[:, None, text:].expand(batch, frames, layout.around % PAGE, columns))
+        if packed:
+            tail = torch.nn.functional.pad(torch.cat(packed, 2), (0, 0, 0, layout.tail * PAGE - layout.tail_tokens))
+            parts.append(tail.reshape(batch, frames * layout.tail, PAGE, columns))
         return torch.cat(parts, 1).flatten(0, 1)
 
 
 def _prepare(call: AttentionCall, table: KeyRangeTable) -> Prepared:
     slots = frame_slots(call.pattern, table.phases)
     layout = PageLayout(slots, call.key.tokens_per_frame, call.key.prefix + call.key.suffix)
-    return Prepared(PagedAttention(call, layout), (slots.attended, layout.table(call.batch)))
+    return Prepared(PagedAttention(call, layout), (slots.attended, layout.table()))
 
 
 LOWERING = Lowering(
@@ -84,4 +89,5 @@ LOWERING = Lowering(
     unavailable=why_no_npu,
     refuses=why_not_ascend,
     speedup=by_rate("ascend_paged"),
+    trial_tokens=(200, 140),  # pages that frames share, of the text, and tails
 )

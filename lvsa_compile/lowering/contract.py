@@ -21,10 +21,10 @@ CPU = torch.device("cpu")
 class AttentionCall:
     """One attention site as a lowering sees it: sizes in tokens, pattern in latent frames.
 
-    ``masked`` says that a mask leaves out keys beside those that the pattern leaves out, ``own_ranges`` that a constant mask leaves each
-    frame key ranges of its own, ``dense_step`` that the table has a row in which everything is attended, ``device_only`` that nothing may
-    be asked of the host while it runs, as when CUDA graphs replay it; ``compiler`` names who compiles the graph where that is one that
-    knows no ops of ours.
+    ``masked`` says that a mask leaves out keys beside those that the pattern leaves out, ``mask_heads`` how many heads it has,
+    ``own_ranges`` that a constant mask leaves each frame key ranges of its own, ``dense_step`` that the table has a row in which
+    everything is attended, ``device_only`` that nothing may be asked of the host while it runs, as when CUDA graphs replay it;
+    ``compiler`` names who compiles the graph where that is one that knows no ops of ours.
     """
 
     device: torch.device
@@ -39,6 +39,7 @@ class AttentionCall:
     pattern: FramePattern
     masked: bool = False
     device_only: bool = False
+    mask_heads: int = 1
     own_ranges: bool = False
     dense_step: bool = False
     compiler: str = ""
@@ -75,6 +76,7 @@ class Lowering:
     ``priority`` among equals.
     With ``plans_on_host`` the op's tables and phase are tensors of the CPU wherever the call runs.  ``tuned`` measures a call, with a
     function that returns the seconds of ``body`` under a name for how it is set up, and may prefer a set-up from then on.
+    ``trial_tokens`` are those of a frame and of the text on which it is tried: so many that what a real model needs of it is needed.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Lowering:
     prepare: Callable[[AttentionCall, KeyRangeTable], Prepared] | None = None
     plans_on_host: bool = False
     tuned: Callable[[AttentionCall, Callable[[str], float]], float] = lambda call, seconds: seconds("")
+    trial_tokens: tuple[int, int] = (72, 70)
 
     def refusal(self, call: AttentionCall) -> str | None:
         """Why it cannot serve a call by what it says of itself, or None: the device, then the call."""

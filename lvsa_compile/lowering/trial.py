@@ -17,7 +17,6 @@ from lvsa_compile.sparsity.frame_pattern import FramePattern
 from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
 
 _PATTERN = FramePattern(12, window=1, first_frames=1, reference_frames=5)
-_SPAN = VideoSpan(0, 12, 72, 70)  # frames and text that are not too small for any kernel that a model of real size meets
 
 
 def tried(lowering: Lowering, call: AttentionCall) -> str | None:
@@ -57,11 +56,12 @@ def _tried(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: 
 def _error(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: int, head_dim: int, masked: bool) -> float:
     """Twelve small frames and text, keys and values in different memory orders: the largest error of two phases over the largest value."""
     torch.manual_seed(0)
-    table = key_range_table(_PATTERN, _SPAN, _SPAN)
-    length = _SPAN.length
+    tokens, text = lowering.trial_tokens
+    span = VideoSpan(0, _PATTERN.frames, tokens, text)
+    table, length = key_range_table(_PATTERN, span, span), span.length
     query, key, value = (torch.randn(1, length, 2 * n, head_dim, device=device, dtype=dtype).transpose(1, 2) for n in (group, 1, 1))
     key = key.contiguous()
-    call = AttentionCall(device, dtype, 1, 2 * group, 2, head_dim, head_dim, _SPAN, _SPAN, _PATTERN, masked)
+    call = AttentionCall(device, dtype, 1, 2 * group, 2, head_dim, head_dim, span, span, _PATTERN, masked)
     found_by, meaning_by = lowering.on_device(call, table), REFERENCE.on_device(call, table)
     key_mask = (torch.arange(length, device=device) < length - 10).reshape(1, 1, 1, length) if masked else None
     worst = 0.0

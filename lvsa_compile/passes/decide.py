@@ -121,6 +121,7 @@ def _decide(
         return AttentionCall(
             device, dtype, batch, query_heads, key_heads, head_dim, value_dim, query_span, key_span, pattern,
             masked=form is not None, device_only=compilation.options.uses_cuda_graphs,
+            mask_heads=1 if form is None else max((_heads_of(part) for part in form.keys), default=1),
             own_ranges=form is not None and form.pairs is not None, dense_step=compilation.options.dense_steps > 0,
             compiler=compilation.options.graph_compiler(device),
         )  # fmt: skip
@@ -132,6 +133,11 @@ def _decide(
     if isinstance(outcome, SparsePlan) and allowed is not None and _leaves_a_row_empty(outcome, allowed, compilation.options.rotate):
         return reasons.MASK_NOT_EXPRESSIBLE.because("pattern and mask together leave a query without keys")
     return dataclasses.replace(outcome, mask=form, allowed=allowed) if isinstance(outcome, SparsePlan) else outcome
+
+
+def _heads_of(mask: fx.Node) -> int:
+    shape = example_value(mask).shape
+    return compat.size_hint(shape[-3]) if len(shape) > 2 else 1
 
 
 def _leaves_a_row_empty(plan: SparsePlan, allowed: tuple[tuple[Range, ...], ...], rotate: bool) -> bool:

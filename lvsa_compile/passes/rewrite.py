@@ -44,6 +44,8 @@ def rewrite(compilation: Compilation) -> Compilation:
 
 def lower(compilation: Compilation) -> Compilation:
     """Retargets every ``lvsa::attention`` to what computes it by the lowering its site was given, with the tables that it wants."""
+    if not compilation.sparse:
+        return compilation
     inputs = _ExtraInputs(compilation.graph_module, compilation.extra_inputs)
     made: dict[tuple[str, AttentionCall], tuple[Prepared, list[fx.Node]]] = {}
     for decision in compilation.sparse:

@@ -65,7 +65,10 @@ class Shadow:
         )
         if mask is not None and example_value(mask).dtype not in (torch.bool, widest):
             mask = self.call("to", mask, widest)
-        return self.call(torch.nn.functional.scaled_dot_product_attention, query, key, value, attn_mask=mask, scale=scale, is_causal=causal)
+        said: dict[str, Any] = {"attn_mask": mask, "scale": scale, "is_causal": causal}
+        if example_value(query).shape[1] != example_value(key).shape[1]:
+            said["enable_gqa"] = True
+        return self.call(torch.nn.functional.scaled_dot_product_attention, query, key, value, **said)
 
     def site(self, node: fx.Node, result: fx.Node, replaces: fx.Node, retired: tuple[fx.Node, ...]) -> AttentionSite:
         """The finished site: ``node`` is what ``attention`` returned, ``result`` what stands for ``replaces``."""

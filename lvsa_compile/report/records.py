@@ -141,9 +141,7 @@ class Report:
         said = f"attention over the video is {dense / whole:.0%} of the forward's {_flop(whole)}"
         if any(site.lowering == ON_THE_REAL_DEVICE for site in self.sparse_sites):
             left = whole - sum(site.flops * (1.0 - site.density) for site in self.sparse_sites)
-            return (
-                f"{said}; counting FLOPs the whole may become {whole / left:.2g}× as fast, by a lowering chosen where it runs (lvsa doctor)"
-            )
+            return f"{said}; counting FLOPs the whole may become {whole / left:.2g}× as fast; it has no device here, so ask where it runs"
         faster = [site.measured or site.expected for site in self.sparse_sites]
         if not all(faster):
             return said
@@ -169,7 +167,9 @@ class Report:
         miss = self.nearest_miss
         if miss is None or self.horizon != UNKNOWN_HORIZON or miss.reason == HORIZON_UNKNOWN.code or not miss.remedy:
             return ""
-        return f"{HORIZON_UNKNOWN.code}, once that is solved: {HORIZON_UNKNOWN.meaning} {HORIZON_UNKNOWN.remedy}"
+        return (
+            f"{HORIZON_UNKNOWN.code}, once that is solved: {HORIZON_UNKNOWN.meaning} {HORIZON_UNKNOWN.remedy} By itself it changes nothing."
+        )
 
     @property
     def nearest_miss(self) -> SiteReport | None:
@@ -213,7 +213,11 @@ class Report:
         for graph in self.graphs:
             if len(self.graphs) > 1:
                 lines.append(f"  graph {graph.compile_id}: {len(graph.sites) or 'no'} attention sites")
-            lines += [f"  {together([site.name for site in alike])}: {said}" for said, alike in alike_sites(graph.sites).items()]
+            told = self.nearest_miss.said if self.nearest_miss is not None else ""
+            for said, alike in alike_sites(graph.sites).items():
+                again = said == told and len(graph.sites) > 1
+                shown = f"{alike[0].decision}, {alike[0].reason}, see above" if again else said
+                lines.append(f"  {together([site.name for site in alike])}: {shown}")
         if any(graph.breaks for graph in self.graphs):
             lines.append(f"  graph breaks: {_BETWEEN}")
         return "\n".join(lines)

@@ -83,18 +83,14 @@ class PageLayout:
         frames = self.slots.frames
         return frames * (self.full + self.tail) + self.around_full + self.slots.some_empty
 
-    def table(self, batch: int) -> list[list[list[int]]]:
-        """``[phases, batch * frames, pages of a frame's keys]``: which pages, in order, hold the keys of a frame."""
+    def table(self) -> list[list[list[int]]]:
+        """``[phases, frames, pages of a frame's keys]``: which pages of a sample, in order, hold the keys of a frame."""
         frames, text = self.slots.frames, self.slots.frames * self.full
         nothing, tails = text + self.around_full, text + self.around_full + self.slots.some_empty
 
-        def row(frame: int, attended: tuple[int, ...], sample: int) -> list[int]:
-            first = sample * self.pages
-            own = [first + (nothing if other == frames else other * self.full + page) for other in attended for page in range(self.full)]
-            own += [first + text + page for page in range(self.around_full)]
-            return own + [first + tails + frame * self.tail + page for page in range(self.tail)]
+        def row(frame: int, attended: tuple[int, ...]) -> list[int]:
+            own = [nothing if other == frames else other * self.full + page for other in attended for page in range(self.full)]
+            own += [text + page for page in range(self.around_full)]
+            return own + [tails + frame * self.tail + page for page in range(self.tail)]
 
-        return [
-            [row(frame, attended, sample) for sample in range(batch) for frame, attended in enumerate(phase)]
-            for phase in self.slots.attended
-        ]
+        return [[row(frame, attended) for frame, attended in enumerate(phase)] for phase in self.slots.attended]
