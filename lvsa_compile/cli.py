@@ -7,7 +7,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import shlex
 import sys
@@ -275,7 +274,7 @@ def kernels(
 def _for_tables() -> Console:
     """Wide where no terminal says how wide, so that nothing is cut in a log."""
     console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=max(console.width, 180))
+    return console if console.is_terminal else Console(width=max(console.width, 180))
 
 
 def _sampled(count: int, room: int) -> list[int]:

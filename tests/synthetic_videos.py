@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy
 
-FRAMES, ROWS, COLUMNS = 96, 180, 320
+FRAMES, ROWS, COLUMNS = 96, 120, 216
 
 
 @functools.cache
@@ -30,8 +30,8 @@ def frame_at(time: float, seed: int = 0, speed: float = 1.0, still_camera: bool 
     frame = cv2.warpAffine(_panorama(seed), moved, (COLUMNS, ROWS), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     for number, (colour, across, down) in enumerate([((230, 60, 40), 1.9, 0.011), ((40, 90, 220), -1.3, 0.017)]):
         way = speed * time
-        x = 40 + 200 * number + across * way + 18 * numpy.sin(0.045 * way + number)
-        y = 90 + 55 * numpy.sin(down * way + number)
+        x = 30 + 140 * number + across * way + 18 * numpy.sin(0.045 * way + number)
+        y = ROWS / 2 + 0.3 * ROWS * numpy.sin(down * way + number)
         cv2.circle(frame, (round(x * 16), round(y * 16)), (22 - 6 * number) * 16, colour, -1, cv2.LINE_AA, 4)
     return frame
 
@@ -108,9 +108,9 @@ def cv2_blurred(frames: numpy.ndarray) -> numpy.ndarray:
 
 def tiling(strength: float) -> numpy.ndarray:
     """A pattern of tiles over the picture."""
-    tile = numpy.random.default_rng(3).standard_normal((30, 32, 1)).astype(numpy.float32)
+    tile = numpy.random.default_rng(3).standard_normal((30, 27, 1)).astype(numpy.float32)
     tile = cv2.GaussianBlur(tile, (0, 0), 1.5)[..., None]
-    pattern = numpy.tile(tile / tile.std(), (ROWS // 30, COLUMNS // 32, 1))
+    pattern = numpy.tile(tile / tile.std(), (ROWS // 30, COLUMNS // 27, 1))
     return video() + 40 * strength * pattern[None]
 
 

@@ -87,10 +87,10 @@ def check(name: str, call: AttentionCall, steps, scale=None, key_mask=None, larg
 
 
 @pytest.mark.parametrize("name", ["paged", "gather"])
-@settings(max_examples=30)
+@settings(max_examples=16)
 @given(
-    frames=st.integers(3, 12),
-    tokens=st.sampled_from([2, 5, 100, 128, 130, 256, 300]),
+    frames=st.integers(3, 10),
+    tokens=st.sampled_from([2, 5, 100, 128, 130, 256]),
     around=st.sampled_from([(0, 0), (7, 0), (0, 5), (130, 3), (0, 256), (1, 127)]),
     window=st.integers(0, 2),
     first=st.integers(1, 2),
