@@ -68,8 +68,8 @@ FORM_NOT_REWRITTEN: Final = Reason(
 LAYOUT_UNKNOWN: Final = Reason(
     "layout_unknown",
     "The trail from the model's inputs to this site was lost.",
-    "If the op named sorts or picks tokens, dense is right: only without it before attention could the site be sparse. If it keeps the "
-    "order of frames, please open an issue with its line: a rule for it makes the site sparse.",
+    "If that op sorts or picks tokens, leave it: dense is right. If it keeps the frames in order, please open an issue with its line, and "
+    "a rule for it will make the site sparse.",
 )
 LAYOUT_CONTRADICTED: Final = Reason(
     "layout_contradicted",

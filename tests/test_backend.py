@@ -250,7 +250,7 @@ def test_report_and_log_line_and_counters(caplog):
         line,
         "  work: attention over the video computes 54% of what dense attention would (2.43 MFLOP of 4.48 MFLOP per forward)",
         f"  forward: {lvsa_compile.reports()[0].gain}",
-        "  video: 9 latent frames, 2.2× the training horizon",
+        "  video: 9 latent frames, 2.2× the training horizon, so its attention is sparse",
         "  horizon: 4 latent frames (option reference_frames)",
         "  denoising step: value of input 'timestep'",
         "  blocks.0-1.attn1 (2 sites): sparse, density 0.543, lowering cpu  [video 9×3×4]",

@@ -231,7 +231,7 @@ def _may_be_video(graph: fx.Graph, lost: Segment) -> bool:
 def _lost(node: fx.Node, lost: Segment) -> Miss:
     place = next((n for n in node.graph.nodes if n.name == lost.lost_at), None)
     return reasons.LAYOUT_UNKNOWN.because(
-        f"layout unknown at {lost.source}, {compat.source_line(place) if place is not None else lost.lost_at}"
+        f"which frame each token is of is unknown after {lost.source}, {compat.source_line(place) if place is not None else lost.lost_at}"
     )
 
 

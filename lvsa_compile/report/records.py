@@ -141,7 +141,7 @@ class Report:
         said = f"attention over the video is {dense / whole:.0%} of the forward's {_flop(whole)}"
         if any(site.lowering == ON_THE_REAL_DEVICE for site in self.sparse_sites):
             left = whole - sum(site.flops * (1.0 - site.density) for site in self.sparse_sites)
-            return f"{said}; counting FLOPs the whole may become {whole / left:.2g}× as fast; it has no device here, so ask where it runs"
+            return f"{said}; by FLOPs the whole may become {whole / left:.2g}× as fast (asked on meta; its own device can say more)"
         faster = [site.measured or site.expected for site in self.sparse_sites]
         if not all(faster):
             return said
@@ -167,9 +167,7 @@ class Report:
         miss = self.nearest_miss
         if miss is None or self.horizon != UNKNOWN_HORIZON or miss.reason == HORIZON_UNKNOWN.code or not miss.remedy:
             return ""
-        return (
-            f"{HORIZON_UNKNOWN.code}, once that is solved: {HORIZON_UNKNOWN.meaning} {HORIZON_UNKNOWN.remedy} By itself it changes nothing."
-        )
+        return f"{HORIZON_UNKNOWN.code}: {HORIZON_UNKNOWN.meaning} {HORIZON_UNKNOWN.remedy}"
 
     @property
     def nearest_miss(self) -> SiteReport | None:
@@ -199,10 +197,10 @@ class Report:
         if miss := self.nearest_miss:
             lines += [f"  {self.why_none}: {miss}", *([f"    attention at {miss.source}"] if miss.source else [])]
         if self.also_missing:
-            lines.append(f"    and beside that {self.also_missing}")
+            lines.append(f"    after that there is also {self.also_missing}")
         if self.sparse_sites:
             lines += [f"  {name}: {said}" for name, said in (("work", self.work), ("forward", self.gain)) if said]
-            lines += [f"  video: {self.lengths}", f"  horizon: {self.horizon}"]
+            lines += [f"  video: {self.lengths}, so its attention is sparse", f"  horizon: {self.horizon}"]
         clocks = dict.fromkeys(graph.clock for graph in self.graphs if any(site.decision == SPARSE for site in graph.sites))
         lines += [f"  denoising step: {clock}" for clock in clocks]
         lines += [f"  specialised: {what}" for what in dict.fromkeys(what for graph in self.graphs for what in graph.specialised)]
