@@ -65,7 +65,7 @@ def test_what_cannot_be_computed_is_missing_and_named():
     assert found.text is None
     assert found.missing["text"] == "no metric of it could be computed"
     assert found.missing["text.clip"] == "no prompt was given"
-    assert found.missing["spatial.brisque"] == "needs pyiqa and its weights, which are never downloaded here"
+    assert found.missing["spatial.brisque"] == "needs a folder with weights of pyiqa, which was not given"
     for dimension in found.details["dimensions"].values():
         for metric in dimension.metrics:
             assert (metric.value is None) == bool(metric.why)
@@ -74,7 +74,10 @@ def test_what_cannot_be_computed_is_missing_and_named():
     short = scores_of(synthetic.healthy()[:6])
     assert short.loop is None
     assert short.missing["loop.cycle"] == "the video has 6 frames, 10 are the least a loop can be told from"
-    assert evaluate(synthetic.as_tensor(synthetic.healthy()[:6]), prompt="a dog").missing["text.clip"] == "needs a CLIP model"
+    assert (
+        evaluate(synthetic.as_tensor(synthetic.healthy()[:6]), prompt="a dog").missing["text.clip"]
+        == "needs a folder with weights of CLIP, which was not given"
+    )
 
 
 def test_composites_are_weighted_means_of_what_is_there():
@@ -186,7 +189,7 @@ def test_the_command_writes_json_csv_and_a_page_that_escapes(tmp_path):
     assert "&lt;b&gt;set" in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert len(re.findall("data:image/jpeg", page)) == 4 * 10
-    assert "needs a CLIP model" in html.unescape(page)
+    assert "needs a folder with weights of CLIP, which was not given" in html.unescape(page)
     assert "The second set beside the first" in page
 
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lvsa_compile.vqeval.evaluation import evaluate
+    from lvsa_compile.vqeval.loading import load_networks
+    from lvsa_compile.vqeval.networks import Networks
     from lvsa_compile.vqeval.scores import Scores
 
-_HOMES = {"Scores": "scores", "evaluate": "evaluation"}
-__all__ = ["Scores", "evaluate"]
+_HOMES = {"Networks": "networks", "Scores": "scores", "evaluate": "evaluation", "load_networks": "loading"}
+__all__ = ["Networks", "Scores", "evaluate", "load_networks"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 from lvsa_compile.errors import VideoQualityError, in_a_line
 from lvsa_compile.vqeval.clip import Clip, is_video, read
 from lvsa_compile.vqeval.evaluation import scored
-from lvsa_compile.vqeval.scores import DIMENSIONS, Scores
+from lvsa_compile.vqeval.networks import NONE, Networks
+from lvsa_compile.vqeval.scores import DIMENSIONS, Scores, Weights
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,11 @@ def _listed(path: Path) -> list[Path]:
 
 
 def evaluated(
-    paths: Sequence[Path], prompt: str | None, weights: str, seen: Callable[[Path, Clip | None, Result], None] = lambda *_: None
+    paths: Sequence[Path],
+    prompt: str | None = None,
+    weights: Weights = "default",
+    networks: Networks = NONE,
+    seen: Callable[[Path, Clip | None, Result], None] = lambda *_: None,
 ) -> list[Result]:
     """The result of each video; one that cannot be read stops nothing.  ``seen`` is told of each, with its clip."""
     results = []
@@ -69,7 +74,7 @@ def evaluated(
         clip = None
         try:
             clip = read(path)
-            result = Result(str(path), scored(clip, prompt, weights))
+            result = Result(str(path), scored(clip, prompt, weights, networks))
         except VideoQualityError as error:
             result = Result(str(path), error=str(error))
         except Exception as error:  # of a decoder or of memory: the next video may be well

@@ -26,33 +26,47 @@ def vqeval(
     paths: Annotated[list[Path], typer.Argument(help="Videos, folders of videos, or a CSV of paths.", show_default=False)],
     against: Annotated[list[Path] | None, typer.Option(help="A second set, compared with the first.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the videos should show.")] = None,
-    weights: Annotated[str, typer.Option(help="Weights of the composite: default, or paper (without temporal coherence).")] = "default",
+    weights: Annotated[
+        str, typer.Option(help="Weights of the composite: default, paper (without temporal coherence), or such as loop=1,dynamics=0.5.")
+    ] = "default",
+    clip: Annotated[Path | None, typer.Option(help="Folder of a CLIP model; nothing is downloaded.")] = None,
+    dinov2: Annotated[Path | None, typer.Option(help="Folder of a DINOv2 model.")] = None,
+    pyiqa: Annotated[Path | None, typer.Option(help="Folder with pyiqa's files of parameters for BRISQUE and NIQE.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all that was measured into this file.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a row per video into this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with frames, distances and motion.")] = None,
 ) -> None:
-    """Whether videos stay alive: six dimensions from 0 to 100, with no pretrained network.  Exit code 1 where a video cannot be read."""
+    """Whether videos stay alive: six dimensions from 0 to 100, with no pretrained network but those whose folders are given.
+
+    Exit code 1 where a video cannot be read.
+    """
     try:
         from lvsa_compile.vqeval import batch, comparison, page
-        from lvsa_compile.vqeval.scores import PRESETS
+        from lvsa_compile.vqeval.networks import NONE
+        from lvsa_compile.vqeval.scores import weights_of
     except ImportError as error:
         raise VideoQualityError("vqeval", error.name or str(error), "is not installed", "pip install 'lvsa-compile[vqeval]'") from None
-    if weights not in PRESETS:
-        raise VideoQualityError("weights", weights, "not a known preset", f"Choose one of: {', '.join(PRESETS)}.")
+    chosen = _numbers(weights) if "=" in weights else weights
+    weights_of(chosen)
     for file in (json_file, csv_file, html):
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise typer.BadParameter(f"{str(file)!r} is a folder, or in one that does not exist. Give the path of a file.")
+    networks = NONE
+    if clip or dinov2 or pyiqa:
+        from lvsa_compile.vqeval.loading import load_networks
+
+        networks = load_networks(clip=clip, dinov2=dinov2, pyiqa=pyiqa)
     sets = [batch.videos_of(paths), batch.videos_of(against or [])]
     pictures: dict[str, page.Pictures] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("videos", total=sum(map(len, sets)))
 
-        def seen(path: Path, clip: Clip | None, result: Result) -> None:
-            if html is not None and clip is not None and result.scores is not None:
-                pictures[str(path)] = page.pictures_of(clip)
+        def seen(path: Path, seen_clip: Clip | None, result: Result) -> None:
+            if html is not None and seen_clip is not None and result.scores is not None:
+                pictures[str(path)] = page.pictures_of(seen_clip)
             progress.advance(task)
 
-        results = [batch.evaluated(videos, prompt, weights, seen) for videos in sets]
+        results = [batch.evaluated(videos, prompt, chosen, networks, seen) for videos in sets]
     scores = [[result.scores for result in group if result.scores is not None] for group in results]
     differences = comparison.compared(*scores) if against else []
     both = [*results[0], *results[1]]
@@ -64,6 +78,20 @@ def vqeval(
     _show(both, differences)
     if any(result.error for result in both):
         raise typer.Exit(1)
+
+
+def _numbers(given: str) -> dict[str, float]:
+    """Weights such as ``loop=1,dynamics=0.5``."""
+    found = {}
+    for part in given.split(","):
+        name, _, number = part.partition("=")
+        try:
+            found[name.strip()] = float(number)
+        except ValueError:
+            raise VideoQualityError(
+                "weights", part, "not a dimension and its weight", "Give weights such as loop=1,dynamics=0.5."
+            ) from None
+    return found
 
 
 def _show(results: Sequence[Result], differences: Sequence[Difference]) -> None:

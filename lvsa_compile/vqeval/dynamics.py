@@ -8,13 +8,14 @@ import numpy
 
 from lvsa_compile.vqeval.clip import Clip
 from lvsa_compile.vqeval.motion import motion_of
-from lvsa_compile.vqeval.scores import Dimension, Metric, ramp
+from lvsa_compile.vqeval.networks import NONE, Networks, quality_of
+from lvsa_compile.vqeval.scores import Dimension, Metric, by_network, ramp
 
 _BINS = 16
 _MOVES = 0.25  # pixels per frame
 
 
-def dynamics(clip: Clip) -> Dimension:
+def dynamics(clip: Clip, networks: Networks = NONE) -> Dimension:
     """How fast the fastest twentieth of the picture moves, and how even its directions are.
 
     VQeval 1.0 counts pairs whose mean flow is above a pixel, which a small thing before a still camera never reaches; the fastest
@@ -39,6 +40,6 @@ def dynamics(clip: Clip) -> Dimension:
                 "directions", 0.25, None if entropy is None else 100 * entropy / math.log2(_BINS) * min(1.0, degree / 20), entropy, "bits",
                 why="" if entropy is not None else "nothing moves, so it has no direction",
             ),
-            Metric("aesthetic", 0.40, None, why="needs pyiqa and its weights, which are never downloaded here"),
+            by_network("aesthetic", 0.40, quality_of(clip, networks).get("aesthetic"), (0.0, 1.0), "of 1", "CLIP", surrogate=True),
         ),
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 VQeval 1.0 looks at the similarities of CLIP embeddings, with thresholds that belong to CLIP.  Here frames are compared as small blurred
 pictures, so that nothing pretrained is needed, and thresholds are derived anew: distances are measured against the distance of
-neighbours and the contrast of the picture, so that a still camera with something moving is no loop and a frozen video is one.
+neighbours and the contrast of the picture, so that a still camera with something moving is no loop and a frozen video is one.  Where CLIP
+is given, the same is asked of the distances of its embeddings, which see that a scene is there again though its pixels differ.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import numpy
 
 from lvsa_compile.vqeval.clip import Clip, Numbers
 from lvsa_compile.vqeval.motion import motion_of
-from lvsa_compile.vqeval.scores import Dimension, Metric
+from lvsa_compile.vqeval.networks import NONE, Images, Networks, series_of
+from lvsa_compile.vqeval.scores import Dimension, Metric, beside, by_network
 
 LEAST_FRAMES = 10
+_WEIGHTS = {"cycle": 0.35, "recurrence": 0.25, "flow_period": 0.20, "autocorrelation": 0.20}
 _MOST_COMPARED = 600
 _AGAIN, _ELSEWHERE = 1.0, 4.0  # distance of a frame that comes back, and of one that does not, in distances of neighbours
 _STILL = 0.06  # of the contrast: what grain alone makes
@@ -68,15 +71,15 @@ def distances_of(clip: Clip) -> Distances:
     return Distances(between.astype(numpy.float32), stride)
 
 
-def loop(clip: Clip) -> Dimension:
-    """VQeval's four parts with its weights, each by evidence that needs no network."""
+def loop(clip: Clip, networks: Networks = NONE) -> Dimension:
+    """VQeval's four parts with its weights; cycle and recurrence half by pictures and half by CLIP, where it was given."""
     why = "" if clip.count >= LEAST_FRAMES else f"the video has {clip.count} frames, {LEAST_FRAMES} are the least a loop can be told from"
     if why:
-        names = (("cycle", 0.35), ("recurrence", 0.25), ("flow_period", 0.20), ("autocorrelation", 0.20))
-        return Dimension("loop", tuple(Metric(name, weight, None, why=why) for name, weight in names))
+        return Dimension("loop", tuple(Metric(name, weight, None, why=why) for name, weight in _WEIGHTS.items()))
     distances = distances_of(clip)
-    cycle = max(_dip(distances), _mirror(distances), _stays(distances))
-    recurrence = _recurrence(distances)
+    cycle, recurrence = _cycle(distances), _recurrence(distances)
+    embedded = None if networks.clip_images is None else _embedded_distances(clip, networks.clip_images)
+    clip_cycle, clip_recurrence = (None, None) if embedded is None else (_cycle(embedded), _recurrence(embedded))
     still = distances.far < _STILL and _stays(distances) > 0.9
     steps = numpy.diag(distances.between, 1)
     period = None if still else _period(motion_of(clip).series)
@@ -85,12 +88,36 @@ def loop(clip: Clip) -> Dimension:
     return Dimension(
         "loop",
         (
-            Metric("cycle", 0.35, 100 * (1 - cycle), cycle, "how much of a cycle, 0 to 1", surrogate=True),
-            Metric("recurrence", 0.25, 100 * (1 - recurrence), recurrence, "share of frames that are there again", surrogate=True),
-            Metric("flow_period", 0.20, None if period is None else 100 * (1 - period), period, "0 to 1", why=nothing if still else ""),
-            Metric("autocorrelation", 0.20, None if again is None else 100 * (1 - again), again, "0 to 1", nothing if still else "", True),
+            *beside(
+                _metric("cycle", cycle, "how much of a cycle, 0 to 1", surrogate=True),
+                by_network("clip_cycle", _WEIGHTS["cycle"], clip_cycle, (1.0, 0.0), "how much of a cycle, 0 to 1", "CLIP"),
+            ),
+            *beside(
+                _metric("recurrence", recurrence, "share of frames that are there again", surrogate=True),
+                by_network("clip_recurrence", _WEIGHTS["recurrence"], clip_recurrence, (1.0, 0.0), "share of frames", "CLIP"),
+            ),
+            _metric("flow_period", period, "0 to 1", nothing),
+            _metric("autocorrelation", again, "0 to 1", nothing, surrogate=True),
         ),
     )
+
+
+def _metric(name: str, found: float | None, unit: str, why: str = "", *, surrogate: bool = False) -> Metric:
+    """From 0, nothing of the kind, to 1; or why it could not be told."""
+    if found is None:
+        return Metric(name, _WEIGHTS[name], None, why=why, surrogate=surrogate)
+    return Metric(name, _WEIGHTS[name], 100 * (1 - found), found, unit, surrogate=surrogate)
+
+
+def _embedded_distances(clip: Clip, network: Images) -> Distances:
+    """Distances of unit vectors, of the frames that were looked at closely."""
+    frames, _ = series_of(clip, network)
+    between = numpy.sqrt(numpy.maximum(2 - 2 * frames @ frames.T, 0)).astype(numpy.float32)
+    return Distances(between, max(1, clip.count // len(frames)))
+
+
+def _cycle(distances: Distances) -> float:
+    return max(_dip(distances), _mirror(distances), _stays(distances))
 
 
 def _common(distances: Distances) -> float:

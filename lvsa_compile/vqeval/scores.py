@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 from lvsa_compile.errors import VideoQualityError
 
 DIMENSIONS = ("spatial", "temporal", "loop", "artefacts", "dynamics", "text")
+Weights: TypeAlias = "str | Mapping[str, float]"
+"""A preset by name, or a weight for each dimension that counts."""
 PRESETS: dict[str, dict[str, float]] = {
     "default": {"spatial": 0.20, "temporal": 0.25, "loop": 0.15, "artefacts": 0.20, "dynamics": 0.10, "text": 0.10},
     "paper": {"spatial": 0.20, "loop": 0.15, "artefacts": 0.20, "dynamics": 0.10, "text": 0.10},
@@ -75,16 +77,14 @@ class Scores:
         return f"composite {_number(self.composite)} ({shown})"
 
 
-def combined(dimensions: Mapping[str, Dimension], preset: str, facts: Mapping[str, Any]) -> Scores:
+def combined(dimensions: Mapping[str, Dimension], preset: Weights, facts: Mapping[str, Any]) -> Scores:
     """The scores of a video from its dimensions.
 
     Raises:
-        VideoQualityError: there is no such preset.
+        VideoQualityError: there is no such preset, or what was given are no weights.
     """
-    if preset not in PRESETS:
-        raise VideoQualityError("weights", preset, "not a known preset", f"Choose one of: {', '.join(PRESETS)}.")
     values = {name: dimensions[name].score if name in dimensions else None for name in DIMENSIONS}
-    known = {name: weight for name, weight in PRESETS[preset].items() if values[name] is not None}
+    known = {name: weight for name, weight in weights_of(preset).items() if values[name] is not None}
     whole = sum(known.values())
     weights = {name: weight / whole for name, weight in known.items()} if whole else {}
     composite = sum(weight * (values[name] or 0.0) for name, weight in weights.items()) if weights else None
@@ -96,6 +96,42 @@ def combined(dimensions: Mapping[str, Dimension], preset: str, facts: Mapping[st
         if metric.value is None
     }
     return Scores(**values, composite=composite, weights=weights, missing=missing, details={**facts, "dimensions": dict(dimensions)})
+
+
+def weights_of(given: Weights) -> dict[str, float]:
+    """Weights of dimensions, from a preset or as given.
+
+    Raises:
+        VideoQualityError: there is no such preset, or a weight is of no dimension or not a positive number.
+    """
+    if isinstance(given, str):
+        if given not in PRESETS:
+            raise VideoQualityError("weights", given, "not a known preset", f"Choose one of: {', '.join(PRESETS)}.")
+        return PRESETS[given]
+    for name, weight in given.items():
+        if name not in DIMENSIONS:
+            raise VideoQualityError("weights", name, "not a dimension", f"Choose some of: {', '.join(DIMENSIONS)}.")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise VideoQualityError("weights", {name: weight}, "not a number of at least 0", "Give a weight, such as 0.2.")
+    if not sum(given.values()):
+        raise VideoQualityError("weights", dict(given), "nothing counts", "Give at least one dimension a weight above 0.")
+    return dict(given)
+
+
+def by_network(
+    name: str, weight: float, measured: float | None, worst_best: tuple[float, float], unit: str, network: str, *, surrogate: bool = False
+) -> Metric:
+    """A metric that a pretrained network measured, on a ramp from ``worst_best[0]`` to ``[1]``; missing where the network was not given."""
+    if measured is None:
+        return Metric(name, weight, None, why=f"needs a folder with weights of {network}, which was not given", surrogate=surrogate)
+    return Metric(name, weight, ramp(measured, *worst_best), measured, unit, surrogate=surrogate)
+
+
+def beside(stand_in: Metric, network: Metric) -> tuple[Metric, Metric]:
+    """A metric that needs no network and the one of a network that it stands in for: where both are there, each counts half."""
+    if network.value is None:
+        return stand_in, network
+    return replace(stand_in, weight=stand_in.weight / 2), replace(network, weight=network.weight / 2)
 
 
 def ramp(value: float, worst: float, best: float) -> float:

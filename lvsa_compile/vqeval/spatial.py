@@ -1,4 +1,4 @@
-"""Spatial quality: whether single frames are sharp."""
+"""Spatial quality: whether single frames are sharp and look well."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ import numpy
 
 from lvsa_compile.vqeval.artefacts import noise
 from lvsa_compile.vqeval.clip import Clip, Frames
-from lvsa_compile.vqeval.scores import Dimension, Metric, ramp
+from lvsa_compile.vqeval.networks import NONE, Networks, quality_of
+from lvsa_compile.vqeval.scores import Dimension, Metric, by_network, ramp
 
-_NO_NETWORK = "needs pyiqa and its weights, which are never downloaded here"
+_LOOKED_AT = 9  # frames that BRISQUE and NIQE rate
 
 
-def spatial(clip: Clip) -> Dimension:
-    """Sharpness from the Laplacian; the no-reference networks of VQeval 1.0 are missing.
+def spatial(clip: Clip, networks: Networks = NONE) -> Dimension:
+    """Sharpness from the Laplacian, and VQeval's ratings of single frames where they were given.
 
     VQeval counts frames whose Laplacian variance is below 100; that jumps, and noise passes for detail.  Here sharpness is a ramp over the
-    logarithm of the variance without that of the noise.
+    logarithm of the variance without that of the noise.  CLIP-IQA is asked of the CLIP model that was given, with one pair of texts.
     """
     variances = [_variance(pair[0]) for pair in clip.large_grey]
     sharpness = [ramp(float(numpy.log10(variance)), -0.5, 2.5) for variance in variances]
     return Dimension(
         "spatial",
         (
-            Metric("brisque", 0.25, None, why=_NO_NETWORK),
-            Metric("niqe", 0.25, None, why=_NO_NETWORK),
-            Metric("clip_iqa", 0.35, None, why=_NO_NETWORK),
+            _rating(clip, networks, "brisque", (80.0, 0.0)),
+            _rating(clip, networks, "niqe", (10.0, 2.0)),
+            by_network("clip_iqa", 0.35, quality_of(clip, networks).get("clip_iqa"), (0.0, 1.0), "of 1", "CLIP", surrogate=True),
             Metric("sharpness", 0.15, float(numpy.mean(sharpness)), float(numpy.median(variances)), "Laplacian variance, median"),
         ),
     )
+
+
+def _rating(clip: Clip, networks: Networks, name: str, worst_best: tuple[float, float]) -> Metric:
+    network = getattr(networks, name)
+    chosen = clip.large[:: max(1, len(clip.large) // _LOOKED_AT), 0]
+    return by_network(name, 0.25, None if network is None else float(network(chosen).mean()), worst_best, "mean", "pyiqa")
 
 
 def _variance(frame: Frames) -> float:

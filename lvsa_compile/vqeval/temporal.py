@@ -7,28 +7,49 @@ import numpy
 from lvsa_compile.vqeval.clip import Clip, Numbers
 from lvsa_compile.vqeval.loop import distances_of
 from lvsa_compile.vqeval.motion import motion_of
-from lvsa_compile.vqeval.scores import Dimension, Metric, ramp
+from lvsa_compile.vqeval.networks import NONE, Images, Networks, series_of
+from lvsa_compile.vqeval.scores import Dimension, Metric, beside, by_network, ramp
 
-_NO_CLIP, _NO_DINO = "needs a CLIP model", "needs a DINOv2 model"
 _TILES = 4
 
 
-def temporal(clip: Clip) -> Dimension:
-    """Flicker of brightness (in the place of CLIP's), smoothness of motion and warps by VQeval's formulas, and cuts."""
+def temporal(clip: Clip, networks: Networks = NONE) -> Dimension:
+    """Flicker of brightness and of CLIP's embeddings, smoothness of motion and warps by VQeval's formulas, consistency, and cuts."""
     flicker = _flicker(clip)
     cuts = _cuts(clip)
     events, pairs = _warps(clip)
     return Dimension(
         "temporal",
         (
-            Metric("flicker", 0.25, ramp(flicker, 0.04, 0.002), flicker, "share of full brightness", surrogate=True),
+            *beside(
+                Metric("flicker", 0.25, ramp(flicker, 0.04, 0.002), flicker, "share of full brightness", surrogate=True),
+                _clip_flicker(clip, networks),
+            ),
             Metric("motion", 0.30, _smoothness(motion_of(clip).series), float(motion_of(clip).series.mean()), "pixels per frame"),
-            Metric("subject", 0.20, None, why=_NO_DINO),
-            Metric("background", 0.15, None, why=_NO_CLIP),
+            by_network("subject", 0.20, _alike(clip, networks.dino_images), (0.0, 1.0), "mean cosine", "DINOv2"),
+            by_network("background", 0.15, _alike(clip, networks.clip_images), (0.0, 1.0), "mean cosine", "CLIP"),
             Metric("warp", 0.10, ramp(events / pairs, 0.3, 0.0), float(events), f"of {pairs} pairs"),
             Metric("cuts", 0.20, ramp(cuts * 64.0 / clip.count, 3.0, 0.0), float(cuts), "jumps", surrogate=True),
         ),
     )
+
+
+def _clip_flicker(clip: Clip, networks: Networks) -> Metric:
+    """VQeval's: how far CLIP's embeddings of neighbouring frames are apart, and how unevenly."""
+    if networks.clip_images is None:
+        return by_network("clip_flicker", 0.25, None, (0.15, 0.0), "", "CLIP")
+    frames, following = series_of(clip, networks.clip_images)
+    apart = 1 - (frames * following).sum(1)
+    value = ramp(float(apart.mean()), 0.15, 0.0) - min(20.0, 200 * float(apart.std()))
+    return Metric("clip_flicker", 0.25, max(0.0, value), float(apart.mean()), "1 - cosine of neighbours")
+
+
+def _alike(clip: Clip, network: Images | None) -> float | None:
+    """Mean cosine of frames that follow each other among those looked at closely."""
+    if network is None:
+        return None
+    frames, _ = series_of(clip, network)
+    return float((frames[1:] * frames[:-1]).sum(1).mean()) if len(frames) > 1 else 1.0
 
 
 def _flicker(clip: Clip) -> float:
