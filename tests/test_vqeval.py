@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import numpy
+import other_videos as other
 import pytest
 import synthetic_videos as synthetic
 import torch
@@ -51,6 +52,63 @@ def test_health_is_no_failure_at_any_speed_and_a_still_camera_is_not_frozen():
     assert still.dynamics > frozen.dynamics + 50
     assert still.loop > frozen.loop + 80
     assert frozen.temporal > 95, "a frozen video is coherent, which is why the paper's composite leaves that out"
+
+
+def other_scores(frames: numpy.ndarray) -> Scores:
+    return evaluate(synthetic.as_tensor(255 * frames))
+
+
+def falls(values: list[float], least: float) -> None:
+    assert all(later <= earlier + 3 for earlier, later in itertools.pairwise(values)), values
+    assert values[0] - values[-1] > least, values
+
+
+@pytest.mark.parametrize("scene", other.SCENES)
+@pytest.mark.parametrize("failure", ["frozen", "frozen at first", "dying down", "loop", "there and back"])
+def test_failures_in_time_fall_in_scenes_that_no_threshold_was_chosen_on(scene, failure):
+    frames = other.FRAMES[scene]
+    found = [other_scores(other.SCENES[scene](other.times(failure, frames, strength))) for strength in STRENGTHS]
+    assert found[0].loop > 90
+    falls([scores.loop for scores in found], 35)
+    if failure not in ("loop", "there and back"):
+        falls([scores.dynamics for scores in found], 20)
+
+
+@pytest.mark.parametrize(("failure", "dimension"), [
+    ("flicker", "temporal"), ("cuts", "temporal"), ("levels", "artefacts"), ("repeated patch", "artefacts"), ("grid", "artefacts"),
+    ("noise", "artefacts"), ("blur", "spatial"),
+])  # fmt: skip
+@pytest.mark.parametrize("scene", ["balls", "pan"])
+def test_failures_of_frames_fall_in_scenes_that_no_threshold_was_chosen_on(scene, failure, dimension):
+    frames = other.SCENES[scene](range(24))
+    found = [other_scores(other.damaged(failure, frames, strength, scene)) for strength in STRENGTHS]
+    falls([getattr(scores, dimension) for scores in found], 15)
+
+
+def test_halos_fall_where_there_are_edges():
+    flat = numpy.broadcast_to(numpy.array([0.35, 0.45, 0.55]), (64, 64, 3)).copy()
+    frames = other.balls(range(24), 64, 64, background=flat)
+    falls([other_scores(other.damaged("halo", frames, strength, "balls")).artefacts for strength in STRENGTHS], 15)
+
+
+@pytest.mark.parametrize(("rows", "columns", "frames"), [(48, 48, 24), (64, 64, 32), (256, 256, 24)])
+def test_small_and_short_healthy_videos_are_healthy(rows, columns, frames):
+    slow = [other.crossing(range(frames), rows, columns, whole_pixels=whole) for whole in (False, True)]
+    fast = [scene(range(frames), rows, columns, 1.5) for scene in (other.pan, other.plasma)]
+    for name, video in zip(("between pixels", "from pixel to pixel", "pan", "plasma"), slow + fast, strict=True):
+        scores = other_scores(video)
+        assert min(scores.loop, scores.temporal, scores.artefacts) > 80, (name, scores)
+    still = other_scores(numpy.repeat(slow[0][:1], frames, 0))
+    alive = other_scores(slow[0])
+    assert alive.loop > still.loop + 50
+    assert alive.dynamics > still.dynamics + 20
+
+
+def test_grain_makes_nothing_of_a_still_picture():
+    still = numpy.repeat(other.pan([0]), 32, 0)
+    grainy = still + 0.03 * numpy.random.default_rng(0).standard_normal(still.shape)
+    assert other_scores(grainy).loop < 10
+    assert other_scores(other.pan(range(32))).dynamics > other_scores(grainy).dynamics + 15
 
 
 @pytest.mark.skipif(not VIDEOS.is_dir(), reason="LVSA_VQEVAL_VIDEOS names no folder with the two published videos")
@@ -97,6 +155,8 @@ def test_composites_are_weighted_means_of_what_is_there():
     (torch.zeros(8, 3, 16, 16, dtype=torch.uint8).numpy(), "video 'uint8 [8, 3, 16, 16]': not [frames, 3, height, width] of floats."),
     (torch.full((8, 3, 16, 16), 2.0), "video 'values from 2 to 2': not all in [0, 1]. Scale and clamp it to [0, 1]."),
     (torch.full((8, 3, 16, 16), torch.nan), "not all in [0, 1]"),
+    (torch.zeros(8, 3, 400, 8), "video '[8, 3, 400, 8]': a side of less than 16 pixels. Give at least 16×16 pixels."),
+    (torch.zeros(8, 3, 16, 16, dtype=torch.uint8), "video 'uint8 [8, 3, 16, 16]': not [frames, 3, height, width] of floats."),
     (torch.zeros(1, 3, 16, 16), "has 1 frames. Give a video of at least 2 frames."),
     ("nowhere.mp4", "video 'nowhere.mp4': there is no such file. Give the path of a video file."),
 ])  # fmt: skip
@@ -104,6 +164,39 @@ def test_bad_input_is_named_with_a_remedy(video, text):
     with pytest.raises(VideoQualityError) as raised:
         evaluate(video)
     assert text in str(raised.value)
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), None, "16", True])
+def test_a_frame_rate_is_a_number(fps):
+    with pytest.raises(VideoQualityError, match=r"not a number of frames per second\. Give a number above 0, such as 16\."):
+        evaluate(torch.zeros(8, 3, 16, 16), fps)
+
+
+def test_odd_videos_have_finite_scores():
+    for video in (
+        torch.zeros(12, 3, 16, 16),
+        torch.ones(12, 3, 16, 400),
+        torch.full((3, 3, 17, 23), 0.5),
+        torch.rand(12, 3, 32, 32).bfloat16(),
+    ):
+        scores = evaluate(video)
+        values = [metric.value for dimension in scores.details["dimensions"].values() for metric in dimension.metrics]
+        assert all(value is None or 0 <= value <= 100 for value in values)
+        assert evaluate(video.double().requires_grad_()).composite == pytest.approx(scores.composite, abs=0.5)
+
+
+def test_weights_of_ones_own():
+    values = {"loop": 40.0, "dynamics": 80.0, "spatial": 10.0}
+    made = {name: Dimension(name, (Metric("one", 1.0, value),)) for name, value in values.items()}
+    assert combined(made, {"loop": 3, "dynamics": 1, "text": 5}, {}).composite == pytest.approx(50)
+    for given, text in (
+        ({"loops": 1}, "weights 'loops': not a dimension. Choose some of: spatial, temporal, loop"),
+        ({"loop": -1}, "weights {'loop': -1}: not a number of at least 0"),
+        ({"loop": 0}, "weights {'loop': 0}: nothing counts"),
+    ):
+        with pytest.raises(VideoQualityError) as raised:
+            combined(made, given, {})
+        assert text in str(raised.value)
 
 
 def test_a_file_says_the_same_as_its_frames(tmp_path):
@@ -196,6 +289,7 @@ def test_the_command_writes_json_csv_and_a_page_that_escapes(tmp_path):
 @pytest.mark.parametrize(("arguments", "text"), [
     (["nothing.mp4"], "path 'nothing.mp4': there is no such file or folder. Give videos, folders, or a CSV of paths."),
     (["nothing.mp4", "--weights", "best"], "weights 'best': not a known preset. Choose one of: default, paper."),
+    (["nothing.mp4", "--weights", "loop=much"], "weights 'loop=much': not a dimension and its weight. Give weights such as loop=1,text=1."),
 ])  # fmt: skip
 def test_the_commands_errors_are_one_line(tmp_path, monkeypatch, arguments, text):
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ Numbers = numpy.typing.NDArray[numpy.float32]
 MOST_FRAMES = 4096
 MOST_PIXELS = 4096 * 2304
 MOST_FILE_BYTES = 4 * 2**30
-LEAST_FRAMES = 2
+LEAST_FRAMES, LEAST_SIDE = 2, 16
 _SMALL, _LARGE = 160, 854  # longest side in pixels
 _LARGE_FRAMES = 33
 _SUFFIXES = (".mp4", ".mov", ".webm", ".avi", ".mkv")
@@ -80,6 +81,9 @@ def read(path: Path) -> Clip:
         rows, columns = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
         if rows * columns > MOST_PIXELS:
             raise VideoQualityError("video", str(path), f"{columns}×{rows} pixels are too many", "Scale it to 4096×2304 or less.")
+        if min(rows, columns) < LEAST_SIDE:
+            remedy = f"Give at least {LEAST_SIDE}×{LEAST_SIDE} pixels."
+            raise VideoQualityError("video", str(path), f"{columns}×{rows} pixels are too few", remedy)
         said, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), float(capture.get(cv2.CAP_PROP_FPS))
 
         def frames() -> Iterator[Frames]:
@@ -98,13 +102,15 @@ def read(path: Path) -> Clip:
     return clip
 
 
-def from_frames(frames: Any, fps: float) -> Clip:
+def from_frames(frames: Any, fps: Any) -> Clip:
     """A float tensor or array ``[frames, 3, H, W]`` in [0, 1].
 
     Raises:
         VideoQualityError: another shape, another range, or numbers that are none.
     """
-    array = frames.detach().cpu().float().numpy() if hasattr(frames, "detach") else numpy.asarray(frames)
+    if isinstance(fps, bool) or not isinstance(fps, numbers.Real) or not 0 < float(fps) < 1000:
+        raise VideoQualityError("fps", fps, "not a number of frames per second", "Give a number above 0, such as 16.")
+    array = _as_array(frames)
     if array.ndim != 4 or array.shape[1] != 3 or not numpy.issubdtype(array.dtype, numpy.floating):
         remedy = "Give floating-point [frames, 3, height, width] in [0, 1]."
         raise VideoQualityError("video", f"{array.dtype} {list(array.shape)}", "not [frames, 3, height, width] of floats", remedy)
@@ -113,10 +119,19 @@ def from_frames(frames: Any, fps: float) -> Clip:
         raise VideoQualityError("video", f"values from {low:.3g} to {high:.3g}", "not all in [0, 1]", "Scale and clamp it to [0, 1].")
     if array.shape[2] * array.shape[3] > MOST_PIXELS:
         raise VideoQualityError("video", str(list(array.shape)), "too many pixels", "Scale it to 4096×2304 or less.")
-    if not 0 < fps < 1000:
-        raise VideoQualityError("fps", fps, "not a frame rate", "Give frames per second, such as 16.")
+    if min(array.shape[2:]) < LEAST_SIDE:
+        problem = f"a side of less than {LEAST_SIDE} pixels"
+        raise VideoQualityError("video", str(list(array.shape)), problem, f"Give at least {LEAST_SIDE}×{LEAST_SIDE} pixels.")
     turned = ((frame.transpose(1, 2, 0) * 255).round().clip(0, 255).astype(numpy.uint8) for frame in array)
-    return _collected("frames", turned, fps, len(array))
+    return _collected("frames", turned, float(fps), len(array))
+
+
+def _as_array(frames: Any) -> Any:
+    """A tensor of whatever floating-point type, or an array, as an array that can be computed with."""
+    if not hasattr(frames, "detach"):
+        return numpy.asarray(frames)
+    held = frames.detach().cpu()
+    return (held.float() if held.is_floating_point() else held).numpy()
 
 
 def _collected(name: str, frames: Iterator[Frames], fps: float, expected: int) -> Clip:

@@ -88,9 +88,7 @@ def _numbers(given: str) -> dict[str, float]:
         try:
             found[name.strip()] = float(number)
         except ValueError:
-            raise VideoQualityError(
-                "weights", part, "not a dimension and its weight", "Give weights such as loop=1,dynamics=0.5."
-            ) from None
+            raise VideoQualityError("weights", part, "not a dimension and its weight", "Give weights such as loop=1,text=1.") from None
     return found
 
 

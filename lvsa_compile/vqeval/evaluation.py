@@ -19,9 +19,9 @@ from lvsa_compile.vqeval.text import text
 
 def evaluate(
     video: str | PathLike[str] | Any,
-    *,
     fps: float = 16.0,
     prompt: str | None = None,
+    *,
     weights: Weights = "default",
     networks: Networks = NONE,
 ) -> Scores:

@@ -101,7 +101,7 @@ def _clip(folder: Path) -> dict[str, Any]:
     return {
         "clip_images": functools.partial(_embedded, images, size, "clip"),
         "clip_text": text,
-        "contrast": float(model.logit_scale.exp()),
+        "contrast": float(model.logit_scale.detach().exp()),
     }
 
 

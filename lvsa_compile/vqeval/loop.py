@@ -9,7 +9,9 @@ is given, the same is asked of the distances of its embeddings, which see that a
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,25 +19,33 @@ from typing import Any
 import cv2
 import numpy
 
+from lvsa_compile.vqeval.artefacts import noise
 from lvsa_compile.vqeval.clip import Clip, Numbers
 from lvsa_compile.vqeval.motion import motion_of
 from lvsa_compile.vqeval.networks import NONE, Images, Networks, series_of
 from lvsa_compile.vqeval.scores import Dimension, Metric, beside, by_network
 
 LEAST_FRAMES = 10
+_LEAST_RHYTHM = 12  # steps
 _WEIGHTS = {"cycle": 0.35, "recurrence": 0.25, "flow_period": 0.20, "autocorrelation": 0.20}
 _MOST_COMPARED = 600
 _AGAIN, _ELSEWHERE = 1.0, 4.0  # distance of a frame that comes back, and of one that does not, in distances of neighbours
-_STILL = 0.06  # of the contrast: what grain alone makes
-_RANDOM = 0.7  # of the contrast: neighbours that far apart have nothing in common, so that being no farther says nothing
+_UNRELATED = math.sqrt(2)  # distance of pictures that have nothing in common, in contrasts
+_STANDS = 0.5  # distance in contrasts from which on nothing stands still
+_GRAIN_TAKEN = 0.8  # share of what grain adds to squared distances that is taken off; the rest keeps a frozen video with grain frozen
 
 
 @dataclass(frozen=True)
 class Distances:
-    """``between[i, j]`` is how far frames are apart, root mean square over the contrast of the pictures; every ``stride``-th frame."""
+    """``between[i, j]`` is how far frames are apart, root mean square over the contrast of the pictures; every ``stride``-th frame.
+
+    ``changed`` is how far neighbours are apart in those parts of the picture that change, the median: a thing that crosses a still
+    picture by its own width in a frame has nothing in common with where it was, however little of the picture it is.
+    """
 
     between: Numbers
     stride: int
+    changed: float
 
     @property
     def gap(self) -> int:
@@ -46,6 +56,16 @@ class Distances:
     def step(self) -> float:
         """Between neighbours, the median."""
         return max(float(numpy.median(numpy.diag(self.between, 1))), 1e-4)
+
+    @property
+    def elsewhere(self) -> float:
+        """From how many distances of neighbours on a frame is elsewhere: fewer where neighbours have little in common themselves."""
+        return min(_ELSEWHERE, max(1.2, 0.85 * _UNRELATED / max(self.changed, 1e-3)))
+
+    @property
+    def common(self) -> float:
+        """How much neighbours have in common, 0 to 1; where it is nothing, being no farther apart than they are says nothing."""
+        return min(1.0, max(0.0, 4 * (1 - max(self.step, self.changed) / _UNRELATED)))
 
     @cached_property
     def by_lag(self) -> Numbers:
@@ -67,8 +87,33 @@ def distances_of(clip: Clip) -> Distances:
     contrast = max(float(flat.std(axis=1).mean()), 1e-2)
     squares = (flat**2).mean(1)
     products = flat @ flat.T / flat.shape[1]
-    between = numpy.sqrt(numpy.maximum(squares[:, None] + squares[None] - 2 * products, 0)) / contrast
-    return Distances(between.astype(numpy.float32), stride)
+    apart = numpy.maximum(squares[:, None] + squares[None] - 2 * products, 0)
+    apart = numpy.maximum(apart - _GRAIN_TAKEN * _grain(clip, apart), (1 - _GRAIN_TAKEN) * apart)
+    between = numpy.sqrt(apart) / contrast
+    changed = float(numpy.median([_apart_where_changed(a, b, contrast) for a, b in itertools.pairwise(numpy.stack(frames) / 255)]))
+    return Distances(between.astype(numpy.float32), stride, changed)
+
+
+def _grain(clip: Clip, apart: Numbers) -> float:
+    """What grain adds to squared distances: no more than the noise of single frames, nor than is left at no distance in time."""
+    rows, columns = clip.small.shape[1:3]
+    chosen = (clip.grey[:: max(1, clip.count // 9)] * 255).astype(numpy.uint8)
+    single = float(numpy.median([noise(frame) for frame in chosen])) / 255
+    kept = min(1.0, 64 * 36 / (rows * columns)) / (4 * math.pi)  # of the variance, after scaling down and blurring
+    first, second = (float(numpy.median(numpy.diag(apart, lag))) for lag in (1, 2))
+    return float(max(0.0, min(2 * single**2 * kept, (4 * first - second) / 3)))
+
+
+def _apart_where_changed(first: Numbers, second: Numbers, contrast: float) -> float:
+    """How far two pictures are apart in contrasts of the parts that differ; 0 where they differ by no more than grain."""
+    differs = numpy.abs(first - second).max(-1)
+    most = float(differs.max())
+    if most < max(0.02, 0.15 * contrast):
+        return 0.0
+    parts = cv2.dilate((differs > 0.3 * most).astype(numpy.uint8), numpy.ones((7, 7), numpy.uint8)) > 0
+    one, other = (picture[parts] - picture[parts].mean(0) for picture in (first, second))
+    alike = float((one * other).sum() / max(1e-9, 0.5 * ((one**2).sum() + (other**2).sum())))
+    return float(math.sqrt(2 * max(0.0, 1 - alike)))
 
 
 def loop(clip: Clip, networks: Networks = NONE) -> Dimension:
@@ -80,10 +125,10 @@ def loop(clip: Clip, networks: Networks = NONE) -> Dimension:
     cycle, recurrence = _cycle(distances), _recurrence(distances)
     embedded = None if networks.clip_images is None else _embedded_distances(clip, networks.clip_images)
     clip_cycle, clip_recurrence = (None, None) if embedded is None else (_cycle(embedded), _recurrence(embedded))
-    still = distances.far < _STILL and _stays(distances) > 0.9
+    still = _stays(distances) > 0.9
     steps = numpy.diag(distances.between, 1)
-    period = None if still else _period(motion_of(clip).series)
-    again = None if still else _comes_again(steps)
+    period = None if still else _rhythm(_period, motion_of(clip).series, cycle)
+    again = None if still else _rhythm(_comes_again, steps, cycle)
     nothing = "nothing moves, so there is no rhythm"
     return Dimension(
         "loop",
@@ -113,26 +158,30 @@ def _embedded_distances(clip: Clip, network: Images) -> Distances:
     """Distances of unit vectors, of the frames that were looked at closely."""
     frames, _ = series_of(clip, network)
     between = numpy.sqrt(numpy.maximum(2 - 2 * frames @ frames.T, 0)).astype(numpy.float32)
-    return Distances(between, max(1, clip.count // len(frames)))
+    return Distances(between, max(1, clip.count // len(frames)), float(numpy.median(numpy.diag(between, 1))))
 
 
 def _cycle(distances: Distances) -> float:
-    return max(_dip(distances), _mirror(distances), _stays(distances))
+    return max(_dip(distances), _mirror(distances), _stays(distances), _stood(distances))
 
 
-def _common(distances: Distances) -> float:
-    """How much neighbours have in common, 0 to 1."""
-    return min(1.0, max(0.0, (2 * _RANDOM - distances.step) / _RANDOM))
+def _stood(distances: Distances) -> float:
+    """The longest time for which the video stands still, as a share of it: no frame is farther than the closest neighbours are."""
+    between, count = distances.between, len(distances.between)
+    near = min(_STANDS, max(1.5 * float(numpy.percentile(numpy.diag(between, 1), 10)), 0.01))
+    lengths = [int(numpy.argmax(numpy.append(between[place, place:] > near, True))) - 1 for place in range(count)]
+    return distances.common * max(lengths) / (count - 1)
 
 
 def _stays(distances: Distances) -> float:
     """1 where frames far apart are no farther from each other than neighbours: the video never leaves."""
-    return _common(distances) * (1 - _how_far(distances.far / distances.step))
+    return distances.common * (1 - _how_far(distances.far, distances))
 
 
-def _how_far(ratio: float) -> float:
+def _how_far(distance: float, distances: Distances) -> float:
     """0 for a distance of neighbours or less, 1 for a frame that is elsewhere."""
-    return min(1.0, max(0.0, math.log(max(ratio, 1e-6) / _AGAIN) / math.log(_ELSEWHERE / _AGAIN)))
+    ratio = max(distance / distances.step, 1e-6)
+    return min(1.0, max(0.0, math.log(ratio / _AGAIN) / math.log(distances.elsewhere / _AGAIN)))
 
 
 def _dip(distances: Distances) -> float:
@@ -168,24 +217,37 @@ def _recurrence(distances: Distances) -> float:
     between, count = distances.between, len(distances.between)
     apart = numpy.abs(numpy.arange(count)[:, None] - numpy.arange(count)[None]) >= distances.gap
     nearest = numpy.where(apart, between, numpy.inf).min(1)
-    return float(numpy.mean([1 - _how_far(float(near) / distances.step) for near in nearest])) * _common(distances)
+    return float(numpy.mean([1 - _how_far(float(near), distances) for near in nearest])) * distances.common
+
+
+def _rhythm(measure: Callable[[Numbers], float], series: Numbers, cycle: float) -> float:
+    """How much of a rhythm a series has, 0 to 1, by a measure and by how deep it goes.
+
+    What is shorter than four frames is stutter and the raster of pixels, and counts only so far as the pictures cycle.
+    """
+    if len(series) < _LEAST_RHYTHM:
+        return 0.0
+    slow = numpy.convolve(series, numpy.ones(max(4, len(series) // 16)) / max(4, len(series) // 16), "valid").astype(numpy.float32)
+    return max(measure(slow) * _depth(slow), cycle * measure(series) * _depth(series))
+
+
+def _depth(series: Numbers) -> float:
+    """How much a series varies, 0 for hardly to 1."""
+    return min(1.0, max(0.0, (float(series.std()) / max(float(series.mean()), 1e-9) - 0.15) / 0.2))
 
 
 def _period(series: Numbers) -> float:
     """VQeval's: the largest share of one frequency in the power of the motion's strength, above 0.3."""
-    if len(series) < 8:
-        return 0.0
     power = numpy.abs(numpy.fft.rfft((series - series.mean()) * numpy.hanning(len(series)))) ** 2
-    moves = float(series.std()) > 0.1 * float(series.mean())
     share = float(power[3:].max(initial=0.0) / max(power[1:].sum(), 1e-12))  # slower than three periods in the video is a trend
-    return min(1.0, max(0.0, (share - 0.3) / 0.4)) if moves else 0.0
+    return min(1.0, max(0.0, (share - 0.3) / 0.4))
 
 
 def _comes_again(steps: Numbers) -> float:
     """Height of the peak to which the autocorrelation of step lengths comes back after it has fallen; smooth change alone has none."""
     centred = steps - steps.mean()
     whole = float((centred**2).sum())
-    if whole < 1e-9 or len(steps) < 8 or float(steps.std()) < 0.1 * float(steps.mean()):
+    if whole < 1e-9:
         return 0.0
     lags = numpy.correlate(centred, centred, "full")[len(steps) - 1 :] / whole
     lags = lags[: len(steps) // 2] * len(steps) / (len(steps) - numpy.arange(len(steps) // 2))

@@ -11,6 +11,9 @@ from lvsa_compile.vqeval.networks import NONE, Images, Networks, series_of
 from lvsa_compile.vqeval.scores import Dimension, Metric, beside, by_network, ramp
 
 _TILES = 4
+_AROUND = 4  # steps on either side that a cut is measured by
+_LEAST_CUT = 0.15  # in contrasts
+_STANDS_OUT = 1.4  # times the longest of those steps
 
 
 def temporal(clip: Clip, networks: Networks = NONE) -> Dimension:
@@ -80,6 +83,10 @@ def _warps(clip: Clip) -> tuple[int, int]:
 
 
 def _cuts(clip: Clip) -> int:
-    """Neighbours that are as far apart as any two frames, where neighbours are otherwise close."""
+    """Neighbours that are far farther apart than any of the steps before and after them."""
     steps = numpy.diag(distances_of(clip).between, 1)
-    return int(((steps > 6 * numpy.median(steps)) & (steps > 0.3)).sum())
+    found = 0
+    for place, step in enumerate(steps):
+        around = numpy.concatenate([steps[max(0, place - _AROUND) : place], steps[place + 1 : place + 1 + _AROUND]])
+        found += int(len(around) > 0 and step > _LEAST_CUT and step > _STANDS_OUT * around.max())
+    return found
