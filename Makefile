@@ -7,18 +7,24 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What importing FlashInfer takes, to test the calls of it; what running it takes is gigabytes and a GPU.
 FLASHINFER := flashinfer-python apache-tvm-ffi nvidia-ml-py
 
-.PHONY: demo test test-all test-ascend docs fuzz bench lint clean
+.PHONY: demo lab test test-all test-ascend docs fuzz bench lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/wan_long_video.py
 
+# Whether videos four times as long as a model was trained on stay alive, dense and sparse, in two minutes; docs/quality.md.
+lab: $(VENV)/lab
+	$(BIN)/python examples/quality_lab/run.py --quick
+
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest --numprocesses 2
 
-# The slow gates beside: the Triton kernel for every part, and the GPU benchmark's own code, on the CPU; some ten minutes more.
+# The slow gates beside: the Triton kernel for every part, and the GPU benchmark's own code, on the CPU, the quality lab;
+# some ten minutes more.
 test-all: test
 	$(BIN)/lvsa kernels
 	$(BIN)/python benchmarks/gpu.py --device cpu --quick --rounds 2 --layers 1
+	$(MAKE) lab
 	$(MAKE) docs
 
 # The lowerings for Ascend NPUs with the real torch_npu, over libraries of CANN that do nothing; in an environment of its own, since
@@ -56,6 +62,10 @@ $(VENV)/torch: constraints.txt
 
 $(VENV)/demo: $(VENV)/torch pyproject.toml
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/lab: $(VENV)/torch pyproject.toml
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,vqeval]'
 	touch $@
 
 $(VENV)/test: $(VENV)/torch pyproject.toml

@@ -141,7 +141,7 @@ def test_networks_from_folders_give_what_transformers_gives(folders):
     assert vectors.shape == (2, 12)
     assert numpy.allclose((vectors**2).sum(1), 1, atol=1e-5)
     assert not numpy.allclose(vectors[0], vectors[1])
-    assert networks.contrast == pytest.approx(float(model.logit_scale.exp()))
+    assert networks.contrast == pytest.approx(float(model.logit_scale.detach().exp()))
     assert networks.dino_images(frames).shape == (3, 16)
     scores = evaluate(FRAMES, prompt="a dog", networks=networks)
     assert all(getattr(scores, name) is not None for name in ("spatial", "temporal", "loop", "artefacts", "dynamics", "text"))
@@ -162,6 +162,7 @@ def test_the_command_takes_folders(folders, tmp_path):
     ({"clip": "nowhere"}, "clip 'nowhere': there is no such folder. Give a folder with config.json, model.safetensors and the tokenizer"),
     ({"dinov2": "empty"}, "cannot be loaded: "),
     ({"clip": "dinov2"}, "a Dinov2Model does not compare images with text. Give a folder"),
+    ({"dinov2": "clip"}, "a CLIPModel is no DINOv2. Give a folder"),
     ({"pyiqa": "empty"}, "pyiqa is not installed. pip install pyiqa"),
 ])  # fmt: skip
 def test_folders_that_hold_something_else_are_errors_of_one_line(folders, tmp_path, monkeypatch, given, text):
@@ -169,7 +170,7 @@ def test_folders_that_hold_something_else_are_errors_of_one_line(folders, tmp_pa
     (tmp_path / "empty").mkdir()
     ((name, value),) = given.items()
     with pytest.raises(VideoQualityError) as raised:
-        load_networks(**{name: folders / value if value == "dinov2" else value})
+        load_networks(**{name: folders / value if value in ("clip", "dinov2") else value})
     assert text in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -203,7 +204,9 @@ def test_pyiqa_reads_from_the_folder_alone(tmp_path, monkeypatch):
     assert asked == [("niqe", "cpu", str(tmp_path))]
     assert download.DEFAULT_CACHE_DIR == "the user's"
     assert networks.brisque is None
-    scores = evaluate(ramped([0.4] * 12), networks=networks)
+    small = evaluate(ramped([0.4] * 12), networks=networks)
+    assert small.missing["spatial.niqe"] == "pyiqa has no number for frames as small as these"
+    scores = evaluate(numpy.broadcast_to(ramped([0.4] * 12)[:, :, :1, :1], (12, 3, 96, 96)), networks=networks)
     assert metric(scores, "spatial", "niqe").value == pytest.approx(100 * (10 - 4) / 8, abs=0.2)
     assert "spatial.brisque" in scores.missing
     (tmp_path / "none").mkdir()

@@ -30,7 +30,9 @@ _MEAN_STD = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }  # by which the networks' own images were normalised
+_SCALED = {"clip": 1.0, "dinov2": 256 / 224}  # the shorter side over that of what is cut out, as their own processors do it
 _AT_ONCE = 16
+PYIQA_LEAST_SIDE = 96  # NIQE rates blocks of that size
 
 
 def load_networks(
@@ -51,11 +53,14 @@ def load_networks(
         found |= _clip(_folder("clip", clip, CLIP_FOLDER))
     if dinov2 is not None:
         model = _from_folder("dinov2", _folder("dinov2", dinov2, DINO_FOLDER), "AutoModel", DINO_FOLDER)
-        if not hasattr(model.config, "image_size"):
-            raise VideoQualityError("dinov2", str(dinov2), f"a {type(model).__name__} takes no images", f"Give {DINO_FOLDER}.")
-        found["dino_images"] = functools.partial(
-            _embedded, lambda pixels: model(pixel_values=pixels).last_hidden_state[:, 0], 224, "dinov2"
-        )
+        if not str(model.config.model_type).startswith("dinov2"):
+            raise VideoQualityError("dinov2", str(dinov2), f"a {type(model).__name__} is no DINOv2", f"Give {DINO_FOLDER}.")
+
+        def images(pixels: torch.Tensor) -> torch.Tensor:
+            vectors: torch.Tensor = model(pixel_values=pixels).last_hidden_state[:, 0]
+            return vectors
+
+        found["dino_images"] = functools.partial(_embedded, images, "dinov2", 224)
     if pyiqa is not None:
         found |= _quality(_folder("pyiqa", pyiqa, PYIQA_FOLDER))
     return Networks(**found)
@@ -79,7 +84,7 @@ def _from_folder(name: str, folder: Path, loader: str, wanted: str) -> Any:
         raise VideoQualityError(name, str(folder), f"cannot be loaded: {in_a_line(error)}", f"Give {wanted}.") from None
 
 
-_SAFELY = {"AutoModel": {"use_safetensors": True}, "AutoTokenizer": {"trust_remote_code": False}}
+_SAFELY = {"AutoModel": {"use_safetensors": True, "trust_remote_code": False}, "AutoTokenizer": {"trust_remote_code": False}}
 
 
 def _clip(folder: Path) -> dict[str, Any]:
@@ -99,7 +104,7 @@ def _clip(folder: Path) -> dict[str, Any]:
 
     size = int(model.config.vision_config.image_size)
     return {
-        "clip_images": functools.partial(_embedded, images, size, "clip"),
+        "clip_images": functools.partial(_embedded, images, "clip", size),
         "clip_text": text,
         "contrast": float(model.logit_scale.detach().exp()),
     }
@@ -112,11 +117,12 @@ def _pooled(found: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _embedded(network: Callable[[torch.Tensor], torch.Tensor], size: int, kind: str, frames: Frames) -> Numbers:
-    """Frames as the networks were trained on images: the shorter side scaled to ``size``, the middle cut out, normalised."""
+def _embedded(network: Callable[[torch.Tensor], torch.Tensor], kind: str, size: int, frames: Frames) -> Numbers:
+    """Frames as the networks are given images: the shorter side scaled, the middle ``size`` × ``size`` cut out, normalised."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in _MEAN_STD[kind])
     rows, columns = frames.shape[1:3]
-    scaled = [max(size, round(side * size / min(rows, columns))) for side in (rows, columns)]
+    shorter = round(size * _SCALED[kind])
+    scaled = [max(shorter, round(side * shorter / min(rows, columns))) for side in (rows, columns)]
     top, left = ((side - size) // 2 for side in scaled)
     found = []
     for begin in range(0, len(frames), _AT_ONCE):
@@ -159,5 +165,7 @@ def _reading_from(download_util: Any, folder: Path) -> Iterator[None]:
 
 @torch.no_grad()
 def _rated(metric: Callable[[torch.Tensor], torch.Tensor], frames: Frames) -> Numbers:
+    if min(frames.shape[1:3]) < PYIQA_LEAST_SIDE:
+        return numpy.full(len(frames), numpy.nan, numpy.float32)
     pictures = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
     return numpy.array([float(metric(picture[None])) for picture in pictures], numpy.float32)

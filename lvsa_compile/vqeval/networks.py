@@ -42,7 +42,6 @@ def series_of(clip: Clip, network: Images) -> tuple[Numbers, Numbers]:
     return embedded[:, 0], embedded[:, 1]
 
 
-@functools.lru_cache(maxsize=2)
 def quality_of(clip: Clip, networks: Networks) -> dict[str, float]:
     """The mean probability that CLIP gives to one text rather than its opposite, as CLIP-IQA asks it (arXiv 2207.12396).
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy
 
@@ -35,7 +37,10 @@ def spatial(clip: Clip, networks: Networks = NONE) -> Dimension:
 def _rating(clip: Clip, networks: Networks, name: str, worst_best: tuple[float, float]) -> Metric:
     network = getattr(networks, name)
     chosen = clip.large[:: max(1, len(clip.large) // _LOOKED_AT), 0]
-    return by_network(name, 0.25, None if network is None else float(network(chosen).mean()), worst_best, "mean", "pyiqa")
+    rated = None if network is None else float(network(chosen).mean())
+    if rated is not None and not math.isfinite(rated):
+        return Metric(name, 0.25, None, why="pyiqa has no number for frames as small as these")
+    return by_network(name, 0.25, rated, worst_best, "mean", "pyiqa")
 
 
 def _variance(frame: Frames) -> float:

@@ -14,7 +14,10 @@ _SURE = 0.05  # p value from which on a drift counts
 
 
 def text(clip: Clip, prompt: str | None, networks: Networks = NONE) -> Dimension:
-    """VQeval's: the mean cosine of CLIP's embeddings of frames and prompt, less a penalty where it falls over the video for sure."""
+    """VQeval's: the mean cosine of CLIP's embeddings of frames and prompt, less a penalty where it falls over the video for sure.
+
+    CLIP reads the first 77 tokens of a prompt.
+    """
     if not prompt or networks.clip_images is None or networks.clip_text is None:
         why = "no prompt was given" if not prompt else "needs a folder with weights of CLIP, which was not given"
         return Dimension("text", (Metric("clip", 1.0, None, why=why),))
