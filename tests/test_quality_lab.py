@@ -335,6 +335,22 @@ def test_what_the_page_says_in_words_holds():
     assert less("truth", "lvsa", "vqeval_loop", longer)
 
 
+def test_another_training_says_the_same_where_the_page_says_so():
+    def sign(results, method, other, multiple, measure):
+        mean = summary.difference(results, method, other, multiple, measure)
+        return (mean.value > 0) - (mean.value < 0), mean.clear
+
+    again = RESULTS["again"]
+    assert again["checkpoint"] != RESULTS["checkpoint"]
+    assert again["seeds"] == RESULTS["seeds"]
+    for multiple in (4, 6):
+        for measure in ("net_speed", "frozen", "jumps"):
+            assert sign(again, "lvsa", "dense", multiple, measure) == sign(RESULTS, "lvsa", "dense", multiple, measure)
+            for method in ("lvsa fixed", "window only"):
+                (way, clear), (here, sure) = (sign(results, method, "lvsa", multiple, measure) for results in (again, RESULTS))
+                assert way == here or not (clear and sure), (method, multiple, measure)
+
+
 def test_the_readmes_figures_are_those_of_the_results():
     text = (ROOT / "README.md").read_text()
     for method, multiple in (("truth", 4), ("dense", 4), ("lvsa", 4), ("window only", 4), ("dense", 1)):

@@ -186,7 +186,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as fresh:
         results = run(args.checkpoint, seeds, QUICK if args.quick else whole(), Path(fresh) if args.quick else args.videos, command)
     if args.again is not None:
-        results["again"] = run(args.again, seeds, AGAIN, args.videos, command)
+        again = run(args.again, seeds, AGAIN, args.videos, command)
+        results["again"] = {name: again[name] for name in ("checkpoint", "seeds", "runs")}
     out = args.out or (None if args.quick else RESULTS)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
