@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors import safe_open
 
 ROOT = Path(__file__).parent.parent
@@ -216,6 +217,12 @@ def test_the_lab_runs_and_keeps_its_videos(tmp_path, monkeypatch):
     assert 0.4 < sparse["density"] < 0.7
     assert truth["videos"][0]["frozen"] < 0.1
     assert {"speed", "vqeval_loop", "vqeval_dynamics"} <= set(sparse["videos"][1])
+    for found_run in found["runs"]:
+        found_run["multiple"] = 4
+    console = Console(width=120, record=True)
+    console.print(run.shown(found))
+    speed = summary.difference(found, "lvsa", "dense", 4, "net_speed")
+    assert f"{speed.value:+.3f} ({speed.low:+.3f} to {speed.high:+.3f})" in console.export_text()
     monkeypatch.setattr(run, "videos_of", lambda *_: (np.zeros((2, 1)), {"made": "anew"}))
     assert run.kept(methods.METHODS[1], 32, [0, 1], model.CHECKPOINT, tmp_path)[0].shape == (2, 32, 3, 16, 16)
     assert run.kept(methods.METHODS[1], 32, [0, 2], model.CHECKPOINT, tmp_path)[1] == {"made": "anew"}

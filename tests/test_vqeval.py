@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from lvsa_compile.cli import app
 from lvsa_compile.errors import VideoQualityError
 from lvsa_compile.vqeval import Scores, batch, clip, evaluate
+from lvsa_compile.vqeval.artefacts import halo
 from lvsa_compile.vqeval.comparison import compared
 from lvsa_compile.vqeval.scores import DIMENSIONS, PRESETS, Dimension, Metric, combined
 
@@ -102,6 +103,17 @@ def test_small_and_short_healthy_videos_are_healthy(rows, columns, frames):
     alive = other_scores(slow[0])
     assert alive.loop > still.loop + 50
     assert alive.dynamics > still.dynamics + 20
+
+
+def test_a_longer_freeze_is_no_better_under_grain():
+    grain = 0.01 * numpy.random.default_rng(5).standard_normal((32, 64, 64, 3))
+    half, most = (other_scores(other.pan(other.times("frozen", 32, share), 64, 64, 1.0) + grain).loop for share in (0.5, 0.75))
+    assert most < half + 3
+
+
+def test_rough_textures_have_no_halos():
+    frame = (255 * other.texture(240, 320, 3, 32)).astype(numpy.uint8).mean(-1).astype(numpy.uint8)
+    assert halo(frame) < 0.2
 
 
 def test_grain_makes_nothing_of_a_still_picture():
