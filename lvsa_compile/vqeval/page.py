@@ -15,7 +15,7 @@ import numpy
 from lvsa_compile.vqeval.batch import Result
 from lvsa_compile.vqeval.clip import Clip, Frames
 from lvsa_compile.vqeval.comparison import Difference
-from lvsa_compile.vqeval.loop import distances_of
+from lvsa_compile.vqeval.distances import distances_of
 from lvsa_compile.vqeval.motion import motion_of
 from lvsa_compile.vqeval.scores import DIMENSIONS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 
 from lvsa_compile.vqeval.clip import Clip, Numbers
-from lvsa_compile.vqeval.loop import distances_of
+from lvsa_compile.vqeval.distances import distances_of
 from lvsa_compile.vqeval.motion import motion_of
 from lvsa_compile.vqeval.networks import NONE, Images, Networks, series_of
 from lvsa_compile.vqeval.scores import Dimension, Metric, beside, by_network, ramp
