@@ -99,10 +99,10 @@ def findings(results: dict[str, Any]) -> list[str]:
     for multiple in multiples:
         names = ("net_speed", "acceleration", "frozen", "jumps", "size", "turns")
         clauses = [_clause(difference(results, "lvsa", "dense", multiple, name), name) for name in names]
-        found.append(f"At {multiple}×, LVSA less dense attention: {'; '.join(clauses)}.")
+        found.append(f"At {multiple}×, LVSA minus dense attention: {'; '.join(clauses)}.")
     for way in ("dense", "lvsa"):
         turns = [f"{difference(results, way, 'truth', n, 'turns').value:+.2f} at {n}×" for n in multiples]
-        found.append(f"Turns per 16 frames, {way} less truth: {', '.join(turns)}.")
+        found.append(f"Turns per 16 frames, {way} minus truth: {', '.join(turns)}.")
     halves = {
         "lvsa fixed": "Anchors that rotate, beside anchors that stay",
         "lvsa unexpanded": "A window that grows past anchors, beside one that does not",
@@ -118,8 +118,8 @@ def findings(results: dict[str, Any]) -> list[str]:
 def _again(results: dict[str, Any]) -> list[str]:
     """What another training says of LVSA beside dense attention, and of others beside LVSA."""
     multiples = _multiples(results, "lvsa")
-    pairs = {"lvsa": "dense", "lvsa fixed": "lvsa", "window only": "lvsa"}
-    return [f"{way}, beside {other}: {_clear(results, way, other, multiples) or 'no clear difference'}." for way, other in pairs.items()]
+    pairs = (("lvsa", "dense"), ("lvsa", "lvsa fixed"), ("window only", "lvsa"))
+    return [f"{way}, beside {other}: {_clear(results, way, other, multiples) or 'no clear difference'}." for way, other in pairs]
 
 
 def _clause(mean: Mean, name: str) -> str:
@@ -150,21 +150,26 @@ def _by_length(results: dict[str, Any], methods: Sequence[str] = ("truth", "dens
     for multiple in sorted({run["multiple"] for run in results["runs"]}):
         for method in methods:
             if multiple in _multiples(results, method):
-                rows.append([f"{multiple}×", method, *(_mean(mean_of(results, method, multiple, name), name) for name in names)])
-    return _table(["length", "way", *(MEASURES[name][0] for name in names)], rows)
+                means = [_mean(mean_of(results, method, multiple, name), name) for name in names]
+                rows.append([f"{multiple}×", method, _kept(results, method, multiple), *means])
+    return _table(["length", "way", "pairs kept", *(MEASURES[name][0] for name in names)], rows)
 
 
 def _run(results: dict[str, Any], method: str, multiple: int) -> dict[str, Any]:
     return next(run for run in results["runs"] if (run["method"], run["multiple"]) == (method, multiple))
 
 
+def _kept(results: dict[str, Any], method: str, multiple: int) -> str:
+    density = _run(results, method, multiple).get("density")
+    return "–" if density is None else f"{density:.2f}"
+
+
 def _all_ways(results: dict[str, Any], multiple: int) -> str:
     names = (*SHOWN[:6], "seen", "alone", "coloured", *SHOWN[6:])
     rows = []
     for method in ("truth", *(method.name for method in METHODS)):
-        density = _run(results, method, multiple).get("density")
         means = [_mean(mean_of(results, method, multiple, name), name) for name in names]
-        rows.append([method, "–" if density is None else f"{density:.2f}", *means])
+        rows.append([method, _kept(results, method, multiple), *means])
     return _table(["way", "pairs kept", *(MEASURES[name][0] for name in names)], rows)
 
 

@@ -248,6 +248,8 @@ def test_paths_from_a_csv(tmp_path):
     (tmp_path / "list.csv").write_text("note,path\nx,a.mp4\ny,sub/b.mp4\n")
     (tmp_path / "plain.csv").write_text("a.mp4\n\n")
     (tmp_path / "none.csv").write_text("path\n")
+    (tmp_path / "named.csv").write_text("name,file\nthe first,a.mp4\n")
+    assert batch.videos_of([tmp_path / "named.csv"]) == [tmp_path / "a.mp4"]
     assert batch.videos_of([tmp_path / "list.csv"]) == [tmp_path / "a.mp4", tmp_path / "sub/b.mp4"]
     assert batch.videos_of([tmp_path / "plain.csv", tmp_path / "a.mp4"]) == [tmp_path / "a.mp4"]
     with pytest.raises(VideoQualityError, match="a CSV without paths"):
@@ -269,7 +271,8 @@ def test_two_sets_are_compared_with_intervals():
     assert 37 < loop.interval[0] < loop.interval[1] < 43
     same = compared(lower, some([41, 39, 43, 42, 40, 41]))[1]
     assert not same.clear
-    assert compared(lower[:1], higher)[0].interval is None
+    assert compared(lower[:4], higher)[0].interval is None
+    assert compared(lower[:5], higher)[0].interval is not None
 
 
 def test_the_command_writes_json_csv_and_a_page_that_escapes(tmp_path):
@@ -283,6 +286,8 @@ def test_the_command_writes_json_csv_and_a_page_that_escapes(tmp_path):
     run = CliRunner().invoke(app, ["vqeval", str(folder), "--against", str(folder), *options], env={"COLUMNS": "200"})
     assert run.exit_code == 1, run.output
     assert "cannot be decoded" in run.output
+    assert "text – : no prompt was given" in run.output
+    assert "The composite is no test of life" in run.output
     rows = list(csv.DictReader(io.StringIO(out["csv"].read_text())))
     assert [Path(row["path"]).name for row in rows] == ["a.mp4", "b.mp4", "bad.mp4"] * 2
     assert float(rows[0]["dynamics"]) > float(rows[1]["dynamics"]) + 30

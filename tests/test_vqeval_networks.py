@@ -160,7 +160,8 @@ def test_the_command_takes_folders(folders, tmp_path):
 
 @pytest.mark.parametrize(("given", "text"), [
     ({"clip": "nowhere"}, "clip 'nowhere': there is no such folder. Give a folder with config.json, model.safetensors and the tokenizer"),
-    ({"dinov2": "empty"}, "cannot be loaded: "),
+    ({"dinov2": "empty"}, "dinov2 'empty': has no config.json. Give a folder with config.json and model.safetensors of a DINOv2 model"),
+    ({"clip": "broken"}, "cannot be loaded: "),
     ({"clip": "dinov2"}, "a Dinov2Model does not compare images with text. Give a folder"),
     ({"dinov2": "clip"}, "a CLIPModel is no DINOv2. Give a folder"),
     ({"pyiqa": "empty"}, "pyiqa is not installed. pip install pyiqa"),
@@ -168,6 +169,8 @@ def test_the_command_takes_folders(folders, tmp_path):
 def test_folders_that_hold_something_else_are_errors_of_one_line(folders, tmp_path, monkeypatch, given, text):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{}")
     ((name, value),) = given.items()
     with pytest.raises(VideoQualityError) as raised:
         load_networks(**{name: folders / value if value in ("clip", "dinov2") else value})

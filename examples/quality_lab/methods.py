@@ -113,10 +113,10 @@ METHODS = (
     Method("lvsa", "anchors that rotate and a window of 3, which grows past anchors: the defaults", _lvsa()),
     Method("lvsa fixed", "the same, the anchors stay", _lvsa(rotate=False)),
     Method("lvsa unexpanded", "the same with rotation, the window does not grow past anchors", _lvsa(expand_window=False)),
-    Method("window only", "a window alone, as many frames wide", _lvsa(window=BUDGET // 2, first_frames=0, key_frame_interval=0)),
-    Method("anchors only", "rotating anchors alone, as many", _lvsa(window=0), spread=True),
-    Method("riflex", "dense, the temporal frequency whose period is nearest the horizon (6 frames) lowered", DENSE, riflex),
-    Method("riflex, next", "dense, the next frequency (29 frames) lowered", DENSE, functools.partial(riflex, further=1)),
+    Method("window only", "a window alone, as wide as the horizon", _lvsa(window=BUDGET // 2, first_frames=0, key_frame_interval=0)),
+    Method("anchors only", "rotating anchors alone, as many as the horizon has frames", _lvsa(window=0), spread=True),
+    Method("riflex", "dense, the temporal frequency lowered whose period of 6 frames is nearest the horizon", DENSE, riflex),
+    Method("riflex, next", "dense, the next frequency lowered, whose period is 29 frames", DENSE, functools.partial(riflex, further=1)),
     Method("ultravico", "dense, scores of far keys dampened", {**DENSE, "inner": "inductor"}, ultravico),  # fuses what it does to scores
 )
 TRADE = tuple(

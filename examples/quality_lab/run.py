@@ -169,7 +169,7 @@ def _started(pool: Any, videos: NDArray[np.uint8], seeds: list[int]) -> Any:
 
 def shown(results: dict[str, Any]) -> Table:
     """What came out at four times the horizon, with 95 % intervals; the difference is of videos of the same noise."""
-    table = Table("4×, means", "truth", "dense", "LVSA", "LVSA less dense, 95 % interval")
+    table = Table("4×, means", "truth", "dense", "LVSA", "LVSA minus dense, 95 % interval")
     for name in MEASURES:
         means = [f"{mean_of(results, way, 4, name).value:.3f}" for way in ("truth", "dense", "lvsa")]
         found = difference(results, "lvsa", "dense", 4, name)

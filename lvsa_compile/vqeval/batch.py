@@ -28,7 +28,8 @@ class Result:
 
 
 def videos_of(paths: Iterable[Path]) -> list[Path]:
-    """The files meant by paths of videos, of folders, and of CSV files whose first column, or column ``path``, names videos.
+    """The files meant by paths of videos, of folders, and of CSV files whose first column, or one named
+    ``path``, ``file``, ``filename`` or ``video``, names videos.
 
     Raises:
         VideoQualityError: a path is none of these, or holds no video.
@@ -54,7 +55,7 @@ def _listed(path: Path) -> list[Path]:
     column = 0
     if rows and not is_video(Path(rows[0][0])):
         names = [name.strip().lower() for name in rows.pop(0)]
-        column = names.index("path") if "path" in names else 0
+        column = next((names.index(name) for name in ("path", "file", "filename", "video") if name in names), 0)
     listed = [Path(row[column].strip()) for row in rows if len(row) > column]
     if not listed:
         raise VideoQualityError("path", str(path), "a CSV without paths", "Give one path of a video in each line.")

@@ -24,7 +24,7 @@ SCORES = ("composite", "spatial", "temporal", "loop", "artefacts", "dynamics", "
 
 def vqeval(
     paths: Annotated[list[Path], typer.Argument(help="Videos, folders of videos, or a CSV of paths.", show_default=False)],
-    against: Annotated[list[Path] | None, typer.Option(help="A second set, compared with the first.")] = None,
+    against: Annotated[list[Path] | None, typer.Option(help="A second set, compared with the first; repeat for more of it.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the videos should show.")] = None,
     weights: Annotated[
         str, typer.Option(help="Weights of the composite: default, paper (without temporal coherence), or such as loop=1,dynamics=0.5.")
@@ -110,4 +110,20 @@ def _show(results: Sequence[Result], differences: Sequence[Difference]) -> None:
             sure = f"{found.interval[0]:+.1f} to {found.interval[1]:+.1f}" if found.interval else "too few videos"
             table.add_row(found.name, f"{found.first:.1f}", f"{found.second:.1f}", f"{found.second - found.first:+.1f}", sure)
         console.print(table)
-    console.print("Missing is what needs a network; `--json` says of each metric why.", style="dim")
+    for name, why in _reasons(results).items():
+        console.print(Text(f"{name} – : {why}"), style="dim")
+    if any(result.scores is not None for result in results):
+        console.print("The composite is no test of life, since a frozen video is clean and coherent: read loop and dynamics.", style="dim")
+
+
+def _reasons(results: Sequence[Result]) -> dict[str, str]:
+    """Why scores are missing, by name, as of the first video that misses them."""
+    found: dict[str, str] = {}
+    for scores in (result.scores for result in results if result.scores is not None):
+        for name in SCORES[1:]:
+            if getattr(scores, name) is None:
+                whys = [why for metric, why in scores.missing.items() if metric.startswith(f"{name}.")]
+                found.setdefault(name, whys[0] if whys else scores.missing.get(name, ""))
+        if scores.composite is None:
+            found.setdefault("composite", "no dimension that counts could be computed")
+    return found

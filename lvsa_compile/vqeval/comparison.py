@@ -11,13 +11,14 @@ from scipy.stats import bootstrap
 from lvsa_compile.vqeval.scores import DIMENSIONS, Scores
 
 _RESAMPLES = 4000
+LEAST_VIDEOS = 5  # of each set, from which on an interval is worth its name
 
 
 @dataclass(frozen=True)
 class Difference:
     """Of one dimension or the composite: the means of two sets, and the 95 % interval of the second's less the first's.
 
-    The interval is None where a set has fewer than two videos with a score.
+    The interval is None where a set has fewer than ``LEAST_VIDEOS`` videos with a score.
     """
 
     name: str
@@ -42,7 +43,7 @@ def compared(first: Sequence[Scores], second: Sequence[Scores]) -> list[Differen
 
 
 def _interval(first: list[float], second: list[float]) -> tuple[float, float] | None:
-    if min(len(first), len(second)) < 2:
+    if min(len(first), len(second)) < LEAST_VIDEOS:
         return None
     if numpy.ptp(first) == 0 and numpy.ptp(second) == 0:
         return (second[0] - first[0],) * 2

@@ -31,7 +31,7 @@ def dynamics(clip: Clip, networks: Networks = NONE) -> Dimension:
         angles = numpy.arctan2(motion.flows[..., 1], motion.flows[..., 0])[moving]
         shares = numpy.histogram(angles, _BINS, (-numpy.pi, numpy.pi), weights=lengths[moving])[0]
         shares = shares / shares.sum()
-        entropy = float(-(shares[shares > 0] * numpy.log2(shares[shares > 0])).sum())
+        entropy = float((shares[shares > 0] * -numpy.log2(shares[shares > 0])).sum())
     return Dimension(
         "dynamics",
         (

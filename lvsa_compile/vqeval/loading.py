@@ -70,6 +70,8 @@ def _folder(name: str, given: str | PathLike[str], wanted: str) -> Path:
     path = Path(given)
     if not path.is_dir():
         raise VideoQualityError(name, str(given), "there is no such folder", f"Give {wanted}; nothing is downloaded.")
+    if name != "pyiqa" and not (path / "config.json").is_file():
+        raise VideoQualityError(name, str(given), "has no config.json", f"Give {wanted}.")
     return path
 
 

@@ -45,15 +45,17 @@ def loop(clip: Clip, networks: Networks = NONE) -> Dimension:
         "loop",
         (
             *beside(
-                _metric("cycle", cycle, "how much of a cycle, 0 to 1", surrogate=True),
-                by_network("clip_cycle", _WEIGHTS["cycle"], clip_cycle, (1.0, 0.0), "how much of a cycle, 0 to 1", "CLIP"),
+                _metric("cycle", cycle, "of 1: how much of a cycle", surrogate=True),
+                by_network("clip_cycle", _WEIGHTS["cycle"], clip_cycle, (1.0, 0.0), "of 1: how much of a cycle", "CLIP"),
             ),
             *beside(
-                _metric("recurrence", recurrence, "share of frames that are there again", surrogate=True),
-                by_network("clip_recurrence", _WEIGHTS["recurrence"], clip_recurrence, (1.0, 0.0), "share of frames", "CLIP"),
+                _metric("recurrence", recurrence, "of 1: frames that are there again", surrogate=True),
+                by_network(
+                    "clip_recurrence", _WEIGHTS["recurrence"], clip_recurrence, (1.0, 0.0), "of 1: frames that are there again", "CLIP"
+                ),
             ),
-            _metric("flow_period", period, "0 to 1", nothing),
-            _metric("autocorrelation", again, "0 to 1", nothing, surrogate=True),
+            _metric("flow_period", period, "of 1: how much of a rhythm", nothing),
+            _metric("autocorrelation", again, "of 1: how much of a rhythm", nothing, surrogate=True),
         ),
     )
 
