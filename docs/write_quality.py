@@ -36,7 +36,6 @@ MEASURES = {  # name in the results: heading, digits, whether it is a share, sho
     "turns": ("turns", 2, False),
     "vqeval_loop": ("VQeval loop", 1, False),
     "vqeval_temporal": ("VQeval temporal", 1, False),
-    "vqeval_dynamics": ("VQeval dynamics", 1, False),
 }
 BETTER = {"net_speed": 1, "frozen": -1, "jumps": -1, "alone": 1, "coloured": 1, "size": -1}
 SHOWN = ("speed", "net_speed", "late_speed", "acceleration", "frozen", "jumps", "size", "turns", "vqeval_loop")
@@ -145,14 +144,13 @@ def _clear(results: dict[str, Any], method: str, other: str, multiples: Sequence
 
 
 def _by_length(results: dict[str, Any], methods: Sequence[str] = ("truth", "dense", "lvsa")) -> str:
-    names = SHOWN
     rows = []
     for multiple in sorted({run["multiple"] for run in results["runs"]}):
         for method in methods:
             if multiple in _multiples(results, method):
-                means = [_mean(mean_of(results, method, multiple, name), name) for name in names]
+                means = [_mean(mean_of(results, method, multiple, name), name) for name in SHOWN]
                 rows.append([f"{multiple}×", method, _kept(results, method, multiple), *means])
-    return _table(["length", "way", "pairs kept", *(MEASURES[name][0] for name in names)], rows)
+    return _table(["length", "way", "pairs kept", *(MEASURES[name][0] for name in SHOWN)], rows)
 
 
 def _run(results: dict[str, Any], method: str, multiple: int) -> dict[str, Any]:
@@ -180,15 +178,14 @@ def _differences(results: dict[str, Any], method: str, other: str, multiples: Se
 
 
 def _trade(results: dict[str, Any], multiple: int) -> str:
-    names = SHOWN
     windows = {"anchors only": 0, "lvsa": 3, "window only": HORIZON // 2} | {method.name: method.options["window"] for method in TRADE}
     rows = []
     for method, window in sorted(windows.items(), key=lambda item: item[1]):
         run = _run(results, method, multiple)
         about = f"{window}{', no anchors' if method == 'window only' else ''}"
-        means = [_mean(mean_of(results, method, multiple, name), name) for name in names]
+        means = [_mean(mean_of(results, method, multiple, name), name) for name in SHOWN]
         rows.append([about, str(run["interval"] or "–"), f"{run['density']:.3f}", *means])
-    return _table(["window", "interval", "pairs kept", *(MEASURES[name][0] for name in names)], rows)
+    return _table(["window", "interval", "pairs kept", *(MEASURES[name][0] for name in SHOWN)], rows)
 
 
 def _vqeval(results: dict[str, Any]) -> str:

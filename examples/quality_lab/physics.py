@@ -15,7 +15,7 @@ from scipy import ndimage, signal
 SEEN = 0.35  # brightness from which a pixel belongs to a shape
 LEAST_PIXELS = 5
 FROZEN = 0.25  # a step shorter than this; the slowest scene moves 0.63 but where it turns
-JUMP = 3.0  # a step longer than this; the fastest scene moves 2.2
+JUMP = 3.0  # a step longer than this; the fastest scene moves 2.0
 TURN = 1.5  # how far a way must go back to count as turned
 APART = 4  # frames over which what a shape gains is measured, so that trembling on the spot is no speed
 

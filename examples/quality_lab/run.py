@@ -132,20 +132,20 @@ AGAIN = [(METHODS[0], 1), *((method, multiple) for multiple in (4, 6) for method
 def run(checkpoint: Path, seeds: list[int], todo: list[tuple[Method, int]], folder: Path, command: str) -> dict[str, Any]:
     """All results, as they are written."""
     runs: list[dict[str, Any]] = []
-    shown: dict[str, str] = {}
+    sprites: dict[str, str] = {}
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for multiple in sorted({multiple for _, multiple in todo}):
             videos = true_videos(multiple * HORIZON, seeds)
             runs.append({"method": "truth", "multiple": multiple, "videos": _started(pool, videos, seeds).get()})
             if multiple == SHOWN_MULTIPLE:
-                shown["truth"] = sprite(videos[seeds.index(SHOWN_SEED)])
+                sprites["truth"] = sprite(videos[seeds.index(SHOWN_SEED)])
         waiting = []
         for method, multiple in track(todo, description="videos"):
             videos, facts = kept(method, multiple * HORIZON, seeds, checkpoint, folder)
             about = {"method": method.name, "multiple": multiple, "interval": method.interval(multiple * HORIZON), **facts}
             waiting.append((about, _started(pool, videos, seeds)))
             if multiple == SHOWN_MULTIPLE and method.name in SHOWN:
-                shown[method.name] = sprite(videos[seeds.index(SHOWN_SEED)])
+                sprites[method.name] = sprite(videos[seeds.index(SHOWN_SEED)])
         for about, results in track(waiting, description="measures"):
             runs.append(about | {"videos": results.get()})
     return {
@@ -157,7 +157,7 @@ def run(checkpoint: Path, seeds: list[int], todo: list[tuple[Method, int]], fold
         "seeds": seeds,
         "captions": [" ".join(caption) for caption in captions_of(seeds)],
         "runs": runs,
-        "shown": {"seed": SHOWN_SEED, "multiple": SHOWN_MULTIPLE, "sprites": shown},
+        "shown": {"seed": SHOWN_SEED, "multiple": SHOWN_MULTIPLE, "sprites": sprites},
     }
 
 

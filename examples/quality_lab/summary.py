@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
 
-RESAMPLES = 4000
+from lvsa_compile.vqeval.comparison import bootstrap_interval
 
 
 @dataclass(frozen=True)
@@ -52,5 +51,4 @@ def _mean(values: list[float]) -> Mean:
     mean = float(np.mean(values))
     if len(values) < 2 or np.ptp(values) == 0:
         return Mean(mean, mean, mean)
-    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, rng=np.random.default_rng(0), method="percentile").confidence_interval
-    return Mean(mean, float(found.low), float(found.high))
+    return Mean(mean, *bootstrap_interval((values,), np.mean))

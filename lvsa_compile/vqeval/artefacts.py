@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,15 +13,13 @@ from lvsa_compile.vqeval.clip import Clip, Frames, Numbers
 from lvsa_compile.vqeval.scores import Dimension, Metric, ramp
 
 _BLOCK = 16
-_LOOKED_AT = 9
 _EDGES, _LEAST_EDGES, _FAR = 400, 12, 12  # edges looked at, at most and at least, and how many pixels on either side
 
 
 def artefacts(clip: Clip) -> Dimension:
     """VQeval's parts and weights; anatomy needs a network and is missing, never "no errors"."""
-    every = max(1, len(clip.large) // _LOOKED_AT)
-    coloured, grey = clip.large[::every, 0], clip.large_grey[::every, 0]
-    levels = float(numpy.median([levels_apart(frame) for frame in coloured]))
+    grey = clip.large_grey[clip.chosen, 0]
+    levels = float(numpy.median([levels_apart(frame) for frame in clip.large[clip.chosen, 0]]))
     measured = {name: float(numpy.median([measure(frame) for frame in grey])) for name, measure in _MEASURES.items()}
     banded = min(ramp(math.log2(levels), math.log2(24), 1.0), ramp(measured["banding"], 0.7, 0.1))
     return Dimension(
@@ -30,7 +29,7 @@ def artefacts(clip: Clip) -> Dimension:
             Metric("anatomy", 0.25, None, why="needs MediaPipe, which is not used here"),
             Metric("tiling", 0.15, ramp(measured["tiling"], 0.65, 0.25), measured["tiling"], "autocorrelation of edges elsewhere"),
             Metric("halo", 0.15, ramp(measured["halo"], 0.15, 0.04), measured["halo"], "overshoot beside edges, share of the edge"),
-            Metric("noise", 0.20, ramp(measured["noise"], 20.0, 2.0), measured["noise"], "standard deviation, of 255"),
+            Metric("noise", 0.20, ramp(grain_of(clip), 20.0, 2.0), grain_of(clip), "standard deviation, of 255"),
         ),
     )
 
@@ -143,7 +142,13 @@ def noise(frame: Frames) -> float:
     return float(numpy.sort(blocks)[: max(1, len(blocks) // 2)].mean() * numpy.sqrt(numpy.pi / 2) / 6)
 
 
-_MEASURES = {"banding": banding, "tiling": tiling, "halo": halo, "noise": noise}
+@functools.lru_cache(maxsize=1)
+def grain_of(clip: Clip) -> float:
+    """The noise of a clip's large frames, the median, of 255."""
+    return float(numpy.median([noise(frame) for frame in clip.large_grey[clip.chosen, 0]]))
+
+
+_MEASURES = {"banding": banding, "tiling": tiling, "halo": halo}
 
 
 def _blocks(frame: Frames | Numbers) -> Frames | Numbers:

@@ -23,7 +23,7 @@ MOST_PIXELS = 4096 * 2304
 MOST_FILE_BYTES = 4 * 2**30
 LEAST_FRAMES, LEAST_SIDE = 2, 16
 _SMALL, _LARGE = 160, 854  # longest side in pixels
-_LARGE_FRAMES = 33
+_LARGE_FRAMES, _CHOSEN = 33, 9
 _SUFFIXES = (".mp4", ".mov", ".webm", ".avi", ".mkv")
 
 
@@ -52,6 +52,11 @@ class Clip:
     def grey(self) -> Numbers:
         """All small frames as brightness in 0 to 1, ``[n, h, w]``."""
         return (self.small @ numpy.array([0.299, 0.587, 0.114], numpy.float32) / 255).astype(numpy.float32)
+
+    @property
+    def chosen(self) -> slice:
+        """Which of the large pairs are looked at where every one would take too long: about nine, evenly over the video."""
+        return slice(None, None, max(1, len(self.large) // _CHOSEN))
 
     @cached_property
     def large_grey(self) -> Frames:

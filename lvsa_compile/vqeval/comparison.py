@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 from scipy.stats import bootstrap
@@ -33,7 +34,7 @@ class Difference:
 
 
 def compared(first: Sequence[Scores], second: Sequence[Scores]) -> list[Difference]:
-    """The composite and each dimension that both sets have; intervals by the percentile bootstrap (Efron 1979), seeded."""
+    """The composite and each dimension that both sets have; with intervals."""
     found = []
     for name in ("composite", *DIMENSIONS):
         sets = [[value for scores in group if (value := getattr(scores, name)) is not None] for group in (first, second)]
@@ -51,5 +52,10 @@ def _interval(first: list[float], second: list[float]) -> tuple[float, float] | 
     def difference(a: numpy.ndarray, b: numpy.ndarray, axis: int = -1) -> numpy.ndarray:
         return numpy.asarray(b.mean(axis) - a.mean(axis))
 
-    found = bootstrap((first, second), difference, n_resamples=_RESAMPLES, rng=numpy.random.default_rng(0), method="percentile")
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return bootstrap_interval((first, second), difference)
+
+
+def bootstrap_interval(sets: Sequence[Sequence[float]], statistic: Callable[..., Any]) -> tuple[float, float]:
+    """The 95 % interval of a statistic of sets, which takes ``axis``, by the percentile bootstrap (Efron 1979), seeded."""
+    found = bootstrap(sets, statistic, n_resamples=_RESAMPLES, rng=numpy.random.default_rng(0), method="percentile").confidence_interval
+    return float(found.low), float(found.high)

@@ -82,12 +82,12 @@ def distances_of(clip: Clip) -> Distances:
 
 def _grain(clip: Clip, apart: Numbers) -> float:
     """What grain adds to squared distances: no more than the noise of single frames, nor than is left at no distance in time."""
+    if len(apart) < 3:
+        return 0.0
     rows, columns = clip.small.shape[1:3]
     chosen = (clip.grey[:: max(1, clip.count // 9)] * 255).astype(numpy.uint8)
     single = float(numpy.median([noise(frame) for frame in chosen])) / 255
     kept = min(1.0, 64 * 36 / (rows * columns)) / (4 * math.pi)  # of the variance, after scaling down and blurring
-    if len(apart) < 3:
-        return 0.0
     first, second = (float(numpy.median(numpy.diag(apart, lag))) for lag in (1, 2))
     return float(max(0.0, min(2 * single**2 * kept, (4 * first - second) / 3)))
 

@@ -52,15 +52,7 @@ def load_networks(
     if clip is not None:
         found |= _clip(_folder("clip", clip, CLIP_FOLDER))
     if dinov2 is not None:
-        model = _from_folder("dinov2", _folder("dinov2", dinov2, DINO_FOLDER), "AutoModel", DINO_FOLDER)
-        if not str(model.config.model_type).startswith("dinov2"):
-            raise VideoQualityError("dinov2", str(dinov2), f"a {type(model).__name__} is no DINOv2", f"Give {DINO_FOLDER}.")
-
-        def images(pixels: torch.Tensor) -> torch.Tensor:
-            vectors: torch.Tensor = model(pixel_values=pixels).last_hidden_state[:, 0]
-            return vectors
-
-        found["dino_images"] = functools.partial(_embedded, images, "dinov2", 224)
+        found |= _dinov2(_folder("dinov2", dinov2, DINO_FOLDER))
     if pyiqa is not None:
         found |= _quality(_folder("pyiqa", pyiqa, PYIQA_FOLDER))
     return Networks(**found)
@@ -70,27 +62,36 @@ def _folder(name: str, given: str | PathLike[str], wanted: str) -> Path:
     path = Path(given)
     if not path.is_dir():
         raise VideoQualityError(name, str(given), "there is no such folder", f"Give {wanted}; nothing is downloaded.")
-    if name != "pyiqa" and not (path / "config.json").is_file():
-        raise VideoQualityError(name, str(given), "has no config.json", f"Give {wanted}.")
     return path
 
 
-def _from_folder(name: str, folder: Path, loader: str, wanted: str) -> Any:
+def _from_folder(name: str, folder: Path, loader: str, wanted: str, **how: Any) -> Any:
+    if not (folder / "config.json").is_file():
+        raise VideoQualityError(name, str(folder), "has no config.json", f"Give {wanted}.")
     try:
         import transformers
 
-        return getattr(transformers, loader).from_pretrained(folder, local_files_only=True, **_SAFELY.get(loader, {}))
+        return getattr(transformers, loader).from_pretrained(folder, local_files_only=True, trust_remote_code=False, **how)
     except ImportError as error:
         raise VideoQualityError(name, str(folder), f"needs {error.name or 'transformers'}", "pip install transformers") from None
     except Exception as error:  # of many kinds, for a folder that holds something else
         raise VideoQualityError(name, str(folder), f"cannot be loaded: {in_a_line(error)}", f"Give {wanted}.") from None
 
 
-_SAFELY = {"AutoModel": {"use_safetensors": True, "trust_remote_code": False}, "AutoTokenizer": {"trust_remote_code": False}}
+def _dinov2(folder: Path) -> dict[str, Images]:
+    model = _from_folder("dinov2", folder, "AutoModel", DINO_FOLDER, use_safetensors=True)
+    if not str(model.config.model_type).startswith("dinov2"):
+        raise VideoQualityError("dinov2", str(folder), f"a {type(model).__name__} is no DINOv2", f"Give {DINO_FOLDER}.")
+
+    def images(pixels: torch.Tensor) -> torch.Tensor:
+        vectors: torch.Tensor = model(pixel_values=pixels).last_hidden_state[:, 0]
+        return vectors
+
+    return {"dino_images": functools.partial(_embedded, images, "dinov2", 224)}
 
 
 def _clip(folder: Path) -> dict[str, Any]:
-    model = _from_folder("clip", folder, "AutoModel", CLIP_FOLDER)
+    model = _from_folder("clip", folder, "AutoModel", CLIP_FOLDER, use_safetensors=True)
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features") and hasattr(model, "logit_scale")):
         raise VideoQualityError("clip", str(folder), f"a {type(model).__name__} does not compare images with text", f"Give {CLIP_FOLDER}.")
     tokenizer = _from_folder("clip", folder, "AutoTokenizer", CLIP_FOLDER)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy
 
-from lvsa_compile.vqeval.artefacts import noise
+from lvsa_compile.vqeval.artefacts import grain_of
 from lvsa_compile.vqeval.clip import Clip, Frames, Numbers
 
 _GRAIN, _MOST_BLUR = 2.0, 4.0  # of 255, and pixels
@@ -35,7 +35,7 @@ class Motion:
 @functools.lru_cache(maxsize=1)
 def motion_of(clip: Clip) -> Motion:
     """The motion of a clip."""
-    grain = float(numpy.median([noise(frame) for frame in clip.large_grey[:: max(1, len(clip.large_grey) // 9), 0]]))
+    grain = grain_of(clip)
     flows = numpy.stack([_flow(*(_halved(frame, grain) for frame in pair)) * 2 for pair in clip.large_grey])
     stride = max(1, -(-(clip.count - 1) // _SERIES))
     grey = (clip.grey * 255).astype(numpy.uint8)

@@ -12,8 +12,6 @@ from lvsa_compile.vqeval.clip import Clip, Frames
 from lvsa_compile.vqeval.networks import NONE, Networks, quality_of
 from lvsa_compile.vqeval.scores import Dimension, Metric, by_network, ramp
 
-_LOOKED_AT = 9  # frames that BRISQUE and NIQE rate
-
 
 def spatial(clip: Clip, networks: Networks = NONE) -> Dimension:
     """Sharpness from the Laplacian, and VQeval's ratings of single frames where they were given.
@@ -36,8 +34,7 @@ def spatial(clip: Clip, networks: Networks = NONE) -> Dimension:
 
 def _rating(clip: Clip, networks: Networks, name: str, worst_best: tuple[float, float]) -> Metric:
     network = getattr(networks, name)
-    chosen = clip.large[:: max(1, len(clip.large) // _LOOKED_AT), 0]
-    rated = None if network is None else float(network(chosen).mean())
+    rated = None if network is None else float(network(clip.large[clip.chosen, 0]).mean())
     if rated is not None and not math.isfinite(rated):
         return Metric(name, 0.25, None, why="pyiqa has no number for frames as small as these")
     return by_network(name, 0.25, rated, worst_best, "mean", "pyiqa")
