@@ -52,6 +52,7 @@ def test_health_is_no_failure_at_any_speed_and_a_still_camera_is_not_frozen():
     assert [scores.dynamics for scores in healthy] == sorted(scores.dynamics for scores in healthy)
     assert still.dynamics > frozen.dynamics + 50
     assert still.loop > frozen.loop + 80
+    assert frozen.composite == pytest.approx(67, abs=1), "as docs/vqeval.md says: the composite is no test of life"
     assert frozen.temporal > 95, "a frozen video is coherent, which is why the paper's composite leaves that out"
 
 
