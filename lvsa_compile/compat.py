@@ -23,6 +23,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator as HigherOrderOperator
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -58,6 +59,18 @@ def returns_views(operator: OpOverload) -> bool:
     """Whether an op's results share memory with an argument that it does not write to."""
     returned = operator._schema.returns
     return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
+
+
+def written_by(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments of a call that the op writes to."""
+    given = {**dict(zip((a.name for a in operator._schema.arguments), args, strict=False)), **kwargs}
+    targets = [given.get(a.name) for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [tensor for tensor in tree_leaves(targets) if isinstance(tensor, Tensor)]
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Identity of the memory that a tensor shares with its views, as long as one of them lives."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def cpu_flash_attention(

@@ -25,6 +25,7 @@ FORMS = ("sdpa", "sdpa keywords", "matmul", "einsum", "bmm", "baddbmm", "multihe
 ROPES = ("none", "table", "in place", "complex", "interleaved", "input")
 ORDERS = ("video", "text video", "video text", "text video registers", "condition video", "video condition text")
 MASKS = ("none", "text padding", "outer product", "frame causal", "padding float")
+WRITES = ("no", "no", "a key", "a query", "a corner", "some keys later", "the padding later")
 DECOYS = (
     "none",
     "text only",
@@ -52,6 +53,7 @@ class Recipe:
     rope: str
     order: str
     mask: str
+    write: str
     decoy: str
     output: str
     grid: tuple[int, int, int]
@@ -76,6 +78,7 @@ recipes = st.builds(
     rope=st.sampled_from(ROPES),
     order=st.sampled_from(ORDERS),
     mask=st.sampled_from(MASKS),
+    write=st.sampled_from(WRITES),
     decoy=st.sampled_from(DECOYS),
     output=st.sampled_from(OUTPUTS),
     grid=st.tuples(st.integers(6, 10), st.integers(2, 4), st.integers(2, 4)),
@@ -254,7 +257,7 @@ class RandomDiT(nn.Module):
         def weights(scores: Tensor) -> Tensor:
             return (
                 masked(scores).softmax(-1).nan_to_num(0.0)
-                if self.recipe.mask == "outer product" and mask is not None
+                if (self.recipe.mask == "outer product" or self.recipe.write != "no") and mask is not None
                 else masked(scores).softmax(-1)
             )
 
@@ -271,6 +274,27 @@ class RandomDiT(nn.Module):
         return torch.bmm(weights(scores.unflatten(0, shape[:2])).flatten(0, 1), v).unflatten(0, shape[:2])
 
     def mask_of(self, segments, grid, valid: Tensor) -> Tensor | None:
+        """The mask as the recipe makes it and writes to it afterwards."""
+        valid = valid.clone()
+        mask = self.mask_before_writes(segments, grid, valid)
+        if mask is None or self.recipe.write == "no":
+            return mask
+        mask = mask if self.recipe.mask in ("outer product", "frame causal") else mask.expand(*mask.shape[:-2], mask.shape[-1], -1).clone()
+        closed = False if mask.dtype == torch.bool else float("-inf")
+        match self.recipe.write:
+            case "a key":
+                mask[..., 3] = closed
+            case "a query":
+                mask[..., 2, :5] = closed
+            case "a corner":
+                mask[..., :4, 2:].masked_fill_(torch.ones(4, mask.shape[-1] - 2, dtype=torch.bool).tril(), closed)
+            case "some keys later":
+                mask.index_fill_(-1, torch.tensor([1, 4]), closed)
+            case _:
+                valid.zero_()
+        return mask
+
+    def mask_before_writes(self, segments, grid, valid: Tensor) -> Tensor | None:
         kind, length = self.recipe.mask, sum(n for _, n in segments)
         names = [name for name, _ in segments]
         if kind == "none" or (kind != "frame causal" and "text" not in names) or (kind == "frame causal" and names != ["video"]):

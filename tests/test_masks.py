@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import oracle
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import lvsa_compile
 from lvsa_compile.sparsity.frame_pattern import FramePattern
@@ -135,6 +138,135 @@ def test_a_part_of_a_conjunction_that_is_used_again_is_still_itself():
     model, inputs = randomise(Padded(spell)), inputs_of()
     with torch.no_grad():
         assert torch.equal(torch.compile(model, backend="lvsa", options=OPTIONS)(*inputs), model(*inputs))
+
+
+S = VIDEO + TEXT
+LOWER = torch.ones(S, S, dtype=torch.bool).tril()
+
+
+def base(kind, valid):
+    """A first mask bool ``[B, 1, S, S]``."""
+    rows, columns = valid[:, None, None, :], valid[:, None, :, None]
+    if kind == "outer":
+        return rows & columns
+    if kind == "and in place":
+        mask = rows.expand(-1, -1, S, -1).clone()
+        mask &= columns
+        return mask
+    if kind == "logical_and":
+        return rows.repeat(1, 1, S, 1).logical_and_(columns)
+    if kind == "keys":
+        return rows.repeat(1, 1, S, 1)
+    if kind == "queries":
+        return columns.expand(-1, -1, -1, S).contiguous()
+    if kind == "whole frames":
+        frame = torch.arange(S) // 12
+        return (frame[:, None] >= frame[None] - 1)[None, None].repeat(valid.shape[0], 1, 1, 1)
+    if kind == "product":
+        return (rows.float() * columns.float()).bool()
+    if kind == "cloned":
+        return (rows & columns).clone()
+    return torch.logical_and(rows, columns, out=torch.zeros(valid.shape[0], 1, S, S, dtype=torch.bool))
+
+
+BASES = ["outer", "and in place", "logical_and", "keys", "queries", "whole frames", "product", "cloned", "out"]
+WRITES = {
+    "setitem": lambda m, v, q, k, valid: m.__setitem__((slice(None), slice(None), q, k), v),
+    "rows": lambda m, v, q, k, valid: m.__setitem__((slice(None), slice(None), q), v),
+    "columns": lambda m, v, q, k, valid: m.__setitem__((..., k), v),
+    "tensor": lambda m, v, q, k, valid: m.__setitem__((..., q, slice(None)), torch.arange(S) % 5 > 0),
+    "fill_": lambda m, v, q, k, valid: m[:, 0, :, k].fill_(v),
+    "index_put": lambda m, v, q, k, valid: m.view(-1, S).__setitem__(torch.arange(3, 9), v),
+    "index_put_": lambda m, v, q, k, valid: m.index_put_((torch.tensor([0]), torch.tensor([0]), torch.tensor([4])), torch.tensor(v)),
+    "copy_": lambda m, v, q, k, valid: m[..., k].copy_(torch.ones(S, S, dtype=torch.bool).tril()[..., k]),
+    "logical_and_": lambda m, v, q, k, valid: m.logical_and_(torch.ones(S, S, dtype=torch.bool).triu(-40)),
+    "masked_fill_": lambda m, v, q, k, valid: m.masked_fill_(torch.eye(S, dtype=torch.bool), v),
+    "masked_fill_ of keys": lambda m, v, q, k, valid: m.masked_fill_(valid[:, None, None], v),
+    "diagonal": lambda m, v, q, k, valid: m.diagonal(dim1=-2, dim2=-1).fill_(v),
+    "select": lambda m, v, q, k, valid: m.select(2, 7)[..., k].fill_(v),
+    "index_fill_": lambda m, v, q, k, valid: m.index_fill_(2 if v else 3, torch.tensor([0, 5]), v),
+    "index_copy_": lambda m, v, q, k, valid: m.index_copy_(3, torch.tensor([5, 2]), LOWER[:, :2].expand_as(m[..., :2])),
+    "shifted": lambda m, v, q, k, valid: m.__setitem__((slice(None), slice(None), slice(1, None)), m[:, :, :-1].clone()),
+    "unsqueezed": lambda m, v, q, k, valid: m.squeeze(1).unsqueeze(0)[0, :, q].fill_(v),
+    "transposed": lambda m, v, q, k, valid: m.transpose(-1, -2).__setitem__((..., k, slice(None)), v),
+    "by a mask": lambda m, v, q, k, valid: m.__setitem__(torch.ones(S, S, dtype=torch.bool).triu(60).expand_as(m), v),
+    "flat": lambda m, v, q, k, valid: m.view(-1)[::37].fill_(v),
+    "or": lambda m, v, q, k, valid: m.__ior__(valid[:, None, None]),
+    "out=": lambda m, v, q, k, valid: torch.logical_or(m, torch.eye(S, dtype=torch.bool), out=m),
+    "scatter_": lambda m, v, q, k, valid: m.scatter_(3, torch.arange(S)[None, None, :, None].expand(len(m), 1, S, 1), v),
+    "what it was made of": lambda m, v, q, k, valid: valid[:, 100:].fill_(False),
+}
+MAKES = {
+    "clone": lambda m, v: m.clone(),
+    "where": lambda m, v: torch.where(torch.eye(S, dtype=torch.bool), v, m),
+    "tril": lambda m, v: m.tril(40),
+    "cumsum": lambda m, v: m.cumsum(-1 if v else -2) > 2,
+    "cat": lambda m, v: torch.cat([m[:, :, :50], m[:, :, :1].expand(-1, -1, S - 50, -1)], 2),
+    "view": lambda m, v: m.view(len(m), 1, S, S),
+    "flip": lambda m, v: m.flip(2),
+}
+runs = st.builds(lambda start, tokens: slice(start, start + tokens), st.integers(0, S - 14), st.integers(1, 13))
+every = st.builds(lambda start, step: slice(start, None, step), st.integers(0, 20), st.integers(2, 40))
+places = st.one_of(st.integers(0, S - 1), st.just(slice(None)), st.just(-1), runs, every)
+steps = st.lists(st.tuples(st.sampled_from([*WRITES, *MAKES]), st.booleans(), places, places), max_size=2)
+
+
+class Drawn(nn.Module):
+    """Two attentions over [video | text] under masks made by drawn ops, which are written to between the two and after them."""
+
+    def __init__(self, kind, steps):
+        super().__init__()
+        self.inner = VideoDiT(lambda model, tokens, grid, text: self.block(tokens, text))
+        self.kind, self.steps, self.valid, self.masks = kind, steps, None, []
+
+    def block(self, tokens, text):
+        valid = self.valid.clone()
+        mask, self.masks = base(self.kind, valid), []
+        joint = torch.cat([tokens, text], 1)
+        for some in self.steps:
+            for name, value, q, k in some:
+                if name in MAKES:
+                    mask = MAKES[name](mask, value)
+                else:
+                    WRITES[name](mask, value, q, k, valid)
+            self.masks.append(mask.clone())
+            joint = joint + self.inner.attention(joint, attn_mask=mask).nan_to_num()
+        mask[..., 0:1, 1:2] = True
+        return joint[:, : tokens.shape[1]]
+
+    forward = Padded.forward
+
+
+@settings(max_examples=int(os.environ.get("FUZZ", "60")), derandomize="FUZZ" not in os.environ, deadline=None)
+@given(st.sampled_from(BASES), st.tuples(steps, steps), st.sampled_from([4, 21]))
+def test_masks_that_are_written_to_after_they_were_made(kind, drawn, horizon):
+    torch._dynamo.reset()
+    model, inputs = randomise(Drawn(kind, drawn)), inputs_of()
+    options = {**OPTIONS, "reference_frames": horizon}
+    with torch.no_grad():
+        model(*inputs)
+        masks = model.masks
+        output = torch.compile(model, backend="lvsa", options=options)(*inputs)
+        sites = lvsa_compile.reports()[0].sites
+        pattern = oracle.token_mask(9, 12, 0, suffix=TEXT, reference=4, window=1)
+        keep = [mask & pattern if site.decision == "sparse" else mask for mask, site in zip(masks, sites, strict=True)]
+        with InTurn(keep):
+            answer = model(*inputs)
+    event(" ".join(site.decision for site in sites))
+    assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max()), [str(site) for site in sites]
+
+
+class InTurn(TorchFunctionMode):
+    """Each attention under the next of ``masks``."""
+
+    def __init__(self, masks):
+        super().__init__()
+        self.masks = list(masks)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return func(*args[:3], attn_mask=self.masks.pop(0))
+        return func(*args, **(kwargs or {}))
 
 
 def frame_of(frames, places):

@@ -378,6 +378,11 @@ def leaves(axis: Axis) -> list[Factor]:
     return found
 
 
+def repeats(axis: Axis) -> bool:
+    """Whether an axis of more than one place holds the same at all of them."""
+    return bool(axis) and all(isinstance(factor, Factor) and factor.kinds == {BROADCAST} for factor in axis)
+
+
 def origins(axes: Iterable[Axis]) -> frozenset[str]:
     """Places of the inputs that the axes count, directly or by a lost trail."""
     digits = [digit for axis in axes for factor in leaves(axis) for digit in factor.digits]

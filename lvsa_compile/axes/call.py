@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lvsa_compile.axes.algebra import CREATED, INPUT, LOST, Axis, Size, Source, axis_of, leaves, origins
+from lvsa_compile.axes.algebra import CREATED, INPUT, LOST, Axis, Size, Source, axis_of, axis_size, leaves, origins, repeats
 from lvsa_compile.axes.values import Array
 from lvsa_compile.compat import size_expression
 
@@ -52,6 +52,10 @@ class Call:
         lost = any(factor.kinds & {INPUT, LOST} for counted_axis in counted for factor in leaves(counted_axis))
         kind = kind or (LOST if lost else CREATED)
         return axis_of(Source(kind, self.op, axis, size, self.place, origins=origins(counted) if kind == LOST else frozenset()))
+
+    def uneven(self, axis: Axis, position: int) -> Axis:
+        """The axis, or a new one in its place where the axis only said that its places hold the same."""
+        return self.new_axis(axis_size(axis), CREATED, position) if repeats(axis) else axis
 
     def new_axes(self, output: Tensor, kind: str = "") -> Axes:
         """Axes that all start at this call."""

@@ -68,7 +68,7 @@ def _telling(sources: Sequence[Source], generated: Container[str]) -> frozenset[
     """Which of the sources that the factors of one axis run along are worth keeping.
 
     Latents; else the packed tokens, of all inputs that run along the one of the highest rank, and the counts that were witnessed; else
-    the counts of a rope table.
+    the counts of a rope table, and the generated video where they count it.
     """
     lost = [source for source in sources if source.kind == LOST and source.origins]
     inputs = [source for source in sources if source.kind == INPUT and source.place != _OTHER]
@@ -78,9 +78,11 @@ def _telling(sources: Sequence[Source], generated: Container[str]) -> frozenset[
     counts = {source for source in sources if source.kind == ARANGE}
     if latents:
         return frozenset((*lost, *latents))
+    by_rank = sorted(inputs, key=lambda source: (-source.rank, source.place))
     if witnessed:
-        return frozenset((*lost, *witnessed, *sorted(inputs, key=lambda source: (-source.rank, source.place))[:1]))
-    return frozenset((*lost, *counts)) if len(counts) >= 3 else frozenset(lost)
+        return frozenset((*lost, *witnessed, *by_rank[:1]))
+    video = [source for source in by_rank if source.place in generated or is_generated(source.place)]
+    return frozenset((*lost, *counts, *video[:1])) if len(counts) >= 3 else frozenset(lost)
 
 
 def _renamed(source: Source, generated: Container[str]) -> Source:

@@ -21,6 +21,7 @@ from lvsa_compile.axes.algebra import (
     leaves,
     merge_factors,
     origins,
+    repeats,
     same,
     slice_axis,
 )
@@ -99,8 +100,10 @@ def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:
 
     Both must run along something in common; what else one of them was met with is then evidence of what the axis is for both.
     """
-    if old == new or not informed(new):
+    if old == new:
         return old
+    if not informed(new):
+        return lost if repeats(old) and not repeats(new) else old
     old, new = (tuple(factor for factor in axis if not same(factor.size, 1)) for axis in (old, new))  # places that parts were taken at
     if old == new:
         return old

@@ -23,7 +23,7 @@ def convolution(call: Call) -> Sequence[Axes]:
             grown = quotient(sizes[i], axis_size(axis))
             kept = None if grown is None or not same(grown, step) else (*axis, *call.new_axis(grown, CREATED, i))
         else:
-            kept = _under_window(axis, sizes[i], step, axis_size(weight[i]))
+            kept = _under_window(call.uneven(axis, i), sizes[i], step, axis_size(weight[i]))
         spatial.append(call.new_axis(sizes[i], axis=i) if kept is None else kept)
     channels = weight[1] if transposed else weight[0]
     return [(axes[0], channels if same(axis_size(channels), sizes[1]) else call.new_axis(sizes[1], axis=1), *spatial)]
@@ -71,7 +71,7 @@ def pool(call: Call) -> Sequence[Axes]:
     kept = []
     for i, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
         halves = split_axis(axis, size)
-        kept.append(call.new_axis(size, axis=i, of=axis) if halves is None else halves[0])
+        kept.append(call.new_axis(size, axis=i, of=axis) if halves is None else call.uneven(halves[0], i))
     return [tuple(kept)] * len(call.outputs)
 
 

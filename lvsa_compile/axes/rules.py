@@ -67,12 +67,17 @@ def pointwise(call: Call) -> Sequence[Axes]:
     return [broadcast_axes(operands, output.dim()) for output in call.outputs]
 
 
-def unchanged(call: Call) -> Sequence[Axes] | None:
-    """Every output of the first input's shape keeps its axes."""
+def copied(call: Call) -> Sequence[Axes]:
+    """The same elements."""
     axes, sizes = call.input(), sizes_of(call.args[0])
     return [
         axes if len(axes) == output.dim() and all(map(same, sizes, sizes_of(output))) else call.new_axes(output) for output in call.outputs
     ]
+
+
+def unchanged(call: Call) -> Sequence[Axes]:
+    """Every output of the first input's shape keeps its axes, though what repeated along one may now differ from place to place."""
+    return [tuple(call.uneven(axis, i) for i, axis in enumerate(axes)) for axes in copied(call)]
 
 
 def created(call: Call) -> Sequence[Axes]:
@@ -252,7 +257,7 @@ def index_put(call: Call) -> Sequence[Axes] | None:
     """``x[index_tensor] = y``: places in the order of the index are overwritten, or added to."""
     used = [(dim, by) for dim, by in enumerate(call.arg(1, "indices")) if by is not None]
     if len(used) == 1 and used[0][1].dtype in _MASK_DTYPES and not any(informed(axis) for axis in call.axes_of(call.arg(2, "values"))):
-        return [call.input()]  # some elements become a constant, all stay where they are
+        return unchanged(call)  # some elements become a constant, all stay where they are
     if len(used) != 1 or used[0][1].dtype in _MASK_DTYPES:
         return None
     return _placed(call, used[0][0], call.value_of(used[0][1]), call.arg(2, "values"), bool(call.arg(3, "accumulate", False)))
@@ -334,11 +339,12 @@ RULES: dict[str, Rule] = _table(
     (select, "select"),
     (split, "split split_with_sizes"),
     (unbind, "unbind"),
+    (copied, "clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy wait_tensor _conj _neg_view"),
     (
         unchanged,
-        "clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy native_layer_norm native_group_norm native_batch_norm"
+        "native_layer_norm native_group_norm native_batch_norm"
         " _fused_rms_norm rms_norm npu_rms_norm _softmax _log_softmax _safe_softmax cumsum native_dropout triu tril"
-        " wait_tensor all_reduce all_reduce_ cumprod renorm bernoulli bucketize _conj _neg_view",
+        " all_reduce all_reduce_ cumprod renorm bernoulli bucketize index_fill",
     ),
     (
         created,

@@ -35,13 +35,18 @@ class _ViewCall:
 
 
 class AxisTracker(compat.TorchDispatchMode):
-    """Knows the axes of every fake tensor made while it is active."""
+    """Knows the axes of every fake tensor made while it is active.
+
+    ``place`` and ``moment`` are the name and the number of the step that runs, as the caller says; ``last_written`` holds the moment of
+    the last write to each piece of memory.
+    """
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.place = ""
+        self.place, self.moment = "", 0
+        self.last_written: dict[int, int] = {}
         self._axes: dict[int, tuple[Tensor, Axes]] = {}
         self._made_by: dict[int, tuple[_ViewCall, int]] = {}
         self._views_of: dict[int, list[_ViewCall]] = {}
@@ -83,6 +88,9 @@ class AxisTracker(compat.TorchDispatchMode):
         """Notes the axes of what a call returned or wrote."""
         op = func._schema.name.split("::")[1]
         outputs = tuple(t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor))
+        if func._schema.is_mutable:
+            for tensor in compat.written_by(func, args, kwargs):
+                self.last_written[compat.memory_of(tensor)] = self.moment
         if func._schema.is_mutable and not (bool(args) and outputs and outputs[0] is args[0]):
             self._lose_written(func, args, kwargs)
         if not outputs:
@@ -104,10 +112,8 @@ class AxisTracker(compat.TorchDispatchMode):
 
     def _lose_written(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Marks what a call writes to beside its first argument: ``out=`` and the ``_foreach`` ops are not followed."""
-        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        written = [given.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        counted = [axis for tensor in tensors_in(given.values()) for axis in self.axes_of(tensor)]
-        for target in tensors_in(written):
+        counted = [axis for tensor in tensors_in(args, kwargs.values()) for axis in self.axes_of(tensor)]
+        for target in compat.written_by(func, args, kwargs):
             self._write(target, lost_axes(func._schema.name.split("::")[1], self.place, sizes_of(target), counted))
             self._set_value(self._root(target)[0], None)
 

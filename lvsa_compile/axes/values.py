@@ -38,6 +38,15 @@ class Later:
             self._value = compute()
         return self._value
 
+    def array(self) -> Array | None:
+        """The value as an array."""
+        value = self.value()
+        if value is None or value.is_complex():
+            return None
+        with compat.no_modes():
+            array: Array = (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).cpu().numpy()
+        return array
+
 
 View = tuple[compat.OpOverload, Any, Any, int]
 """A call that made a view of its first argument: op, arguments, and which of its outputs."""
@@ -49,15 +58,15 @@ class KnownValues:
     def __init__(self) -> None:
         self._known: dict[int, tuple[Tensor, Later]] = {}
 
-    def of(self, tensor: Tensor, constant: bool = False) -> Array | None:
-        """The value of a tensor as an array, or None; with ``constant`` only where no input has a part in it."""
-        later: Later | None = self._held(tensor)
-        value = None if later is None or (constant and not later.constant) else later.value()
-        if value is None or value.is_complex():
-            return None
-        with compat.no_modes():
-            array: Array = (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).cpu().numpy()
-        return array
+    def of(self, tensor: Tensor) -> Array | None:
+        """The value of a tensor as an array, or None."""
+        later = self.later(tensor)
+        return None if later is None else later.array()
+
+    def later(self, tensor: Tensor) -> Later | None:
+        """The value that a tensor has now, whatever is written to it afterwards; None where it is not known."""
+        held: Later | None = self._held(tensor)
+        return held
 
     def set(self, tensor: Tensor, later: Later | None) -> None:
         """Says what a tensor's value is, or that it is not known any more."""

@@ -37,10 +37,12 @@ def _with_mask_parts(sites: list[AttentionSite | DenseSite]) -> tuple[list[Atten
     masks = dict.fromkeys(site.mask for site in sites if isinstance(site, AttentionSite) and site.mask is not None)
     parts = {mask: parts_of(mask) for mask in masks}
     whole = [
-        dataclasses.replace(site, mask_parts=parts[site.mask][0]) if isinstance(site, AttentionSite) and site.mask is not None else site
+        dataclasses.replace(site, mask_parts=parts[site.mask].parts, mask_unwritten=parts[site.mask].unwritten)
+        if isinstance(site, AttentionSite) and site.mask is not None
+        else site
         for site in sites
     ]
-    return whole, tuple(node for _, added in parts.values() for node in added)
+    return whole, tuple(node for found in parts.values() for node in found.added)
 
 
 def _match(node: fx.Node) -> AttentionSite | DenseSite | None:

@@ -1,12 +1,14 @@
 """Masks that are a conjunction: ``padding[:, None, None, :] & padding[:, None, :, None]`` and its spellings.
 
 A mask ``[B, heads, queries, keys]`` whose parts each depend on the keys alone, or on the queries alone, need not be made.  The parts are
-put beside the mask as views, so that the axes of each can be read; nothing uses them until a site is rewritten.
+put beside the mask as views, so that the axes of each can be read; nothing uses them until a site is rewritten.  A write to the mask
+after it was made, or to what it was made of, ends that: ``MaskParts.unwritten`` says what must not have been written to.
 """
 
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -22,40 +24,60 @@ _AND = frozenset("and_ __and__ logical_and bitwise_and iand".split())
 _AND_ONCE_BOOL = _AND | frozenset("mul __mul__ multiply".split())
 
 
-def parts_of(mask: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
-    """Boolean parts whose conjunction is ``mask``, each of its shape, and the nodes that were added for them; one part: the mask."""
+Since = tuple[fx.Node, fx.Node]
+"""A tensor, and the node after which it must not have been written to."""
+
+
+@dataclass(frozen=True)
+class MaskParts:
+    """Boolean ``parts`` whose conjunction is a mask, each of its shape, as long as what is ``unwritten`` was not written to.
+
+    ``added`` are the nodes that were put into the graph for them.
+    """
+
+    parts: tuple[fx.Node, ...]
+    unwritten: tuple[Since, ...] = ()
+    added: tuple[fx.Node, ...] = ()
+
+
+def parts_of(mask: fx.Node) -> MaskParts:
+    """The parts of a mask; one part, the mask itself, where it is no conjunction."""
     value = example_value(mask)
     if value.dtype != torch.bool or not all(isinstance(size, int) for size in value.shape):
-        return (mask,), ()
-    shadow = Shadow(mask.next)
+        return MaskParts((mask,))
+    shadow, unwritten = Shadow(mask.next), list[Since]()
     try:
-        found = _split(mask, [], shadow)
+        found = _split(mask, [], shadow, unwritten)
     except (RuntimeError, ValueError, TypeError, IndexError):  # a spelling nobody foresaw: the mask is one part
         shadow.undo()
-        return (mask,), ()
+        return MaskParts((mask,))
     if len(found) == 1:
         shadow.undo()
-        return (mask,), ()
-    return tuple(found), tuple(shadow.nodes)
+        return MaskParts((mask,))
+    return MaskParts(tuple(found), tuple(unwritten), tuple(shadow.nodes))
 
 
-def _split(node: fx.Node, after: list[fx.Node], shadow: Shadow) -> list[fx.Node]:
-    """Parts of what ``node`` is after the view ops ``after``, the last one first."""
+def _split(node: fx.Node, after: list[fx.Node], shadow: Shadow, unwritten: list[Since]) -> list[fx.Node]:
+    """Parts of what ``node`` is after the view ops ``after``, the last one first; ``node`` alone where it is no conjunction."""
     name, inputs = name_of(node), [argument for argument in node.args if is_tensor(argument)]
     if name in _SAME_TRUTH and inputs[:1] == [node.args[0]]:
-        found = _split(inputs[0], after, shadow)
-        return found if len(found) > 1 else [node]
-    if (name == "unsqueeze" or (name == "getitem" and _adds_axes(node))) and len(inputs) == 1:
-        found = _split(inputs[0], [*after, node], shadow)
-        return found if len(found) > 1 else [node]
-    if name in _AND_ONCE_BOOL and len(inputs) == 2 and len(node.args) == 2:
-        return [part for each in inputs for part in _split_shaped(each, node, after, shadow)]
-    return [node]
+        found = _split(inputs[0], after, shadow, unwritten)
+    elif (name == "unsqueeze" or (name == "getitem" and _adds_axes(node))) and len(inputs) == 1:
+        found = _split(inputs[0], [*after, node], shadow, unwritten)
+    elif name in _AND_ONCE_BOOL and len(inputs) == 2 and len(node.args) == 2:
+        found = [part for each in inputs for part in _split_shaped(each, node, after, shadow, unwritten)]
+    else:
+        return [node]
+    if len(found) == 1:
+        return [node]
+    unwritten.append((node, node))
+    return found
 
 
-def _split_shaped(part: fx.Node, conjunction: fx.Node, after: list[fx.Node], shadow: Shadow) -> list[fx.Node]:
+def _split_shaped(part: fx.Node, conjunction: fx.Node, after: list[fx.Node], shadow: Shadow, unwritten: list[Since]) -> list[fx.Node]:
     """Parts of one side of a conjunction, each as a view of the whole mask's shape."""
-    sides = _split(part, [], shadow)
+    sides = _split(part, [], shadow, unwritten)
+    unwritten.extend((side, conjunction) for side in sides)
     whole = list(example_value(conjunction).shape)
     views = []
     for side in sides:

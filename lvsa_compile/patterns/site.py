@@ -28,7 +28,8 @@ class AttentionSite:
     """Attention ``softmax(query @ key.T * scale + mask) @ value`` at one node, all of ``[B, heads, tokens, head_dim]``.
 
     ``scale`` is a float, a graph node, or None for ``1 / sqrt(head_dim)``.  ``stands_for`` is None where ``node`` is the graph's own.
-    ``mask_parts`` are nodes whose conjunction is the mask (see ``masks.py``).
+    ``mask_parts`` are nodes whose conjunction is the mask as long as the first of each pair of ``mask_unwritten`` was not written to
+    after the second (see ``masks.py``).
     """
 
     node: fx.Node
@@ -41,6 +42,7 @@ class AttentionSite:
     scale: Any = None
     stands_for: Stands | None = None
     mask_parts: tuple[fx.Node, ...] = ()
+    mask_unwritten: tuple[tuple[fx.Node, fx.Node], ...] = ()
 
 
 @dataclass(frozen=True)

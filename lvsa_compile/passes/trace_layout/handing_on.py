@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lvsa_compile.axes.algebra import Axis, Digit, Factor, axis_size
+from lvsa_compile.axes.algebra import Axis, Digit, Factor, axis_size, origins
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.labels import carried
 from lvsa_compile.axes.pieces import in_one_piece
@@ -18,7 +18,9 @@ def handed_on(axes: Axes, targets: Targets) -> Axes | None:
     kept = carried(axes, targets)
     if kept is None:
         return None
-    return tuple(_in_one_piece(told) if _holds_video(axis, targets) else told for axis, told in zip(axes, kept, strict=True))
+    return tuple(
+        _in_one_piece(told) if _holds_video(axis, targets) and origins([told]) else told for axis, told in zip(axes, kept, strict=True)
+    )
 
 
 def _holds_video(axis: Axis, targets: Targets) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lvsa_compile.axes.algebra import BROADCAST, Axis, axis_size, leaves, same
+from lvsa_compile.axes.algebra import BROADCAST, Axis, Factor, axis_size, same
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.values import Array
 from lvsa_compile.compat import example_value
@@ -48,8 +48,8 @@ def mask_form(parts: Sequence[fx.Node], axes: Sequence[Axes], constant: Callable
 
 
 def _repeats(axis: Axis) -> bool:
-    """Whether all places of an axis hold the same."""
-    return all(factor.kinds == {BROADCAST} or same(factor.size, 1) for factor in leaves(axis))
+    """Whether all places of an axis hold the same; parts laid one after the other need not, though each repeats."""
+    return all(isinstance(factor, Factor) and (factor.kinds == {BROADCAST} or same(factor.size, 1)) for factor in axis)
 
 
 def _pairs(values: Array | None) -> Array | None:

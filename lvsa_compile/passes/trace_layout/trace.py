@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import Axis, leaves
@@ -13,8 +13,8 @@ from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.labels import said_of
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.passes.trace_layout.handing_on import handed_on
-from lvsa_compile.passes.trace_layout.interpreter import run_on_fakes
-from lvsa_compile.passes.trace_layout.mask_form import mask_form
+from lvsa_compile.passes.trace_layout.interpreter import LayoutInterpreter, run_on_fakes
+from lvsa_compile.passes.trace_layout.mask_form import MaskForm, mask_form
 from lvsa_compile.passes.trace_layout.token_layout import token_layout
 from lvsa_compile.passes.trace_layout.witnessed import Witnessed, witnessed
 from lvsa_compile.patterns.site import AttentionSite
@@ -30,9 +30,11 @@ def trace_layout(compilation: Compilation) -> Compilation:
     sites = [site for site in compilation.sites if isinstance(site, AttentionSite)]
     if not sites and not compilation.place.leads_on:
         return compilation
-    watched = {site.node: (site.query, site.key, site.value, *site.mask_parts) for site in sites}
+    masks_of = {site.node: (*site.mask_parts, site.mask) for site in sites if site.mask is not None}
+    watched = {site.node: (site.query, site.key, site.value, *masks_of.get(site.node, ())) for site in sites}
+    unwritten = {site.node: site.mask_unwritten for site in sites}
     try:
-        traced = run_on_fakes(compilation.graph_module, watched, compilation.example_inputs, _brought(compilation))
+        traced = run_on_fakes(compilation.graph_module, watched, compilation.example_inputs, _brought(compilation), unwritten)
     except Exception as error:  # a graph that cannot be traced is dense and says so; it must not fail to compile
         log.debug("tracing failed", exc_info=True)
         return dataclasses.replace(compilation, trace_failure=f"tracing failed: {type(error).__name__}: {error}")
@@ -51,15 +53,18 @@ def trace_layout(compilation: Compilation) -> Compilation:
         )
         for node, (query, key) in ((node, (seen.refine(query), seen.refine(key))) for node, (query, key) in pairs.items())
     }
-    masks = {
-        site.node: mask_form(site.mask_parts, [traced.found.get(site.node, {}).get(part, ()) for part in site.mask_parts], traced.constant)
-        for site in sites
-        if site.mask is not None
-    }
+    masks = {site.node: _mask_form(site, site.mask, traced) for site in sites if site.mask is not None}
     outgoing = _outgoing(seen) if compilation.place.leads_on else ()
     return dataclasses.replace(
         compilation, layouts=layouts, masks=masks, has_video=bool(seen.targets), reader=traced.reader, outgoing=outgoing
     )
+
+
+def _mask_form(site: AttentionSite, mask: fx.Node, traced: LayoutInterpreter) -> MaskForm | None:
+    """What a site's mask says: by its parts, or as a whole where one of them, or the mask itself, was written to since."""
+    parts = (mask,) if site.node in traced.written else site.mask_parts
+    axes = [traced.found.get(site.node, {}).get(part, ()) for part in parts]
+    return mask_form(parts, axes, lambda part: traced.constant(site.node, part))
 
 
 def _brought(compilation: Compilation) -> dict[str, Axes]:
