@@ -30,6 +30,7 @@ from lvsa_compile.passes.find_attention import find_attention
 from lvsa_compile.passes.find_horizon import find_horizon
 from lvsa_compile.passes.find_timestep import find_timestep
 from lvsa_compile.passes.follow_trails import follow_trails
+from lvsa_compile.passes.internal_error import is_internal, left_as_it_came, where
 from lvsa_compile.passes.rewrite import lower, rewrite
 from lvsa_compile.passes.trace_layout.interpreter import input_kind
 from lvsa_compile.passes.trace_layout.reading import SameValue
@@ -69,11 +70,9 @@ def lvsa(
         OptionError: an option has a value it cannot have, or does not exist.
     """
     parsed = parse_options(options, mode).on(_device_type(example_inputs))
-    compilation = _run(PIPELINE, _beginning(graph_module, example_inputs, parsed))
-    _leave_the_clock_to_this_graph(compilation)
-    _publish(report_of(compilation), compilation)
-    _guard(compilation)
-    if compilation.sparse or compilation.masked:
+    compilation = _decided(PIPELINE, lambda: _beginning(graph_module, example_inputs, parsed), parsed, _settle)
+    if compilation.changed:
+        compilation.graph_module.recompile()
         fake_mode = compat.tracing_fake_mode()
         appended = [compat.fake_like(extra.value, fake_mode) for extra in compilation.extra_inputs]
         compiled = _compile_inner(compilation.graph_module, [*example_inputs, *appended], parsed, stamp=source_stamp())
@@ -87,6 +86,34 @@ def _beginning(
 ) -> Compilation:
     place = Place(*compat.place_in_forward(graph_module))
     return Compilation(compat.copy_graph(graph_module), options, example_inputs, device, compile_id=compat.compile_id(), place=place)
+
+
+def _decided(
+    passes: Sequence[Pass], beginning: Callable[[], Compilation], options: Options, settle: Callable[[Compilation], object]
+) -> Compilation:
+    """Runs passes and settles what they decided; where this package fails on the way, the graph is left as it came."""
+    try:
+        compilation = _run(passes, beginning())
+        settle(compilation)
+    except Exception as error:
+        if not is_internal(error, options):
+            raise
+        log.debug("lvsa failed", exc_info=True)
+        _warn_once(
+            f"lvsa failed, and a graph is compiled as it came, its attention dense: {where(error)}. This is a defect of lvsa-compile: "
+            "please report this line, with the model and the sizes of its inputs. options={'strict': True} raises the error."
+        )
+        compilation = left_as_it_came(beginning(), error)
+        settle(compilation)
+    return compilation
+
+
+def _settle(compilation: Compilation) -> None:
+    """Tells everybody else what was decided."""
+    report = report_of(compilation)
+    _leave_the_clock_to_this_graph(compilation)
+    _publish(report, compilation)
+    _guard(compilation)
 
 
 def _leave_the_clock_to_this_graph(compilation: Compilation) -> None:
@@ -130,7 +157,7 @@ def analyse(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options, device: torch.device | None = None
 ) -> Compilation:
     """What the backend would decide for a graph that is to run on ``device``, without rewriting or compiling anything."""
-    return _run(ANALYSIS, _beginning(graph_module, example_inputs, options, device))
+    return _decided(ANALYSIS, lambda: _beginning(graph_module, example_inputs, options, device), options, report_of)
 
 
 def _run(passes: Sequence[Pass], compilation: Compilation) -> Compilation:

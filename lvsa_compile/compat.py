@@ -230,6 +230,13 @@ def capture_failures() -> tuple[type[Exception], ...]:
     return Unsupported, UserError, UncapturedHigherOrderOpError, FailOnRecompileLimitHit
 
 
+def is_dynamos(error: Exception) -> bool:
+    """Whether an error is Dynamo's own: how it starts an analysis anew, breaks a graph, or tells a user."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
+
+
 def takes_recompile_limit() -> bool:
     """Whether ``torch.compile`` takes a limit of recompiles for one call."""
     return "recompile_limit" in inspect.signature(torch.compile).parameters

@@ -179,6 +179,20 @@ class LoweringUnavailableError(LvsaError, RuntimeError):
         return type(self), (self.lowering, self.why)
 
 
+class RateError(LvsaError, LookupError):
+    """A lowering says that its speed is known, and it is not."""
+
+    def __init__(self, lowering: str) -> None:
+        super().__init__(
+            f"by_rate({lowering!r}): lowering/rates.py has no rate for this lowering on any kind of device. Add it there, or give the "
+            "lowering a speedup of its own."
+        )
+        self.lowering = lowering
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.lowering,)
+
+
 class RewriteError(LvsaError, RuntimeError):
     """The rewritten graph broke an invariant; a defect of lvsa-compile, never of the model."""
 

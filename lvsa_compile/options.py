@@ -122,6 +122,9 @@ class Options:
     verify: bool = _option(
         False, "Compute each sparse site a second time by its meaning in float32 and report the worst error; slow.", _flag
     )
+    strict: bool = _option(
+        False, "Whether an error inside lvsa-compile is raised; else it is a warning, and the graph is compiled as it came.", _flag
+    )
     lowering: str = _option(
         "auto",
         "How the pattern is computed; 'auto' takes what is expected to be fastest, under mode='max-autotune' what measuring finds.",

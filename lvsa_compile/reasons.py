@@ -120,5 +120,11 @@ NOT_FASTER: Final = Reason(
     "Past the training horizon the pattern also keeps the video alive; when_slower='sparse' keeps it.",
 )
 
+INTERNAL_ERROR: Final = Reason(
+    "internal_error",
+    "lvsa-compile failed, so the whole graph is compiled as it came.",
+    "Please report the detail, with the model and the sizes of its inputs. options={'strict': True} raises the error.",
+)
+
 REASONS: Final = tuple(value for value in globals().values() if isinstance(value, Reason))
 """All reasons, from the furthest from being sparse to the nearest; the report shows the nearest miss first."""

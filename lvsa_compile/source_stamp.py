@@ -11,8 +11,8 @@ import torch
 
 @functools.cache
 def source_stamp() -> str:
-    """A digest of the package's sources and torch's version."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    """A digest of torch's version and of every file of the package: Python, the CPU kernel's C++, pages and tables alike."""
+    digest, package = hashlib.sha256(torch.__version__.encode()), Path(__file__).parent
+    for path in sorted(path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     return f"lvsa-compile {digest.hexdigest()}"

@@ -19,10 +19,15 @@ from lvsa_compile.axes.overwriting import lost_axes, overwritten
 from lvsa_compile.axes.rules import RULES, pointwise
 from lvsa_compile.axes.values import KnownValues, Later, View
 from lvsa_compile.axes.view_rules import expand, slice_bounds, with_place_apart
+from lvsa_compile.errors import in_a_line
 
 _REGROUPING = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "alias", "detach"))
 _FILLS = frozenset(("fill_", "zero_"))
 _RESHAPED_IN_PLACE = frozenset(("squeeze_", "unsqueeze_", "transpose_", "t_"))
+
+
+class RuleFailed(Exception):
+    """A rule failed, not the op it is about."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,10 @@ class AxisTracker(compat.TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if isinstance(func, compat.OpOverload):
-            self.note(func, args, kwargs, result)
+            try:
+                self.note(func, args, kwargs, result)
+            except Exception as error:
+                raise RuleFailed(f"{func}: {in_a_line(error)}") from error
         return result
 
     def note(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from lvsa_compile.errors import RateError
 from lvsa_compile.kernels.configurations import nearest
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.gpu import device_target
@@ -35,7 +36,13 @@ def share_of_dense(lowering: str, device: torch.device) -> float:
 
 
 def by_rate(lowering: str) -> Callable[[AttentionCall], float]:
-    """The estimate of a lowering for which a call costs nothing beside its FLOPs: dense time over sparse time."""
+    """The estimate of a lowering for which a call costs nothing beside its FLOPs: dense time over sparse time.
+
+    Raises:
+        RateError: no kind of device has a rate for the lowering, so that ``lowering="auto"`` would never take it.
+    """
+    if not any(lowering in row for row in _SHARES.values()):
+        raise RateError(lowering)
     return lambda call: share_of_dense(lowering, call.device) / call.density
 
 

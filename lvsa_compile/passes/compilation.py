@@ -122,7 +122,8 @@ class Compilation:
     masked site what its mask says, None where that cannot be told; ``scaffold`` are nodes that were added to be looked at;
     ``has_video`` says whether any input shows a video grid that is generated; ``reader`` knows which inputs' values were read;
     ``clock_before`` is the input that moved the clock before this graph runs; ``flops`` are those of the whole graph, dense, 0 where a
-    size is not a number; ``outgoing`` is what to say of outputs, by position, for
+    size is not a number; a pass that changes what the graph computes sets ``changed``, without which the graph is compiled as it
+    came; ``outgoing`` is what to say of outputs, by position, for
     the next graph of the same forward.
     """
 
@@ -148,6 +149,7 @@ class Compilation:
     extra_inputs: tuple[ExtraInput, ...] = ()
     outgoing: tuple[tuple[int, Axes], ...] = ()
     flops: float = 0.0
+    changed: bool = False
 
     @property
     def masked(self) -> tuple[Decision, ...]:

@@ -25,7 +25,8 @@ from lvsa_compile.sparsity.key_ranges import KeyRangeTable, VideoSpan, key_range
 
 def rewrite(compilation: Compilation) -> Compilation:
     """Replaces each sparse site by ``lvsa::attention``; tables and phases become inputs appended to the graph."""
-    if not compilation.sparse and not compilation.masked:
+    changed = compilation.changed or bool(compilation.sparse or compilation.masked)
+    if not changed:
         return compilation
     inputs = _ExtraInputs(compilation.graph_module)
     renamed = {decision.node: _rewrite_site(decision, compilation, inputs) for decision in compilation.sparse}
@@ -38,8 +39,7 @@ def rewrite(compilation: Compilation) -> Compilation:
         if node in left and not node.users:
             node.graph.erase_node(node)
     decisions = tuple(dataclasses.replace(d, node=renamed.get(d.node, d.node)) for d in compilation.decisions)
-    compilation.graph_module.recompile()
-    return dataclasses.replace(compilation, decisions=decisions, extra_inputs=tuple(inputs.made))
+    return dataclasses.replace(compilation, decisions=decisions, extra_inputs=tuple(inputs.made), changed=changed)
 
 
 def lower(compilation: Compilation) -> Compilation:
@@ -61,7 +61,6 @@ def lower(compilation: Compilation) -> Compilation:
         query, key, value, *_, phase = decision.node.args
         decision.node.target, decision.node.args = ready.target, (query, key, value, *tables, phase)
     inputs.drop_unused()
-    compilation.graph_module.recompile()
     return dataclasses.replace(compilation, extra_inputs=tuple(inputs.made))
 
 
@@ -71,7 +70,7 @@ class _ExtraInputs:
     def __init__(self, graph_module: fx.GraphModule, made: tuple[ExtraInput, ...] = ()) -> None:
         self._graph_module = graph_module
         self._nodes: dict[object, fx.Node] = {}
-        self._last = [node for node in graph_module.graph.nodes if node.op == "placeholder"][-1]
+        self._last = next((node for node in reversed(graph_module.graph.nodes) if node.op == "placeholder"), None)
         self._fake_mode = compat.fake_mode_of_graph(graph_module.graph)
         self.made = list(made)
         self._numbers = itertools.count(len(made))
@@ -116,6 +115,7 @@ class _ExtraInputs:
 
     def _input(self, kind: str, content: Any, device: torch.device, phases: int = 0, dense_steps: int = 0) -> fx.Node:
         value = torch.tensor(content, dtype=torch.int32, device=device)
+        assert self._last is not None, "attention has inputs"
         extra = ExtraInput(f"lvsa_{kind}_{next(self._numbers)}", value, phases, dense_steps)
         node = compat.add_tensor_input(self._graph_module, self._last, extra.name, extra.value, self._fake_mode)
         self.made.append(extra)

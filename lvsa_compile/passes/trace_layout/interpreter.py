@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT, PARAMETER, Source, axis_of, axis_size, same
 from lvsa_compile.axes.call import Axes, sizes_of
-from lvsa_compile.axes.tracker import AxisTracker
+from lvsa_compile.axes.tracker import AxisTracker, RuleFailed
 from lvsa_compile.axes.values import Array, Later
 from lvsa_compile.passes.trace_layout.reading import Reader
 
@@ -59,6 +59,8 @@ class LayoutInterpreter(fx.Interpreter):
         self._ran[n] = self.tracker.moment
         try:
             result = super().run_node(n)
+        except RuleFailed:
+            raise
         except Exception as error:
             if n.op in ("placeholder", "output") or "example_value" not in n.meta:
                 raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 
 from torch import Tensor, fx
 
@@ -19,8 +18,6 @@ from lvsa_compile.passes.trace_layout.token_layout import token_layout
 from lvsa_compile.passes.trace_layout.witnessed import Witnessed, witnessed
 from lvsa_compile.patterns.site import AttentionSite
 
-log = logging.getLogger(__name__)
-
 
 def trace_layout(compilation: Compilation) -> Compilation:
     """Fills in ``layouts``: for each site's node the layouts of query and key, where both have a batch and a token axis.
@@ -33,11 +30,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
     masks_of = {site.node: (*site.mask_parts, site.mask) for site in sites if site.mask is not None}
     watched = {site.node: (site.query, site.key, site.value, *masks_of.get(site.node, ())) for site in sites}
     unwritten = {site.node: site.mask_unwritten for site in sites}
-    try:
-        traced = run_on_fakes(compilation.graph_module, watched, compilation.example_inputs, _brought(compilation), unwritten)
-    except Exception as error:  # a graph that cannot be traced is dense and says so; it must not fail to compile
-        log.debug("tracing failed", exc_info=True)
-        return dataclasses.replace(compilation, trace_failure=f"tracing failed: {type(error).__name__}: {error}")
+    traced = run_on_fakes(compilation.graph_module, watched, compilation.example_inputs, _brought(compilation), unwritten)
     if traced is None:
         return dataclasses.replace(compilation, trace_failure="the graph came without fake tensors to run on")
     pairs = {}
