@@ -18,7 +18,7 @@ from lvsa_compile import clock, compat
 from lvsa_compile.axes.algebra import INPUT, PARAMETER
 from lvsa_compile.axes.labels import SameAxes, said_of
 from lvsa_compile.compat import example_value
-from lvsa_compile.errors import LvsaWarning
+from lvsa_compile.errors import AheadOfTimeError, LvsaWarning
 from lvsa_compile.integrations import torchair
 from lvsa_compile.lowering import trial, verification
 from lvsa_compile.lowering.reference import LOWERING as REFERENCE
@@ -68,9 +68,12 @@ def lvsa(
 
     Raises:
         OptionError: an option has a value it cannot have, or does not exist.
+        AheadOfTimeError: the graph becomes sparse and is to be saved as an artifact.
     """
     parsed = parse_options(options, mode).on(_device_type(example_inputs))
     compilation = _decided(PIPELINE, lambda: _beginning(graph_module, example_inputs, parsed), parsed, _settle)
+    if compilation.changed and compat.compiling_ahead():
+        raise AheadOfTimeError
     if compilation.changed:
         compilation.graph_module.recompile()
         fake_mode = compat.tracing_fake_mode()
@@ -124,7 +127,12 @@ def _leave_the_clock_to_this_graph(compilation: Compilation) -> None:
 
 
 def _guard(compilation: Compilation) -> None:
-    """Has Dynamo compile anew where what was relied on no longer holds; also where all stays dense, which may be sparse then."""
+    """Has Dynamo compile anew where what was relied on no longer holds; also where all stays dense, which may be sparse then.
+
+    An artifact that is compiled ahead of time is dense and can save no guard of ours.
+    """
+    if compat.compiling_ahead():
+        return
     placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
     for place, held in (compilation.reader.relied_on if compilation.reader is not None else {}).items():
         node = next(node for node in placeholders if node.name == place)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import copy
 import ctypes
 import dataclasses
 import dis
@@ -323,6 +324,14 @@ def counters() -> collections.Counter[str]:
     return all_counters["lvsa"]
 
 
+def compiling_ahead() -> bool:
+    """Whether ``torch.compile(...).forward.aot_compile(...)`` is at work, which saves what a backend returns."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "aot_compile_fullgraph":
+        frame = frame.f_back
+    return frame is not None
+
+
 def root_scope() -> dict[str, Any]:
     """Names in the function being compiled, locals over globals (``self`` is the model where its forward is compiled)."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -339,8 +348,6 @@ def root_scope() -> dict[str, Any]:
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graph can be changed; attributes, node meta and what Dynamo keeps beside the graph are shared."""
-    import copy
-
     graph = copy.deepcopy(graph_module.graph)
     for old, new in zip(graph_module.graph.nodes, graph.nodes, strict=True):
         if hasattr(old, "_dynamo_source"):
@@ -384,6 +391,11 @@ def placeholder_source(node: fx.Node) -> str | None:
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return None
+    return source_name(source)
+
+
+def source_name(source: Any) -> str:
+    """The Python expression of a Dynamo source."""
     name = source.name  # a property from torch 2.10 on, a method before
     return str(name() if callable(name) else name)
 
@@ -476,6 +488,56 @@ def tracing_on_fakes(fake_mode: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def trial_run(fake_mode: Any) -> Iterator[None]:
+    """``tracing_on_fakes`` that leaves nothing behind: guards, replacements, symbols and caches are afterwards what they were.
+
+    That counts for caches too: an answer that Dynamo got ("it cannot be told whether u0 <= 64"), when it is pushed out of a cache and
+    asked for again later, may be another one, at which AOTAutograd fails ("possible memo disaster").
+    """
+    environment = fake_mode.shape_env
+    if environment is None:
+        with tracing_on_fakes(fake_mode):
+            yield
+        return
+    before = {name: _contents(value) for name, value in vars(environment).items()}
+    cached = {name: method for name, method in vars(type(environment)).items() if isinstance(method, functools._lru_cache_wrapper)}
+    for name, method in cached.items():
+        setattr(environment, name, functools.cache(functools.partial(method.__wrapped__, environment)))
+    try:
+        with tracing_on_fakes(fake_mode):
+            yield
+    finally:
+        for name in cached:
+            delattr(environment, name)
+        for name, kept in before.items():
+            _restore(environment, name, kept)
+        environment._update_version_counter()  # for the caches that go by it
+
+
+_ONLY_GROW = ("_version_counter", "_prev_cache_key", "unbacked_symint_counter", "unbacked_symfloat_counter")
+_CONTAINERS = (dict, list, set)
+
+
+def _contents(value: Any) -> Any:
+    """A container with the containers in it, copied; anything else as it is."""
+    if isinstance(value, dict):
+        inside = {key: copy.copy(each) if isinstance(each, _CONTAINERS) else each for key, each in value.items()}
+        return value, inside
+    return (value, copy.copy(value)) if isinstance(value, (list, set)) else (value, None)
+
+
+def _restore(environment: Any, name: str, kept: tuple[Any, Any]) -> None:
+    value, contents = kept
+    if name in _ONLY_GROW:
+        return
+    if contents is not None and value != contents:
+        value.clear()
+        (value.extend if isinstance(value, list) else value.update)(contents)
+    if getattr(environment, name) is not value:
+        setattr(environment, name, value)
+
+
+@contextlib.contextmanager
 def no_modes() -> Iterator[None]:
     """Surroundings in which ops compute real values, whatever is traced outside."""
     from torch.utils._python_dispatch import _disable_current_modes
@@ -550,16 +612,37 @@ def settle_slice(output: Tensor, dim: int, low: Any, high: Any, size: Any) -> No
 
 
 def specialise(size: Any, tensor: Tensor) -> int | None:
-    """A symbolic size as the int it has now, with the guard that says so; None where the size is known only at run time."""
+    """A symbolic size as the int it has now, with the guard that says so.
+
+    None where the size is known only at run time, and where the user marked an axis dynamic that the guard would fix.
+    """
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     expression = size_expression(size)
     if isinstance(expression, int):
         return expression
     mode = fake_mode_of(tensor)
-    if mode is None or mode.shape_env is None or free_unbacked_symbols(expression):
+    if mode is None or mode.shape_env is None or free_unbacked_symbols(expression) or marked_dynamic(size, tensor):
         return None
     return int(mode.shape_env.evaluate_expr(expression))
+
+
+def marked_dynamic(size: Any, tensor: Tensor) -> str:
+    """The input and axis with ``torch._dynamo.mark_dynamic`` that a guard on a size would fix, as Dynamo would refuse; "" for none."""
+    from torch.utils._sympy.solve import try_solve
+
+    expression, mode = size_expression(size), fake_mode_of(tensor)
+    environment = None if mode is None else mode.shape_env
+    if environment is None or isinstance(expression, int):
+        return ""
+    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # the newer name first
+    now = sympy.Eq(expression, expression.subs(known), evaluate=False)
+    for tracked in environment.tracked_fakes or ():
+        for axis, mark in enumerate(getattr(tracked.symbolic_context, "constraint_sizes", None) or ()):
+            symbol = size_expression(tracked.fake.shape[axis]) if mark is not None and not mark.warn_only else None
+            if symbol in expression.free_symbols and try_solve(now, symbol, floordiv_inequality=False):
+                return f"axis {axis} of {source_name(tracked.source)}"
+    return ""
 
 
 class EagerAttention:

@@ -179,6 +179,20 @@ class LoweringUnavailableError(LvsaError, RuntimeError):
         return type(self), (self.lowering, self.why)
 
 
+class AheadOfTimeError(LvsaError, RuntimeError):
+    """A sparse model was to be compiled into an artifact."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "lvsa cannot compile a model ahead of time (aot_compile): tables and the denoising step are given at each call, for which an "
+            'artifact has no place. Use torch.compile(model, backend="lvsa") and run one forward when the process starts: what an earlier '
+            "process compiled comes from Inductor's cache (TORCHINDUCTOR_CACHE_DIR)."
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), ()
+
+
 class RateError(LvsaError, LookupError):
     """A lowering says that its speed is known, and it is not."""
 

@@ -105,6 +105,12 @@ SIZE_NOT_KNOWN: Final = Reason(
     "The number of frames or tokens is known only while the model runs.",
     "Compile without dynamic=True, or without fullgraph=True.",
 )
+SIZE_MARKED_DYNAMIC: Final = Reason(
+    "size_marked_dynamic",
+    "The pattern needs a size as a number, and torch._dynamo.mark_dynamic forbids to fix it.",
+    "Leave the mark off frames, rows and columns, or use torch._dynamo.maybe_mark_dynamic; each size of video then compiles once. Batch "
+    "and text may stay marked.",
+)
 PATTERN_FULL: Final = Reason(
     "pattern_full",
     "At this length every frame attends every frame at every phase, so nothing can be skipped.",

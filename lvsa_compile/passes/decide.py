@@ -109,8 +109,10 @@ def _decide(
     if compilation.horizon is None:
         return reasons.HORIZON_UNKNOWN.because(f"{compilation.model or 'this model'} is not in the table of training horizons")
     query_span, key_span = (_span(layout, tensor, specialised) for layout, tensor in zip(layouts, (query, key), strict=True))
-    if query_span is None or key_span is None:
-        return reasons.SIZE_NOT_KNOWN.because(_shown(layouts))
+    if isinstance(query_span, Miss):
+        return query_span
+    if isinstance(key_span, Miss):
+        return key_span
     dtype = example_value(site.node).dtype  # under autocast the inputs' dtypes may differ, and the result's is the one computed in
     sizes = [compat.size_hint(size) for size in (*query.shape, key.shape[1], value.shape[3])]
     batch, query_heads, _, head_dim, key_heads, value_dim = sizes
@@ -244,7 +246,7 @@ def _shapes_supported(query: object, key: object, value: object) -> bool:
     return all(compat.statically_true(a == b) for a, b in equal) and compat.statically_true(q.shape[1] % k.shape[1] == 0)
 
 
-def _span(layout: TokenLayout, tensor: Tensor, specialised: list[str]) -> VideoSpan | None:
+def _span(layout: TokenLayout, tensor: Tensor, specialised: list[str]) -> VideoSpan | Miss:
     """Where the video lies, in ints; symbolic sizes are fixed here, and only here."""
     at = next(i for i, segment in enumerate(layout.segments) if segment.kind == VIDEO)
     grid = layout.segments[at].grid
@@ -257,7 +259,10 @@ def _span(layout: TokenLayout, tensor: Tensor, specialised: list[str]) -> VideoS
     for what, size in wanted.items():
         number = compat.specialise(size, tensor)
         if number is None:
-            return None
+            marked = compat.marked_dynamic(size, tensor)
+            if marked:
+                return reasons.SIZE_MARKED_DYNAMIC.because(f"{what} would be fixed at this size, and {marked} is marked dynamic")
+            return reasons.SIZE_NOT_KNOWN.because(f"{what} of {layout}")
         if not isinstance(size, int):
             specialised.append(f"{what} {size} = {number}")
         numbers.append(number)

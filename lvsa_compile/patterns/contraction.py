@@ -48,7 +48,7 @@ def follow(way: list[fx.Node], first: fx.Node, second: fx.Node, value: fx.Node) 
     tracker = AxisTracker()
     found: dict[fx.Node, Axes] = {}
     env: dict[fx.Node, Any] = {}
-    with compat.tracing_on_fakes(compat.fake_mode_of_graph(way[0].graph)), tracker, torch.no_grad():
+    with compat.trial_run(compat.fake_mode_of_graph(way[0].graph)), tracker, torch.no_grad():
         env[first], env[second] = _labelled(tracker, first, FIRST), _labelled(tracker, second, SECOND)
         for node in way:
             if node is way[-1]:

@@ -160,6 +160,6 @@ def run_on_fakes(
     reader = Reader(dict(zip(placeholders, example_inputs, strict=False)))
     interpreter = LayoutInterpreter(graph_module, tracker, watched, reader, brought, unwritten)
     inputs = [None for _ in placeholders]
-    with compat.tracing_on_fakes(fake_mode), interpreter.surroundings(), tracker:
+    with compat.trial_run(fake_mode), interpreter.surroundings(), tracker:
         interpreter.run(*inputs, enable_io_processing=False)
     return interpreter
