@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lvsa_compile.errors import LvsaError, LvsaWarning, OptionError
     from lvsa_compile.explaining import explain
     from lvsa_compile.functional import sparse_attention
-    from lvsa_compile.options import make_options
+    from lvsa_compile.options import make_options, set_default_options
     from lvsa_compile.regional import compile_repeated_blocks
     from lvsa_compile.report.records import Report
     from lvsa_compile.report.store import reports
@@ -32,6 +32,7 @@ _HOMES = {
     "make_options": "options",
     "reports": "report.store",
     "reset": "clock",
+    "set_default_options": "options",
     "sparse_attention": "functional",
     "step": "clock",
 }
@@ -47,6 +48,7 @@ __all__ = [
     "make_options",
     "reports",
     "reset",
+    "set_default_options",
     "sparse_attention",
     "step",
 ]

@@ -343,6 +343,16 @@ def root_scope() -> dict[str, Any]:
     return {**output.global_scope, **output.local_scope}
 
 
+def argument_scope() -> dict[str, Any]:
+    """Names in the function being compiled that are its own: arguments and other locals."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return dict(InstructionTranslator.current_tx().output.local_scope)
+    except AttributeError:
+        return {}
+
+
 # --- graphs --------------------------------------------------------------------------------------------------------------------
 
 
@@ -839,16 +849,28 @@ def _resumes() -> bool:
         return False
 
 
-def modules_around(node: fx.Node) -> list[tuple[str, Any]]:
-    """Class names of the modules a node was traced in, outermost first, each with the module itself where it can be reached."""
-    scope = root_scope()
-    found: list[tuple[str, Any]] = []
-    if (root := root_module()) is not None:
-        found.append((type(root).__name__, root))
-    for path, module_class in (node.meta.get("nn_module_stack") or {}).values():
-        name = getattr(module_class, "__name__", str(module_class).rsplit(".", 1)[-1])
-        found.append((name, _reach(scope, path)))
+def modules_around(node: fx.Node) -> list[tuple[type, Any]]:
+    """Classes of the modules that a node was traced in, outermost first, each with the module where it can be reached, else None."""
+    scope, root = root_scope(), root_module()
+    found: list[tuple[type, Any]] = [] if root is None else [(type(root), root)]
+    for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+        along = _along(scope, path)
+        found.extend((type(module), module) for module in along)
+        if isinstance(kind, type) and not (along and type(along[-1]) is kind):
+            found.append((kind, None))
     return found
+
+
+def modules_among_arguments() -> list[torch.nn.Module]:
+    """Modules that the arguments of the function being compiled are or hold, for a function that is called with a model."""
+    values = list(argument_scope().values())
+    return [each for value in values for each in (value, *_held_by(value)) if isinstance(each, torch.nn.Module)]
+
+
+def _held_by(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return list((value if isinstance(value, Mapping) else getattr(value, "__dict__", {})).values())
 
 
 def _path_parts(path: str) -> list[str]:
@@ -860,12 +882,23 @@ def _path_parts(path: str) -> list[str]:
     return [name for name in names if name not in ("__dict__", "_modules", "__self__")]
 
 
-def _reach(scope: Mapping[str, Any], path: str) -> Any:
-    """The module at a path in the scope of the function being compiled, or None."""
-    names = _path_parts(path)
-    current = scope.get(names[0]) if names else None
-    current = getattr(current, "__self__", current)
-    for name in names[1:]:
-        children = getattr(current, "_modules", {})
-        current = children[name] if name in children else getattr(current, name, None)
-    return current if isinstance(current, torch.nn.Module) else None
+def _along(scope: Mapping[str, Any], path: str) -> list[torch.nn.Module]:
+    """The modules on the way along a path in the scope of the function being compiled."""
+    current: Any = scope
+    found: list[torch.nn.Module] = []
+    for name in _path_parts(path):
+        current = _inside(getattr(current, "__self__", current), name)
+        if isinstance(current, torch.nn.Module):
+            found.append(current)
+    return found
+
+
+def _inside(value: Any, name: str) -> Any:
+    """What an object holds under a name or a place of a path; None where there is nothing."""
+    if isinstance(value, torch.nn.Module) and name in value._modules:
+        return value._modules[name]
+    if isinstance(value, Mapping):
+        return value.get(name)
+    if isinstance(value, (list, tuple)) and name.isdigit():
+        return value[int(name)] if int(name) < len(value) else None
+    return getattr(value, name, None)

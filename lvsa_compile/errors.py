@@ -25,28 +25,48 @@ class LvsaWarning(UserWarning):
 
 
 class OptionError(LvsaError, ValueError):
-    """An option has a value it cannot have."""
+    """An option has a value it cannot have; ``source`` says where it was given, if not in the call."""
 
-    def __init__(self, name: str, value: object, problem: str, remedy: str) -> None:
-        super().__init__(f"option {name}={value!r}: {problem}. {remedy}")
-        self.name, self.value, self.problem, self.remedy = name, value, problem, remedy
+    def __init__(self, name: str, value: object, problem: str, remedy: str, source: str = "") -> None:
+        super().__init__(f"option {name}={value!r}{f' of {source}' if source else ''}: {problem}. {remedy}")
+        self.name, self.value, self.problem, self.remedy, self.source = name, value, problem, remedy, source
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.name, self.value, self.problem, self.remedy)
+        return type(self), (self.name, self.value, self.problem, self.remedy, self.source)
+
+    def of(self, source: str) -> OptionError:
+        """The same error about an option that was given at ``source``."""
+        return OptionError(self.name, self.value, self.problem, self.remedy, source)
 
 
 class UnknownOptionError(OptionError):
     """An option that neither lvsa-compile nor Inductor has."""
 
-    def __init__(self, name: str, value: object, known: Iterable[str]) -> None:
+    def __init__(self, name: str, value: object, known: Iterable[str], source: str = "") -> None:
         known = sorted(known)
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         remedy = f"Did you mean {nearest[0]!r}?" if nearest else f"The options are: {', '.join(known)}; and Inductor's own."
-        super().__init__(name, value, "neither lvsa nor Inductor has this option", remedy)
+        super().__init__(name, value, "neither lvsa nor Inductor has this option", remedy, source)
         self._known = known
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.name, self.value, self._known)
+        return type(self), (self.name, self.value, self._known, self.source)
+
+    def of(self, source: str) -> OptionError:
+        """The same error about an option that was given at ``source``."""
+        return UnknownOptionError(self.name, self.value, self._known, source)
+
+
+class OptionsVariableError(LvsaError, ValueError):
+    """The environment variable that holds options cannot be read."""
+
+    def __init__(self, variable: str, text: str, problem: str) -> None:
+        remedy = f"Give a JSON object of options, such as {variable}='{{\"reference_frames\": 21}}', or unset it."
+        super().__init__(f"environment variable {variable}={text!r}: {problem}. {remedy}")
+        self.variable, self.text, self.problem = variable, text, problem
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.variable, self.text, self.problem)
 
 
 class ShapeError(LvsaError, ValueError):

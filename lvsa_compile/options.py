@@ -1,17 +1,20 @@
 """Every option of the ``lvsa`` backend, declared once: name, default, meaning and check.
 
 ``torch.compile(model, backend="lvsa", options={...})`` takes these names, and the keys of Inductor's own configuration beside them.
+Options that no call gives come from ``set_default_options``, else from the environment variable ``LVSA_OPTIONS``, else from here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from lvsa_compile.errors import OptionError, UnknownOptionError
+from lvsa_compile.errors import OptionError, OptionsVariableError, UnknownOptionError
 from lvsa_compile.sparsity.frame_pattern import FramePattern
 
 if TYPE_CHECKING:
@@ -140,6 +143,7 @@ class Options:
         None, "Inductor's mode, since torch.compile does not take mode= and options= together.", _optional(_inductor_mode)
     )
     inductor: tuple[tuple[str, Any], ...] = field(default=(), metadata={"meaning": "Keys of Inductor's own configuration."})
+    sources: tuple[tuple[str, str], ...] = field(default=(), compare=False, metadata={"meaning": "Where options come from, if not a call."})
 
     def __post_init__(self) -> None:
         for spec in option_fields():
@@ -228,36 +232,94 @@ def _said(value: Any) -> Any:
 
 def option_fields() -> list[Any]:
     """The fields of ``Options`` a user sets by name, in order, each with ``metadata`` ``meaning`` and ``check``."""
-    return [f for f in fields(Options) if f.name != "inductor"]
+    return [f for f in fields(Options) if "check" in f.metadata]
+
+
+VARIABLE = "LVSA_OPTIONS"
+"""Environment variable that holds options as JSON; processes that are started from this one get it too."""
+_SETTER = "lvsa_compile.set_default_options"
+_defaults: dict[str, Any] = {}
+
+
+def set_default_options(**options: Any) -> None:
+    """Sets options for all compiles of this process that do not give them themselves; for programs that take a backend by name alone.
+
+    They come before those of ``LVSA_OPTIONS``, key by key, and hold for what is compiled from now on.  Each call replaces what an
+    earlier one set, and a call with no options takes all back.  Processes that are started from this one do not get them.
+
+    Args:
+        **options: as for ``torch.compile(backend="lvsa", options={...})``.
+
+    Raises:
+        OptionError: a value that an option cannot have; then the defaults stay as they were.
+        UnknownOptionError: a name that neither lvsa nor Inductor has; names the nearest.
+
+    Example:
+        >>> lvsa_compile.set_default_options(reference_frames=21)
+        >>> pipe.transformer.compile(backend="lvsa")
+    """
+    _parsed(options, {})
+    _defaults.clear()
+    _defaults.update(options)
 
 
 def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
-    """Options as they reach the backend, checked; ``mode`` is what ``torch.compile(mode=...)`` was called with.
+    """Options as they reach the backend, with the defaults of this process, checked.
+
+    ``mode`` is what ``torch.compile(mode=...)`` was called with.
 
     Raises:
         OptionError: a value that an option cannot have.
         UnknownOptionError: a name that neither lvsa nor Inductor has; names the nearest.
+        OptionsVariableError: ``LVSA_OPTIONS`` holds no JSON object.
     """
+    call = dict(given or {})
+    if mode is not None:
+        call.setdefault("mode", mode)
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, options in ((f"environment variable {VARIABLE}", _of_environment()), (_SETTER, _defaults), ("", call)):
+        merged |= options
+        sources |= dict.fromkeys(options, source)
+    return _parsed(merged, {name: source for name, source in sources.items() if source})
+
+
+def _of_environment() -> dict[str, Any]:
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise OptionsVariableError(VARIABLE, text, f"it is no JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise OptionsVariableError(VARIABLE, text, f"it is JSON, and a {type(found).__name__}")
+    return found
+
+
+def _parsed(given: Mapping[str, Any], sources: Mapping[str, str]) -> Options:
+    """Options checked; an error names the source of a value that no call gave."""
     from lvsa_compile import compat
 
     names = {f.name for f in option_fields()}
     ours: dict[str, Any] = {}
     inductors: list[tuple[str, Any]] = []
-    for name, value in (given or {}).items():
-        inductor_name = name.replace("-", "_")
-        if name in names:
-            ours[name] = value
-        elif compat.inductor_has_option(inductor_name):
-            if problem := compat.inductor_option_problem(inductor_name, value):
-                raise OptionError(name, value, *problem)
-            inductors.append((inductor_name, value))
-        else:
-            raise UnknownOptionError(name, value, names | set(compat.inductor_options()) if "." in name else names)
-    if mode is not None:
-        ours.setdefault("mode", mode)
-    if isinstance(ours.get("dense_layers"), list):
-        ours["dense_layers"] = tuple(ours["dense_layers"])
-    return Options(**ours, inductor=tuple(inductors))
+    try:
+        for name, value in given.items():
+            inductor_name = name.replace("-", "_")
+            if name in names:
+                ours[name] = value
+            elif compat.inductor_has_option(inductor_name):
+                if problem := compat.inductor_option_problem(inductor_name, value):
+                    raise OptionError(name, value, *problem)
+                inductors.append((inductor_name, value))
+            else:
+                raise UnknownOptionError(name, value, names | set(compat.inductor_options()) if "." in name else names)
+        if isinstance(ours.get("dense_layers"), list):
+            ours["dense_layers"] = tuple(ours["dense_layers"])
+        return Options(**ours, inductor=tuple(inductors), sources=tuple(sources.items()))
+    except OptionError as error:
+        raise (error.of(sources[error.name]) if error.name in sources else error) from None
 
 
 def make_options(**given: Any) -> dict[str, Any]:

@@ -97,7 +97,7 @@ MASK_NOT_EXPRESSIBLE: Final = Reason(
 SHAPE_NOT_SUPPORTED: Final = Reason("shape_not_supported", "Query, key and value are not [batch, heads, tokens, head_dim] of equal batch.")
 HORIZON_UNKNOWN: Final = Reason(
     "horizon_unknown",
-    "The training horizon of this model is not in the table.",
+    "The training horizon of this model is not known.",
     "Pass options={'reference_frames': N}, N being the latent frames the model was trained on.",
 )
 SIZE_NOT_KNOWN: Final = Reason(

@@ -118,7 +118,8 @@ class Place:
 class Compilation:
     """The state of one compile.
 
-    ``device`` is where the model will run if that is not where it is traced; ``masks`` says of each
+    ``device`` is where the model will run if that is not where it is traced; ``horizon_missing`` says why there is no ``horizon``;
+    ``masks`` says of each
     masked site what its mask says, None where that cannot be told; ``scaffold`` are nodes that were added to be looked at;
     ``has_video`` says whether any input shows a video grid that is generated; ``reader`` knows which inputs' values were read;
     ``clock_before`` is the input that moved the clock before this graph runs; ``flops`` are those of the whole graph, dense, 0 where a
@@ -142,6 +143,7 @@ class Compilation:
     reader: Reader | None = None
     trace_failure: str = ""
     horizon: Horizon | None = None
+    horizon_missing: str = ""
     timestep: TimestepInput | None = None
     clock_before: str = ""
     decisions: tuple[Decision, ...] = ()

@@ -107,7 +107,7 @@ def _decide(
         named = zip(("query", "key", "value"), (query, key, value), strict=True)
         return reasons.SHAPE_NOT_SUPPORTED.because(", ".join(f"{name} {sizes_of(tensor)} {tensor.dtype}" for name, tensor in named))
     if compilation.horizon is None:
-        return reasons.HORIZON_UNKNOWN.because(f"{compilation.model or 'this model'} is not in the table of training horizons")
+        return reasons.HORIZON_UNKNOWN.because(compilation.horizon_missing)
     query_span, key_span = (_span(layout, tensor, specialised) for layout, tensor in zip(layouts, (query, key), strict=True))
     if isinstance(query_span, Miss):
         return query_span

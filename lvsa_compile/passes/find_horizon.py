@@ -1,34 +1,69 @@
-"""Pass 3: the training horizon of the model being compiled."""
+"""The training horizon of the model being compiled."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lvsa_compile import compat
-from lvsa_compile.horizons import horizon_of
+from lvsa_compile.horizons import HorizonRow, Unreadable, horizon_of, rows_of
 from lvsa_compile.passes.compilation import Compilation, Horizon
+from lvsa_compile.passes.model_settings import reader
 
 
 def find_horizon(compilation: Compilation) -> Compilation:
-    """Fills in ``model`` and ``horizon``: from the option, else from the table by the outermost known module around a site."""
-    modules = [module for site in compilation.sites[:1] for module in compat.modules_around(site.node)]
+    """Fills in ``model`` and ``horizon``: from the option, else from the table by the outermost known module around a site.
+
+    Where neither says it, ``horizon_missing`` says why.
+    """
+    around = _around(compilation)
+    kind, module, rows = next(((kind, module, rows) for kind, module in around if (rows := _rows(kind))), (None, None, ()))
     root = compat.root_module()
-    model = type(root).__name__ if root is not None else modules[0][0] if modules else ""
-    rows = ((name, horizon_of(name, _config(module))) for name, module in modules)
-    name, row = next(((name, row) for name, row in rows if row is not None), ("", None))
-    model = name or model
-    if compilation.options.reference_frames is not None:
-        horizon = Horizon(compilation.options.reference_frames, "option reference_frames")
-    elif row is not None:
-        horizon = Horizon(row.frames, f"table: {row.class_name}, {row.seed}")
-    else:
-        horizon = None
-    return dataclasses.replace(compilation, model=model, horizon=horizon)
+    kind = kind or (type(root) if root is not None else next((kind for kind, _ in around), None))
+    compilation = dataclasses.replace(compilation, model=kind.__name__ if kind is not None else "")
+    given = compilation.options.reference_frames
+    if given is not None:
+        return dataclasses.replace(compilation, horizon=Horizon(given, "option reference_frames"))
+    wholes = [] if rows else _wholes([kind for kind, _ in around])
+    try:
+        row = horizon_of(rows or (rows_of(wholes[0]) if len(wholes) == 1 else ()), reader(module))
+    except Unreadable as setting:
+        if rows:
+            why = f"the horizon of {rows[0].class_name} depends on {setting}, which neither its config nor its attributes tell"
+        else:
+            why = f"{compilation.model} is a part of {wholes[0]}, whose horizon depends on {setting}; the part does not tell it"
+        return dataclasses.replace(compilation, horizon_missing=why)
+    if row is not None:
+        return dataclasses.replace(compilation, horizon=Horizon(row.frames, f"table: {row.class_name}, {row.seed}"))
+    missing = "is not in the table of training horizons"
+    if wholes:
+        missing = f"is a part of {' or '.join(wholes)}; which one it is cannot be seen from the part"
+    return dataclasses.replace(compilation, horizon_missing=f"{compilation.model or 'this model'} {missing}")
 
 
-def _config(module: Any) -> Mapping[str, Any] | None:
-    """The config of a module as a mapping, whatever kind of object it is."""
-    config = getattr(module, "config", None)
-    return config if config is None or isinstance(config, Mapping) else dict(getattr(config, "__dict__", {}))
+def _around(compilation: Compilation) -> list[tuple[type, Any]]:
+    """Classes and modules around the sites, outermost first; then those that the arguments of a compiled function hold."""
+    found = [each for site in compilation.sites for each in compat.modules_around(site.node)]
+    found += [(type(module), module) for module in compat.modules_among_arguments()]
+    return list({(kind, id(module)): (kind, module) for kind, module in found}.values())
+
+
+def _rows(kind: type) -> tuple[HorizonRow, ...]:
+    """The rows for a class, or for the nearest class that it derives from."""
+    return next((rows for base in kind.__mro__ if (rows := rows_of(base.__name__))), ())
+
+
+def _wholes(parts: Sequence[type]) -> list[str]:
+    """Known model classes of which one of ``parts`` is a part: those of the file its class is from, else of the files beside it."""
+    bases = [base for part in parts for base in part.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
+    for name in dict.fromkeys(base.__module__ for base in bases):
+        folder = name.rpartition(".")[0]
+        beside = [other for other in list(sys.modules) if folder and other.rpartition(".")[0] == folder]
+        for files in ([name], beside):
+            classes = [value for file in files for value in vars(sys.modules.get(file, object)).values() if isinstance(value, type)]
+            wholes = sorted({each.__name__ for each in classes if rows_of(each.__name__) and each.__module__ in files})
+            if wholes:
+                return wholes
+    return []

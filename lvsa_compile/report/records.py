@@ -105,12 +105,16 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What was decided for the graphs of one forward.  ``print(report)`` gives a line per site."""
+    """What was decided for the graphs of one forward.  ``print(report)`` gives a line per site.
+
+    ``options`` are those that are not at their defaults, ``option_sources`` where the ones come from that no call gave.
+    """
 
     model: str
     graphs: tuple[GraphReport, ...]
     horizon: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    option_sources: dict[str, str] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:
@@ -165,9 +169,9 @@ class Report:
     def also_missing(self) -> str:
         """What stands in the way beside the nearest miss, in words; "" where nothing is known to."""
         miss = self.nearest_miss
-        if miss is None or self.horizon != UNKNOWN_HORIZON or miss.reason == HORIZON_UNKNOWN.code or not miss.remedy:
+        if miss is None or not self.horizon.startswith(UNKNOWN_HORIZON) or miss.reason == HORIZON_UNKNOWN.code or not miss.remedy:
             return ""
-        return f"{HORIZON_UNKNOWN.code}: {HORIZON_UNKNOWN.meaning} {HORIZON_UNKNOWN.remedy}"
+        return f"{HORIZON_UNKNOWN.code}: {self.horizon.removeprefix(UNKNOWN_HORIZON + ': ')}.  Remedy: {HORIZON_UNKNOWN.remedy}"
 
     @property
     def nearest_miss(self) -> SiteReport | None:
@@ -203,6 +207,7 @@ class Report:
             lines += [f"  video: {self.lengths}, so its attention is sparse", f"  horizon: {self.horizon}"]
         clocks = dict.fromkeys(graph.clock for graph in self.graphs if any(site.decision == SPARSE for site in graph.sites))
         lines += [f"  denoising step: {clock}" for clock in clocks]
+        lines += [f"  option: {name}={self.options.get(name)!r}, from {source}" for name, source in self.option_sources.items()]
         lines += [f"  specialised: {what}" for what in dict.fromkeys(what for graph in self.graphs for what in graph.specialised)]
         return lines
 
@@ -280,8 +285,11 @@ def report_of(compilation: Compilation) -> Report:
     return Report(
         compilation.model,
         (graph,),
-        f"{horizon.frames} latent frames ({horizon.found_in})" if horizon is not None else UNKNOWN_HORIZON,
+        f"{horizon.frames} latent frames ({horizon.found_in})"
+        if horizon is not None
+        else f"{UNKNOWN_HORIZON}: {compilation.horizon_missing}",
         options.changed(),
+        dict(options.sources),
     )
 
 
