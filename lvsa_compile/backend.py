@@ -47,9 +47,9 @@ log = logging.getLogger(__name__)
 ANALYSIS: tuple[Pass, ...] = (
     count_work,  # how much the model computes, for the report
     find_attention,  # every attention in the graph, in whatever form
+    find_timestep,  # which input tells the denoising step
     trace_layout,  # what each token axis is made of, followed from the inputs
     find_horizon,  # how many frames the model was trained on
-    find_timestep,  # which input tells the denoising step
     decide,  # per site: sparse with a plan, or dense with one reason
     follow_trails,  # how each query came from the latent, for the report
 )

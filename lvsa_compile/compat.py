@@ -70,8 +70,22 @@ def written_by(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def memory_of(tensor: Tensor) -> int:
-    """Identity of the memory that a tensor shares with its views, as long as one of them lives."""
-    return int(tensor.untyped_storage()._cdata)
+    """Identity of the memory that a tensor shares with its views, as long as one of them lives; inside vmap of the tensor alone."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:
+        return id(tensor)
+
+
+@contextlib.contextmanager
+def transforms_kept() -> Iterator[None]:
+    """Surroundings that leave vmap and its kin as they were, also where a graph that has entered one fails before its end."""
+    depth = len(torch._C._functorch.get_interpreter_stack() or ())
+    try:
+        yield
+    finally:
+        while len(torch._C._functorch.get_interpreter_stack() or ()) > depth:
+            torch._C._functorch.pop_dynamic_layer_stack()
 
 
 def cpu_flash_attention(

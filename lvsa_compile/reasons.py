@@ -54,6 +54,11 @@ SPATIAL_OR_TEMPORAL: Final = Reason(
 )
 SINGLE_FRAME: Final = Reason("single_frame", "The video has one latent frame.")
 OTHER_VIDEO: Final = Reason("other_video", "Query and key hold different videos, or the video is not the one the model generates.")
+NOT_DENOISER: Final = Reason(
+    "not_denoiser",
+    "What is compiled attends over a video and does not generate it, as a VAE, an encoder, an upscaler or a discriminator does.",
+    "Nothing to do for those. A part of a denoiser: compile it together with what gets the timestep and returns the video.",
+)
 ALREADY_SPARSE: Final = Reason("already_sparse", "The model brings its own sparse attention here.")
 INSIDE_SUBGRAPH: Final = Reason(
     "inside_subgraph",

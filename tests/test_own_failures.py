@@ -110,6 +110,19 @@ def test_explain_survives_an_error_of_ours(monkeypatch):
     assert [site.reason for site in report.sites] == ["internal_error"]
 
 
+def test_a_graph_that_fails_to_be_traced_inside_vmap_compiles_all_the_same(monkeypatch):
+    def block(model, tokens, grid, text):
+        shift = torch.vmap(lambda x: x.sin())(tokens)
+        return tokens + model.attention(tokens + shift)
+
+    monkeypatch.setattr("lvsa_compile.axes.tracker.pointwise", broken)
+    model, inputs = randomise(VideoDiT(block)), dit_inputs()
+    with torch.no_grad(), pytest.warns(LvsaWarning, match="lvsa failed"):
+        output = torch.compile(model, backend="lvsa", options=OPTIONS)(*inputs)
+    assert torch.equal(output, model(*inputs))
+    assert torch._C._functorch.get_interpreter_stack() is None
+
+
 def doubled(compilation):
     graph = compilation.graph_module.graph
     output = next(iter(reversed(graph.nodes)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lvsa_compile.axes.algebra import CREATED, INPUT, Axis, Concat, Size, axis_size, concat, leaves, quotient, same, slice_axis, split_axis
 from lvsa_compile.axes.call import Axes, Call, axis_index, sizes_of
 from lvsa_compile.compat import size_expression
@@ -27,6 +29,12 @@ def convolution(call: Call) -> Sequence[Axes]:
         spatial.append(call.new_axis(sizes[i], axis=i) if kept is None else kept)
     channels = weight[1] if transposed else weight[0]
     return [(axes[0], channels if same(axis_size(channels), sizes[1]) else call.new_axis(sizes[1], axis=1), *spatial)]
+
+
+def windows_overlap(weight: Tensor, stride: Sequence[Any]) -> bool:
+    """Whether a convolution mixes places that lie in two of its windows."""
+    windows = sizes_of(weight)[2:]
+    return any(not same(window, stride[min(i, len(stride) - 1)]) and not same(window, 1) for i, window in enumerate(windows))
 
 
 def _under_window(axis: Axis, size: Size, step: Any, window: Size) -> Axis | None:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lvsa_compile import compat
-from lvsa_compile.axes.algebra import CREATED, Size, Source, axis_of, axis_size, regroup, same
+from lvsa_compile.axes.algebra import CREATED, Size, Source, axis_of, axis_size, origins, regroup, same
 from lvsa_compile.axes.call import Axes, Call, sizes_of, tensors_in
 from lvsa_compile.axes.overwriting import lost_axes, overwritten
+from lvsa_compile.axes.patch_rules import windows_overlap
 from lvsa_compile.axes.rules import RULES, pointwise
 from lvsa_compile.axes.values import KnownValues, Later, View
 from lvsa_compile.axes.view_rules import expand, slice_bounds, with_place_apart
@@ -43,7 +44,7 @@ class AxisTracker(compat.TorchDispatchMode):
     """Knows the axes of every fake tensor made while it is active.
 
     ``place`` and ``moment`` are the name and the number of the step that runs, as the caller says; ``last_written`` holds the moment of
-    the last write to each piece of memory.
+    the last write to each piece of memory, ``convolved`` the places of inputs over which a convolution with overlapping windows ran.
     """
 
     supports_higher_order_operators = True
@@ -52,6 +53,7 @@ class AxisTracker(compat.TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.place, self.moment = "", 0
         self.last_written: dict[int, int] = {}
+        self.convolved: set[str] = set()
         self._axes: dict[int, tuple[Tensor, Axes]] = {}
         self._made_by: dict[int, tuple[_ViewCall, int]] = {}
         self._views_of: dict[int, list[_ViewCall]] = {}
@@ -103,6 +105,8 @@ class AxisTracker(compat.TorchDispatchMode):
             self._lose_written(func, args, kwargs)
         if not outputs:
             return
+        if op == "convolution" and windows_overlap(args[1], args[3]):
+            self.convolved |= origins(self.axes_of(args[0])[2:])
         in_place = op.endswith("_") and not op.endswith("__") and bool(args) and outputs[0] is args[0]
         call = Call(op.rstrip("_") if op in _RESHAPED_IN_PLACE else op, args, kwargs, outputs, self.axes_of, self.place, self.values.of)
         if in_place and op not in _RESHAPED_IN_PLACE:

@@ -121,7 +121,8 @@ class Compilation:
     ``device`` is where the model will run if that is not where it is traced; ``horizon_missing`` says why there is no ``horizon``;
     ``masks`` says of each
     masked site what its mask says, None where that cannot be told; ``scaffold`` are nodes that were added to be looked at;
-    ``has_video`` says whether any input shows a video grid that is generated; ``reader`` knows which inputs' values were read;
+    ``has_video`` says whether any input shows a video grid that is generated;
+    ``not_denoiser`` says why a video that is attended is not; ``reader`` knows which inputs' values were read;
     ``clock_before`` is the input that moved the clock before this graph runs; ``flops`` are those of the whole graph, dense, 0 where a
     size is not a number; a pass that changes what the graph computes sets ``changed``, without which the graph is compiled as it
     came; ``outgoing`` is what to say of outputs, by position, for
@@ -140,6 +141,7 @@ class Compilation:
     masks: dict[fx.Node, MaskForm | None] = field(default_factory=dict)
     scaffold: tuple[fx.Node, ...] = ()
     has_video: bool = False
+    not_denoiser: str = ""
     reader: Reader | None = None
     trace_failure: str = ""
     horizon: Horizon | None = None

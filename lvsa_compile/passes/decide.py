@@ -92,6 +92,8 @@ def _decide(
     if layouts is None:
         return reasons.LAYOUT_UNKNOWN.because(compilation.trace_failure or compat.source_line(site.node))
     miss = _why_not_video(site.node, *layouts, compilation.has_video)
+    if miss is not None and miss.reason is reasons.OTHER_VIDEO and compilation.not_denoiser:
+        return reasons.NOT_DENOISER.because(compilation.not_denoiser)
     if miss is not None:
         return miss
     if site.causal:

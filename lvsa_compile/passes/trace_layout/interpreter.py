@@ -117,7 +117,7 @@ class LayoutInterpreter(fx.Interpreter):
     @contextlib.contextmanager
     def surroundings(self) -> Iterator[None]:
         """Modes the graph may switch while it runs are put back afterwards, even if a node fails."""
-        with torch.set_grad_enabled(torch.is_grad_enabled()):
+        with torch.set_grad_enabled(torch.is_grad_enabled()), compat.transforms_kept():
             try:
                 yield
             finally:

@@ -25,8 +25,11 @@ from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT, Axis, Source, axis_of
 from lvsa_compile.axes.call import Axes, tensors_in
 from lvsa_compile.axes.labels import shows_generated
+from lvsa_compile.axes.pieces import expanded
 from lvsa_compile.axes.tracker import AxisTracker
 from lvsa_compile.axes.values import Later
+from lvsa_compile.passes.find_timestep import timestep_among
+from lvsa_compile.passes.trace_layout.denoiser import why_no_denoiser
 from lvsa_compile.passes.trace_layout.handing_on import handed_on
 from lvsa_compile.passes.trace_layout.reading import Reader
 from lvsa_compile.passes.trace_layout.witnessed import witnessed
@@ -105,6 +108,11 @@ def trace_parent(model: nn.Module, blocks: Collection[str], inputs: ForwardInput
     outputs = {i: tracker.axes_of(leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     tokens = [*tracker.attended, *(axes[-2] for _, call in seen for _, axes in call if len(axes) >= 3)]
     known = witnessed(tokens, outputs, reader)
+    returned = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    timed = timestep_among(inputs.names) is not None
+    not_denoiser = why_no_denoiser(known.targets, [*map(expanded, tokens)], returned, timed, tracker.convolved)
+    if not_denoiser:
+        return ParentTrace(relied_on=dict(reader.relied_on), failure=f"{type(model).__name__} is no denoiser: {not_denoiser}")
     calls: dict[tuple[str, int], BlockCall] = {}
     for path, call in seen:
         number = sum(other == path for other, _ in calls)

@@ -10,7 +10,10 @@ from lvsa_compile import compat
 from lvsa_compile.axes.algebra import Axis, leaves
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.labels import said_of
+from lvsa_compile.axes.pieces import expanded
 from lvsa_compile.passes.compilation import Compilation
+from lvsa_compile.passes.find_timestep import timestep_among
+from lvsa_compile.passes.trace_layout.denoiser import why_no_denoiser
 from lvsa_compile.passes.trace_layout.handing_on import handed_on
 from lvsa_compile.passes.trace_layout.interpreter import LayoutInterpreter, run_on_fakes
 from lvsa_compile.passes.trace_layout.mask_form import MaskForm, mask_form
@@ -38,7 +41,12 @@ def trace_layout(compilation: Compilation) -> Compilation:
         query, key = (traced.found.get(site.node, {}).get(node, ()) for node in (site.query, site.key))
         if len(query) >= 3 and len(key) >= 3:
             pairs[site.node] = (query, key)
-    seen = witnessed([axes[-2] for pair in pairs.values() for axes in pair], traced.output_axes, traced.reader)
+    tokens = [axes[-2] for pair in pairs.values() for axes in pair]
+    seen = witnessed(tokens, traced.output_axes, traced.reader)
+    outputs = None if compilation.place.breaks else _outputs(compilation.graph_module.graph)
+    not_denoiser = why_no_denoiser(seen.targets, [*map(expanded, tokens)], outputs, _has_time(compilation), traced.tracker.convolved)
+    if not_denoiser:
+        seen = dataclasses.replace(seen, targets={})
     layouts = {
         node: (
             token_layout(query[-2], _outside_tokens(query), seen.targets, seen.contradictions),
@@ -49,8 +57,26 @@ def trace_layout(compilation: Compilation) -> Compilation:
     masks = {site.node: _mask_form(site, site.mask, traced) for site in sites if site.mask is not None}
     outgoing = _outgoing(seen) if compilation.place.leads_on else ()
     return dataclasses.replace(
-        compilation, layouts=layouts, masks=masks, has_video=bool(seen.targets), reader=traced.reader, outgoing=outgoing
+        compilation,
+        layouts=layouts,
+        masks=masks,
+        has_video=bool(seen.targets),
+        not_denoiser=not_denoiser,
+        reader=traced.reader,
+        outgoing=outgoing,
     )
+
+
+def _has_time(compilation: Compilation) -> bool:
+    """Whether a timestep is known: an input of this graph or of an earlier one, or an argument that Dynamo made a constant."""
+    given = [name for name, value in compat.argument_scope().items() if isinstance(value, (Tensor, int, float))]
+    return bool(compilation.timestep or compilation.clock_before) or timestep_among(given) is not None
+
+
+def _outputs(graph: fx.Graph) -> list[Tensor]:
+    """What a graph returns."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    return [value for node in output.all_input_nodes if isinstance(value := compat.example_value(node), Tensor)]
 
 
 def _mask_form(site: AttentionSite, mask: fx.Node, traced: LayoutInterpreter) -> MaskForm | None:
