@@ -651,6 +651,16 @@ def specialise(size: Any, tensor: Tensor) -> int | None:
     return int(mode.shape_env.evaluate_expr(expression))
 
 
+def size_now(size: Any, tensor: Tensor) -> int:
+    """A size as it is, an expression as the value it has in this compile, or -1 where only run time knows it; adds no guard."""
+    expression, mode = size_expression(size), fake_mode_of(tensor)
+    environment = None if mode is None else mode.shape_env
+    if isinstance(expression, int) or environment is None:
+        return expression if isinstance(expression, int) else -1
+    value = expression.subs(getattr(environment, "backed_var_to_val", None) or environment.var_to_val)  # the newer name first
+    return int(value) if value.is_number else -1
+
+
 def marked_dynamic(size: Any, tensor: Tensor) -> str:
     """The input and axis with ``torch._dynamo.mark_dynamic`` that a guard on a size would fix, as Dynamo would refuse; "" for none."""
     from torch.utils._sympy.solve import try_solve
@@ -659,8 +669,7 @@ def marked_dynamic(size: Any, tensor: Tensor) -> str:
     environment = None if mode is None else mode.shape_env
     if environment is None or isinstance(expression, int):
         return ""
-    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # the newer name first
-    now = sympy.Eq(expression, expression.subs(known), evaluate=False)
+    now = sympy.Eq(expression, size_now(expression, tensor), evaluate=False)
     for tracked in environment.tracked_fakes or ():
         for axis, mark in enumerate(getattr(tracked.symbolic_context, "constraint_sizes", None) or ()):
             symbol = size_expression(tracked.fake.shape[axis]) if mark is not None and not mark.warn_only else None

@@ -67,17 +67,11 @@ def shuffled(x):
     return F.pixel_shuffle(x.transpose(1, 2).flatten(0, 1), 2).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
-NOT_DENOISERS = {
+NOT_DENOISERS_WITHOUT_A_TIMESTEP = {
     "upscaler": lambda: (nn.Conv3d(4, 8, 1), Do(shuffled)),
     "upscaler by interpolation": lambda: (nn.Conv3d(4, 8, 1), Do(lambda x: F.interpolate(x, scale_factor=(1, 2, 2)))),
     "upscaler by convolution": lambda: (nn.Conv3d(4, 8, 1), unpatched()),
     "more frames": lambda: (nn.Conv3d(4, 8, 1), nn.ConvTranspose3d(8, 4, (2, 2, 2), (2, 2, 2))),
-    "encoder": lambda: (patches(), nn.Conv3d(8, 3, 1)),
-    "discriminator": lambda: (patches(), nn.Conv3d(8, 1, 1)),
-    "classifier": lambda: (patches(), Do(lambda x: x.mean((2, 3, 4)))),
-    "score of each token": lambda: (patches(), Do(lambda x: x[:, :1].flatten(2).transpose(1, 2))),
-}
-NOT_DENOISERS_WITHOUT_A_TIMESTEP = {
     "encoder to tokens": lambda: (patches(), Do(lambda x: x.flatten(2).transpose(1, 2))),
     "autoencoder": lambda: (nn.Conv3d(4, 8, (1, 4, 4), (1, 2, 2), (0, 1, 1)), nn.ConvTranspose3d(8, 4, (1, 4, 4), (1, 2, 2), (0, 1, 1))),
     "middle of a decoder": lambda: (nn.Conv3d(4, 8, 3, padding=1), nn.Conv3d(8, 4, 3, padding=1)),
@@ -85,6 +79,12 @@ NOT_DENOISERS_WITHOUT_A_TIMESTEP = {
         Do(lambda x: F.conv2d(x.transpose(1, 2).flatten(0, 1), torch.ones(8, 4, 3, 3), padding=1).unflatten(0, (1, -1)).transpose(1, 2)),
         nn.Conv3d(8, 4, 1),
     ),
+}
+NOT_DENOISERS = {
+    "encoder": lambda: (patches(), nn.Conv3d(8, 3, 1)),
+    "discriminator": lambda: (patches(), nn.Conv3d(8, 1, 1)),
+    "classifier": lambda: (patches(), Do(lambda x: x.mean((2, 3, 4)))),
+    "score of each token": lambda: (patches(), Do(lambda x: x[:, :1].flatten(2).transpose(1, 2))),
 }
 DENOISERS = {
     "patches": lambda: (patches(), unpatched()),
@@ -95,6 +95,7 @@ DENOISERS = {
 DENOISERS_WITH_A_TIMESTEP = {
     "tokens with all of a patch": lambda: (patches(), Do(lambda x: x.flatten(2).transpose(1, 2))),
     "a grid with all of a patch": lambda: (patches(), Do(lambda x: x.movedim(1, -1))),
+    "what it upscales": lambda: (patches(), nn.ConvTranspose3d(8, 4, (1, 4, 4), (1, 4, 4))),
     "its last frames": lambda: (patches(), Do(lambda x: x.repeat_interleave(2, 3).repeat_interleave(2, 4)[:, :, 2:])),
     "overlapping convolutions": lambda: (nn.Conv3d(4, 8, 3, padding=1), nn.Conv3d(8, 4, 3, padding=1)),
 }

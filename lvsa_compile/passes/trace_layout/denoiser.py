@@ -1,8 +1,8 @@
 """Whether what is compiled is a denoiser: only of a denoiser is the video that it attends over the one that is generated.
 
-A VAE, an encoder, an upscaler, a classifier or a discriminator attends over videos too.  A denoiser gives back a video of the size that
-it gets, as pixels of the latent or as their patches.  Where it gets no timestep either, more is asked, since an autoencoder gives back
-what it gets, too: the video itself comes back, and no convolution mixes neighbouring places.
+A VAE, an encoder, an upscaler, a classifier or a discriminator attends over videos too.  A denoiser gets a timestep and returns at least
+as much as a video.  Where no timestep is known more is asked, since an autoencoder returns a video, too: it has the size of the one that
+comes in, and on the way no convolution mixes neighbouring places.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Container, Sequence
 
 from torch import Tensor
 
-from lvsa_compile.axes.algebra import INPUT, Axis, Size, Source, leaves, quotient, same
-from lvsa_compile.axes.call import sizes_of
+from lvsa_compile import compat
+from lvsa_compile.axes.algebra import INPUT, Axis, Source, leaves
 from lvsa_compile.axes.labels import is_generated
 from lvsa_compile.passes.trace_layout.token_layout import Targets
 
@@ -44,30 +44,21 @@ def _why_not(latent: list[Source], outputs: Sequence[Tensor] | None, timed: bool
         return ""
     if not timed and convolved:
         return f"no timestep is among its inputs, and convolutions that overlap mix the places of {latent[0].name}"
-    sizes = [source.size for source in latent]
-    if outputs is None or any(_gives_back(sizes_of(output), sizes, timed) for output in outputs):
+    if not outputs:
+        return "" if outputs is None else "it returns no tensor"
+    video = [compat.size_now(source.size, outputs[0]) for source in latent]
+    sizes = [[compat.size_hint(size) for size in output.shape] for output in outputs]
+    if any(_may_hold(output, video, timed) for output in sizes):
         return ""
-    returned = ", ".join(str(list(output.shape)) for output in outputs) or "nothing"
     time = "" if timed else "no timestep is among its inputs, and "
-    return f"{time}of the {'×'.join(map(str, sizes))} of {latent[0].name} it returns {returned}"
+    return f"{time}of the {'×'.join(map(str, video))} of {latent[0].name} it returns {', '.join(map(str, sizes))}"
 
 
-def _gives_back(output: Sequence[Size], video: Sequence[Size], timed: bool) -> bool:
-    """Whether an output holds the video; with a timestep it may hold some of the frames, or patches as tokens or in a grid."""
-    sizes = output[1:] if len(output) > 3 else output
-    if any(all(map(same, some, video)) for some in itertools.combinations(sizes, 3)):
-        return True
-    if not timed:
-        return False
-    if len(output) <= 3:
-        return quotient(math.prod(output), math.prod(video)) is not None
-    if any(all(map(same, some, video[1:])) for some in itertools.combinations(sizes, 2)):
-        return True
-    return any(_is_grid_of_patches(some, sizes, video) for some in itertools.combinations(sizes, 3))
+def _may_hold(output: Sequence[int], video: Sequence[int], timed: bool) -> bool:
+    """Whether an output can hold the generated video: one of its size, or with a timestep some of its frames, or as many numbers."""
+    sizes = output[1:] if len(output) > len(video) else output
 
+    def has(wanted: Sequence[int]) -> bool:
+        return any(list(some) == list(wanted) for some in itertools.combinations(sizes, len(wanted)))
 
-def _is_grid_of_patches(grid: Sequence[Size], sizes: Sequence[Size], video: Sequence[Size]) -> bool:
-    """Whether a grid counts patches of the video, and what is left of the sizes is room for all places of a patch."""
-    if any(quotient(whole, count) is None for whole, count in zip(video, grid, strict=True)):
-        return False
-    return quotient(math.prod(sizes), math.prod(video)) is not None
+    return has(video) or (timed and (has(video[1:]) or math.prod(output) >= math.prod(video)))
