@@ -17,10 +17,10 @@ from torch import fx
 from lvsa_compile import clock, compat
 from lvsa_compile.axes.algebra import INPUT, PARAMETER
 from lvsa_compile.axes.labels import SameAxes, said_of
+from lvsa_compile.caches import drop_all, dropped_on_reset
 from lvsa_compile.compat import example_value
 from lvsa_compile.errors import AheadOfTimeError, LvsaWarning
 from lvsa_compile.integrations import torchair
-from lvsa_compile.lowering import trial, verification
 from lvsa_compile.lowering.reference import LOWERING as REFERENCE
 from lvsa_compile.options import Options, parse_options
 from lvsa_compile.passes.compilation import Compilation, Pass, Place
@@ -38,7 +38,7 @@ from lvsa_compile.passes.trace_layout.trace import trace_layout
 from lvsa_compile.passes.verify import verify
 from lvsa_compile.reasons import TRAINING
 from lvsa_compile.report.records import Report, report_of
-from lvsa_compile.report.store import forget, keep
+from lvsa_compile.report.store import keep
 from lvsa_compile.runtime import with_clock, with_labels
 from lvsa_compile.source_stamp import source_stamp
 
@@ -150,11 +150,7 @@ def _guard(compilation: Compilation) -> None:
 
 def _reset() -> None:
     """What ``torch._dynamo.reset()`` does here."""
-    forget()
-    verification.forget()
-    trial.forget()
-    clock.forget()
-    _warned.clear()
+    drop_all()
     compat.reset_cuda_graphs()
 
 
@@ -228,7 +224,7 @@ def _owner_position(graph_module: fx.GraphModule) -> int | None:
     return parameters[len(parameters) // 2] if parameters else None
 
 
-_warned: set[str] = set()
+_warned: set[str] = dropped_on_reset(set())
 
 
 def _publish(report: Report, compilation: Compilation) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import StepError
 
 _explicit_step: contextvars.ContextVar[int | None] = contextvars.ContextVar("lvsa_step", default=None)
@@ -113,7 +114,7 @@ class Clock:
 
 _clocks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of parameters and of the modules that own them
 _clocks_lock = threading.Lock()
-_told: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_told: WeakIdKeyDictionary = dropped_on_reset(WeakIdKeyDictionary())
 _everywhere: weakref.WeakSet[Clock] = weakref.WeakSet()
 
 
@@ -146,11 +147,6 @@ def told_before(model: object, code: str) -> str:
     """The input that moves a model's clock before graphs of ``code`` run; "" where none does."""
     name, first = ("", "") if model is None else _told.get(model, ("", ""))
     return "" if first == code else name
-
-
-def forget() -> None:
-    """Drops what is known of graphs that move a clock."""
-    _told.clear()
 
 
 def reset() -> None:

@@ -170,19 +170,22 @@ def compile_with_inductor(
     return compiled
 
 
-def load_cpp(source: str) -> ctypes.CDLL:
-    """Compiles C++ with Inductor's compiler, flags and cache, and loads it; raises what the compiler or the loader raises."""
+def load_cpp(source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """Compiles C++ with Inductor's compiler, flags and cache, and loads it; raises what the compiler or the loader raises.
+
+    ``flags`` come after Inductor's own, so that they win.
+    """
     from torch._inductor.codecache import CppCodeCache
 
     known = inspect.signature(CppCodeCache.load_async).parameters
     isa = {"needs_vec_isa": False} if "needs_vec_isa" in known else {}  # -march=native does; asking for Inductor's choice takes 10 s
-    library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",), **isa)
+    library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast", *flags), **isa)
     return library
 
 
-def cpu_has_matrix_units() -> bool:
-    """Whether dense attention in bfloat16 runs on AMX tiles."""
-    return bool(torch.cpu._is_amx_tile_supported())
+def cpu_features() -> tuple[bool, bool, bool]:
+    """Whether this CPU has AVX2, AVX-512, and AMX tiles, on which dense attention in bfloat16 runs."""
+    return torch.cpu._is_avx2_supported(), torch.cpu._is_avx512_supported(), torch.cpu._is_amx_tile_supported()
 
 
 def trace_artifact(name: str, content: Callable[[], str]) -> None:

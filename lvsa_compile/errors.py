@@ -69,6 +69,18 @@ class OptionsVariableError(LvsaError, ValueError):
         return type(self), (self.variable, self.text, self.problem)
 
 
+class CpuKindError(LvsaError, ValueError):
+    """An environment variable names a kind of CPU that there is not."""
+
+    def __init__(self, variable: str, value: str, kinds: Iterable[str]) -> None:
+        kinds = tuple(kinds)
+        super().__init__(f"environment variable {variable}={value!r}: no kind of CPU. Choose one of {', '.join(kinds)}, or unset it.")
+        self.variable, self.value, self.kinds = variable, value, kinds
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.variable, self.value, self.kinds)
+
+
 class ShapeError(LvsaError, ValueError):
     """Tensors or a grid that do not fit together in a direct call of ``sparse_attention``."""
 

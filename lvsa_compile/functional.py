@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lvsa_compile import compat
+from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import GradientError, ShapeError, StepError, UnknownOptionError
 from lvsa_compile.lowering.attention_op import accumulation_dtype, library, output_like
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
@@ -155,6 +156,7 @@ def _checked(
     return span, FramePattern(grid[0], *pattern)
 
 
+@dropped_on_reset
 @functools.lru_cache(maxsize=32)
 def _ready(lowering: Lowering, call: AttentionCall) -> tuple[Callable[..., tuple[Tensor, Tensor]], int]:
     """What computes a call, and how many phases it has."""

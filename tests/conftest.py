@@ -3,21 +3,38 @@ from __future__ import annotations
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do: kernels run on the CPU, program by program
+os.environ.pop("LVSA_OPTIONS", None)  # tests state the options they mean
 
 import pytest
 import torch
 from hypothesis import settings
+
+from lvsa_compile.lowering.cpu_kind import KINDS, VARIABLE, cpu_kind
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+def pytest_generate_tests(metafunc):
+    """Tests of the CPU's kernel run under each kind of CPU that this machine can play."""
+    if metafunc.definition.get_closest_marker("kernel"):
+        metafunc.fixturenames.append("played_cpu")
+        metafunc.parametrize("played_cpu", KINDS[: KINDS.index(cpu_kind()) + 1], indirect=True)
+
+
+@pytest.fixture
+def played_cpu(request, monkeypatch):
+    """The kind of CPU that is played."""
+    monkeypatch.setenv(VARIABLE, request.param)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def fresh_torch():
-    """No compiled graph, report or random state of another test."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+    """No compiled graph, report or random state of another test; Dynamo is reset where a test used it."""
     torch.manual_seed(0)
     yield
-    torch._dynamo.reset()
+    if torch._dynamo.utils.counters:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()

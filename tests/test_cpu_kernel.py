@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import platform
 import subprocess
 import sys
 
@@ -16,11 +15,14 @@ from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
 
 import lvsa_compile
 from lvsa_compile import FramePattern, compat
+from lvsa_compile.errors import CpuKindError
 from lvsa_compile.lowering import cpu
 from lvsa_compile.lowering.contract import AttentionCall
+from lvsa_compile.lowering.cpu_kind import KINDS, compiler_flags, cpu_kind, of_machine
 from lvsa_compile.lowering.select import select
 from lvsa_compile.sparsity.key_ranges import VideoSpan
 
+pytestmark = pytest.mark.kernel
 PHASE = torch.tensor(0, dtype=torch.int32)
 
 
@@ -150,7 +152,7 @@ def test_nothing_to_compute():
 
 def call_of(**more) -> AttentionCall:
     span = VideoSpan(0, 30, 12, 0)
-    facts = dict(device=torch.device("cpu"), dtype=torch.bfloat16, batch=1, query_heads=2, key_heads=2, head_dim=64, value_dim=64)
+    facts = dict(device=torch.device("cpu"), dtype=torch.float32, batch=1, query_heads=2, key_heads=2, head_dim=64, value_dim=64)
     return AttentionCall(**{**facts, **more}, query=span, key=span, pattern=FramePattern(30))
 
 
@@ -164,21 +166,55 @@ def test_what_the_kernel_does_not_take_goes_to_the_dense_kernel_and_merge(more, 
     assert dict(choice.passed_over)["cpu"] == why
 
 
-def test_matrix_units_are_left_to_the_dense_kernel(monkeypatch):
+@pytest.fixture
+def on_machine(monkeypatch):
+    """Plays a machine with the features of a kind of CPU, whatever this one has: for decisions, no kernel is run."""
+
+    def play(kind):
+        have = KINDS.index(kind)
+        monkeypatch.setattr(compat, "cpu_features", lambda: tuple(place < have for place in range(3)))
+        monkeypatch.delenv("LVSA_CPU", raising=False)
+        of_machine.cache_clear()
+
+    yield play
+    monkeypatch.undo()
+    of_machine.cache_clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrix_units_are_left_to_the_dense_kernel(kind, on_machine, monkeypatch):
+    monkeypatch.setattr(cpu, "_why_not", lambda kind: None)
+    on_machine(kind)
+    half = select(call_of(dtype=torch.bfloat16))
+    assert half.lowering.name == ("dense_merge" if kind == "amx" else "cpu")
+    why = "the dense kernel uses the matrix units of this CPU for bfloat16, its own does not"
+    assert dict(half.passed_over).get("cpu") == (why if kind == "amx" else None)
     assert select(call_of()).lowering.name == "cpu"
-    monkeypatch.setattr(compat, "cpu_has_matrix_units", lambda: True)
-    choice = select(call_of())
-    assert choice.lowering.name == "dense_merge"
-    assert dict(choice.passed_over)["cpu"] == "the dense kernel uses the matrix units of this CPU for bfloat16, its own does not"
-    assert select(call_of(dtype=torch.float32)).lowering.name == "cpu"
+
+
+def test_the_variable_hides_and_never_adds(on_machine, monkeypatch):
+    on_machine("avx512")
+    for wanted, played in (("plain", "plain"), ("avx2", "avx2"), ("avx512", "avx512"), ("amx", "avx512"), ("", "avx512")):
+        monkeypatch.setenv("LVSA_CPU", wanted)
+        assert cpu_kind() == played
+    assert [bool(compiler_flags(kind)) for kind in KINDS[:3]] == [True, True, False]
+    monkeypatch.setenv("LVSA_CPU", "sse")
+    with pytest.raises(CpuKindError, match="environment variable LVSA_CPU='sse': no kind of CPU"):
+        cpu_kind()
+
+
+def test_a_kernel_for_another_kind_is_another_library(played_cpu):
+    assert cpu_kind() == played_cpu
+    assert (cpu._built("plain") is cpu._kernel()) == (played_cpu == "plain")
 
 
 def test_without_a_compiler_the_model_is_sparse_all_the_same_and_the_reason_is_known(monkeypatch):
-    def no_compiler(source):
+    def no_compiler(source, flags):
         raise OSError("g++: not found\nand more lines")
 
     monkeypatch.setattr(compat, "load_cpp", no_compiler)
-    for cached in (cpu._kernel, cpu._why_not_built):
+    caches = (cpu._built, cpu._why_not)
+    for cached in caches:
         cached.cache_clear()
     try:
         model, inputs = randomise(VideoDiT()), dit_inputs()
@@ -188,36 +224,8 @@ def test_without_a_compiler_the_model_is_sparse_all_the_same_and_the_reason_is_k
         assert report.sparse_sites[0].lowering == "dense_merge"
         assert dict(select(call_of()).passed_over)["cpu"] == "its kernel could not be compiled (OSError: g++: not found)"
     finally:
-        for cached in (cpu._kernel, cpu._why_not_built):
+        for cached in caches:
             cached.cache_clear()
-
-
-@pytest.mark.parametrize("isa", ["x86-64", "haswell"])
-def test_other_instruction_sets(isa, tmp_path):
-    """The same source, compiled for older CPUs, computes the same."""
-    if "x86" not in platform.machine():
-        pytest.skip("flags of x86")
-    code = f"""
-import ctypes, subprocess, sys, torch
-from lvsa_compile import compat
-def load(source):
-    subprocess.run(["g++", "-O2", "-march={isa}", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-xc++", "-",
-                    "-o", {str(tmp_path / "kernel.so")!r}], input=source, text=True, check=True)
-    return ctypes.CDLL({str(tmp_path / "kernel.so")!r})
-compat.load_cpp = load
-from lvsa_compile.lowering import attention_op, cpu
-torch.manual_seed(0)
-query, key, value = (torch.randn(1, 3, 300, 40) for _ in range(3))
-bounds = torch.tensor([0, 130, 300], dtype=torch.int32)
-ranges = torch.tensor([[[[0, 33], [60, 101]], [[0, 33], [90, 300]]]], dtype=torch.int32)
-for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
-    tensors = [t.to(dtype) for t in (query, key, value)]
-    found, _ = torch.ops.lvsa.attention_cpu(*tensors, bounds, ranges, torch.tensor(0))
-    expected, _ = attention_op.attention(*(t.double() for t in tensors), bounds, ranges, torch.tensor(0))
-    assert (found - expected).abs().max() < tolerance, (found - expected).abs().max()
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
 
 
 def test_it_holds_no_more_than_keys_and_values_beside_its_answer():

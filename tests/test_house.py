@@ -22,7 +22,7 @@ MAY_IMPORT = {  # folder of the package -> the other folders it may import; modu
     "vqeval": set(),
     "integrations": {"axes", "report", "passes", "patterns", "sparsity", "lowering", "kernels"},
 }
-LEAVES = {"errors", "compat", "reasons", "options", "horizons", "clock", "source_stamp"}
+LEAVES = {"caches", "errors", "compat", "reasons", "options", "horizons", "clock", "source_stamp"}
 NOT_IN_FOLDERS = {"backend", "bisecting", "functional", "runtime", "cli"}
 
 

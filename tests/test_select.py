@@ -35,10 +35,10 @@ def lowering(name: str, speedup: float = 1.0, **more) -> Lowering:
 @pytest.fixture(autouse=True)
 def nothing_tried_or_remembered():
     trial._tried.cache_clear()
-    measured.forget()
+    measured._remembered.clear()
     yield
     trial._tried.cache_clear()
-    measured.forget()
+    measured._remembered.clear()
 
 
 @pytest.mark.parametrize(("name", "dtype", "masked"), [
@@ -119,7 +119,7 @@ def test_measuring_takes_the_fastest_found_and_remembers_it_beside_inductors_cac
     assert sorted(said["seconds"] for said in files) == [0.001, 0.002]
     assert all(str(torch.__version__).split("+")[0] in said["facts"] for said in files)
     asked.clear()
-    measured.forget()  # another process
+    measured._remembered.clear()  # another process
     assert select.select(call_of(), measure=True).seconds == choice.seconds
     assert asked == ["broken"]
     select.select(call_of(batch=2), measure=True)
@@ -177,7 +177,7 @@ def test_a_cache_file_that_is_not_ours_is_measured_again(monkeypatch, tmp_path, 
     assert measured.seconds_of(lowering("one"), call_of()) == 0.5
     (file,) = tmp_path.iterdir()
     file.write_text(text)
-    measured.forget()
+    measured._remembered.clear()
     assert measured.seconds_of(lowering("one"), call_of()) == 0.5
     assert json.loads(file.read_text())["seconds"] == 0.5
 

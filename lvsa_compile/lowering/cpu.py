@@ -24,6 +24,7 @@ from lvsa_compile.lowering.attention_op import (
     score_mask,
 )
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.lowering.cpu_kind import compiler_flags, cpu_kind
 from lvsa_compile.lowering.rates import share_of_dense
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -48,14 +49,18 @@ class _Call(ctypes.Structure):
     )
 
 
-@functools.cache
 def _kernel() -> ctypes.CDLL:
     """The compiled kernel; seconds at its first use on a machine.
 
     Raises:
         Exception: whatever the compiler or the loader has to say.
     """
-    return compat.load_cpp(_source("attention.cpp"))
+    return _built(cpu_kind())
+
+
+@functools.cache
+def _built(kind: str) -> ctypes.CDLL:
+    return compat.load_cpp(_source("attention.cpp"), compiler_flags(kind))
 
 
 def _source(name: str) -> str:
@@ -64,10 +69,14 @@ def _source(name: str) -> str:
     return re.sub(r'^#include "(.+)"$', lambda found: _source(found[1]), text, flags=re.MULTILINE)
 
 
-@functools.cache
 def _why_not_built() -> str | None:
+    return _why_not(cpu_kind())
+
+
+@functools.cache
+def _why_not(kind: str) -> str | None:
     try:
-        _kernel()
+        _built(kind)
     except Exception as error:  # no compiler, one that knows no vector extensions, a cache that cannot be written: all end the same
         return f"its kernel could not be compiled ({in_a_line(error)})"
     return None
@@ -117,7 +126,7 @@ def _refuses(call: AttentionCall) -> str | None:
         return f"its kernel computes in float32, not in {call.dtype}"
     if call.dtype == torch.float16 and not _kernel().lvsa_knows_float16():
         return "the compiler of this machine knows no float16"
-    if call.dtype == torch.bfloat16 and compat.cpu_has_matrix_units():
+    if call.dtype == torch.bfloat16 and cpu_kind() == "amx":
         return "the dense kernel uses the matrix units of this CPU for bfloat16, its own does not"
     if max(call.head_dim, call.value_dim) > _LARGEST_HEAD_DIM:
         return f"its kernel takes head dims up to {_LARGEST_HEAD_DIM}, not {max(call.head_dim, call.value_dim)}"

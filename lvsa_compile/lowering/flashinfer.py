@@ -16,6 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.lowering.attention_op import define_attention_op, on_the_querys_device, output_like
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
 from lvsa_compile.lowering.dense_kernels import dense_attention, merge_into, why_not_dense_kernel
@@ -117,6 +118,7 @@ def frame_blocks(bounds_bytes: bytes, range_bytes: bytes, ranges_per_block: int,
     return FrameBlocks(places[0][0], tokens, tuple(lists))
 
 
+@dropped_on_reset
 @functools.lru_cache(maxsize=_PHASES_KEPT)
 def _planned(
     blocks: FrameBlocks,
@@ -144,6 +146,7 @@ def _planned(
     return wrapper
 
 
+@dropped_on_reset
 @functools.cache
 def _workspace(device: torch.device, stream: int) -> Tensor:
     return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)

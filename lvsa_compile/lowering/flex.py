@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lvsa_compile import compat
+from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.lowering.attention_op import default_scale, define_attention_op, on_the_querys_device, output_like, score_mask
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
 from lvsa_compile.lowering.gpu import why_no_gpu
@@ -49,6 +50,7 @@ def attention_flex(
     return output_like(query, value).copy_(found), log_sum_exp
 
 
+@dropped_on_reset
 @functools.lru_cache(maxsize=256)
 def _compiled(*kind: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Compiled functions per kind of call: Dynamo counts compiles by function, and gives up beyond a few.
@@ -135,6 +137,7 @@ def _lists(tile_mask: Tensor) -> tuple[Tensor, Tensor]:
     return tile_mask.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
+@dropped_on_reset
 @functools.cache
 def _has_flash(device: torch.device) -> bool:
     """Whether FlexAttention can use FlashAttention 4: the part is one that it knows, its package is installed, and it runs."""

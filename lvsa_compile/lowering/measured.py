@@ -19,15 +19,17 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lvsa_compile import compat
+from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import in_a_line
 from lvsa_compile.lowering.attention_op import ATTENTION
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.lowering.cpu_kind import cpu_kind
 from lvsa_compile.lowering.gpu import random_state_kept
 from lvsa_compile.source_stamp import source_stamp
 from lvsa_compile.sparsity.key_ranges import key_range_table
 
 _RUNS = 3
-_remembered: dict[str, float] = {}
+_remembered: dict[str, float] = dropped_on_reset({})
 
 
 def seconds_of(lowering: Lowering, call: AttentionCall) -> float | str:
@@ -78,11 +80,6 @@ def _seconds_under(lowering: Lowering, call: AttentionCall, setup: str) -> float
     return seconds
 
 
-def forget() -> None:
-    """Drops what this process remembers; files stay."""
-    _remembered.clear()
-
-
 def _measure(lowering: Lowering, call: AttentionCall) -> float:
     heads = (call.query_heads, call.key_heads, call.key_heads)
     lengths, widths = (call.query.length, call.key.length, call.key.length), (call.head_dim, call.head_dim, call.value_dim)
@@ -113,7 +110,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def _facts(lowering: Lowering, call: AttentionCall, setup: str) -> str:
     """All that the seconds depend on, as text."""
-    cpu = f"{platform.processor()} {torch.get_num_threads()}"
+    cpu = f"{platform.processor()} {cpu_kind()} {torch.get_num_threads()}"
     device = cpu if call.device.type == "cpu" else getattr(torch, call.device.type).get_device_name(call.device)
     return json.dumps({"lowering": lowering.name, "setup": setup, "call": str(call), "device": device, "versions": _versions()})
 

@@ -8,6 +8,7 @@ import warnings
 import torch
 
 from lvsa_compile import compat
+from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import LvsaWarning, in_a_line
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
 from lvsa_compile.lowering.gpu import random_state_kept
@@ -29,11 +30,7 @@ def tried(lowering: Lowering, call: AttentionCall) -> str | None:
     return _tried(lowering, call.device, call.dtype, call.query_heads // call.key_heads, call.head_dim, call.masked)
 
 
-def forget() -> None:
-    """Tries again what was tried; for after a change of the surroundings, such as memory that was freed."""
-    _tried.cache_clear()
-
-
+@dropped_on_reset
 @functools.cache
 def _tried(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: int, head_dim: int, masked: bool) -> str | None:
     try:

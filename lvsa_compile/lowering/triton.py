@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.kernels.configurations import INTERPRETED, Configuration, column_widths, configurations, power_of_two
 from lvsa_compile.lowering.attention_op import (
     broadcast_strides,
@@ -33,7 +34,7 @@ _LARGEST_HEAD_DIM = 256
 _LOG2_E = 1.4426950408889634
 
 _Kind = tuple[torch.device, torch.dtype, int, bool, int]
-_preferred: dict[_Kind, Configuration] = {}  # what measuring found, by kind of call
+_preferred: dict[_Kind, Configuration] = dropped_on_reset({})  # what measuring found, by kind of call
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,19 @@ import torch
 from torch import Tensor
 
 from lvsa_compile import compat
+from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.lowering.attention_op import attention, library
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference that rounding explains, relative to the largest value, by dtype of the site."""
 
-_worst: dict[tuple[str, str], tuple[Tensor, float]] = {}
+_worst: dict[tuple[str, str], tuple[Tensor, float]] = dropped_on_reset({})
 
 
 def seen(compile_id: str, site: str) -> tuple[float, float] | None:
     """Largest relative error seen at a site so far and the tolerance of its dtype; None where nothing was verified."""
     found = _worst.get((compile_id, site))
     return None if found is None else (float(found[0]), found[1])
-
-
-def forget() -> None:
-    """Drops all errors seen."""
-    _worst.clear()
 
 
 def _verified(

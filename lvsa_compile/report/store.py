@@ -6,6 +6,7 @@ import dataclasses
 import threading
 
 from lvsa_compile import compat
+from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.report.records import Report, with_errors_seen
 
 
@@ -60,7 +61,7 @@ def reports() -> list[Report]:
         return [with_errors_seen(kept.report) for kept in _kept]
 
 
-def forget() -> None:
-    """Drops all reports."""
+@dropped_on_reset
+def _forget() -> None:
     with _lock:
         _kept.clear()
