@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two workers; tests that share something slow stay on one.
+TWICE := --numprocesses 2 --dist loadgroup
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # What importing FlashInfer takes, to test the calls of it; what running it takes is gigabytes and a GPU.
 FLASHINFER := flashinfer-python apache-tvm-ffi nvidia-ml-py
 
-.PHONY: demo lab test test-all test-ascend docs fuzz bench lint clean
+.PHONY: demo lab test quick test-all test-ascend docs fuzz bench lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/wan_long_video.py
@@ -17,7 +19,11 @@ lab: $(VENV)/lab
 	$(BIN)/python examples/quality_lab/run.py --quick
 
 test: $(VENV)/test lint
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest $(TWICE)
+
+# What can be tested in three minutes: no pipelines, no other processes, no lab, no generated code.
+quick: $(VENV)/test
+	$(BIN)/python -m pytest $(TWICE) -m 'not pipeline and not process and not lab and not inductor'
 
 # The slow gates beside: the Triton kernel for every part, and the GPU benchmark's own code, on the CPU, the quality lab;
 # some ten minutes more.
@@ -33,7 +39,7 @@ ASCEND := .venv-ascend
 test-ascend: $(ASCEND)/ready
 	@if [ -d $(ASCEND)/cann ]; then \
 	LD_LIBRARY_PATH=$(CURDIR)/$(ASCEND)/cann TORCH_DEVICE_BACKEND_AUTOLOAD=0 LVSA_TORCH_NPU_WHEELS=$(CURDIR)/$(ASCEND)/wheels \
-	$(ASCEND)/bin/python -m pytest --numprocesses 2 tests/ascend; \
+	$(ASCEND)/bin/python -m pytest $(TWICE) tests/ascend; \
 	else echo 'skipped: torch_npu cannot be had here'; fi
 
 # The documents as a site in out/site; a link that leads nowhere is an error.

@@ -30,6 +30,18 @@ def options_page() -> str:
             "|---|---|---|",
             *rows,
             "",
+            "## Where a program takes a backend by name alone",
+            "",
+            "Many programs take `--compile-backend lvsa` and no options. Two ways give them, key by key, to every compile that does not",
+            "give them itself; a call comes before the function, and the function before the variable. The report names the source of each.",
+            "",
+            "| way | reaches |",
+            "|---|---|",
+            "| `LVSA_OPTIONS='{\"reference_frames\": 21}'`, a JSON object in the environment | this process and those that it starts |",
+            "| `lvsa_compile.set_default_options(reference_frames=21)` | this process; each call replaces the one before |",
+            "",
+            "Both hold for what is compiled from then on. A bad value is an error that names the variable.",
+            "",
         ]
     )
 

@@ -16,6 +16,7 @@ import functools
 import inspect
 import itertools
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -682,19 +683,38 @@ def marked_dynamic(size: Any, tensor: Tensor) -> str:
 
 
 class EagerAttention:
-    """Lines of Python, other than torch's own and graphs, that call ``scaled_dot_product_attention`` while it is active."""
+    """Lines of Python, other than torch's own and graphs, that call ``scaled_dot_product_attention`` while it is active.
+
+    It does not look while Dynamo compiles, which is slow under a profile and calls no attention.
+    """
 
     def __init__(self) -> None:
         self.lines: collections.Counter[str] = collections.Counter()
         self._inside = 0
 
     def __enter__(self) -> EagerAttention:
-        self._before = sys.getprofile()
-        sys.setprofile(self._note)
+        from torch._dynamo.callback import callback_handler
+
+        self._before, self._thread = sys.getprofile(), threading.get_ident()
+        callback_handler.register_start_callback(self._rest)
+        callback_handler.register_end_callback(self._look)
+        self._look()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        sys.setprofile(self._before)
+        from torch._dynamo.callback import callback_handler
+
+        callback_handler.remove_start_callback(self._rest)
+        callback_handler.remove_end_callback(self._look)
+        self._rest()
+
+    def _look(self, *_: Any) -> None:
+        if threading.get_ident() == self._thread:
+            sys.setprofile(self._note)
+
+    def _rest(self, *_: Any) -> None:
+        if threading.get_ident() == self._thread:
+            sys.setprofile(self._before)
 
     def _note(self, frame: types.FrameType, event: str, called: Any) -> None:
         if event == "c_call" and called is torch.nn.functional.scaled_dot_product_attention and not self._inside:

@@ -317,6 +317,7 @@ class Fused(VideoDiT):
         return tokens + torch.ops.npu.npu_fusion_attention(heads, heads, heads, 2, **said)[0].flatten(2)
 
 
+@pytest.mark.process
 def test_torch_npus_own_attention_is_rewritten():
     model, given = randomise(Fused()), dit_inputs()
     with torch.no_grad():

@@ -19,6 +19,8 @@ from tiny_pipelines import SIZE, SteppedAttention, t5, tokenizer, unipc, vace_tr
 
 import lvsa_compile
 
+pytestmark = pytest.mark.pipeline
+
 ROWS: list[tuple[str, str, str]] = []
 QUICK = {**PATTERN, "inner": "eager"}
 STEPS = {"num_inference_steps": 4, "output_type": "latent"}

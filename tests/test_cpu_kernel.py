@@ -228,6 +228,7 @@ def test_without_a_compiler_the_model_is_sparse_all_the_same_and_the_reason_is_k
             cached.cache_clear()
 
 
+@pytest.mark.process
 def test_it_holds_no_more_than_keys_and_values_beside_its_answer():
     """What it packs, counted from outside: the growth of the process's resident memory."""
     code = """

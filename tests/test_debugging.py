@@ -131,6 +131,7 @@ def test_the_bisect_command(tmp_path):
     assert (found["sites"], found["number"], found["error_before"]) == (3, 1, 0.0)
 
 
+@pytest.mark.process
 def test_torchs_structured_trace_holds_the_report(tmp_path):
     code = """
 import torch

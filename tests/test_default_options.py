@@ -83,6 +83,7 @@ def test_an_empty_variable_is_none(defaults):
     assert parse_options({}) == Options()
 
 
+@pytest.mark.process
 def test_spawned_processes_get_the_variable_and_not_the_function(defaults):
     defaults.setenv("LVSA_OPTIONS", '{"window": 2}')
     lvsa_compile.set_default_options(first_frames=3)

@@ -171,6 +171,7 @@ def hunyuan_video_15():
 
 @pytest.mark.parametrize("make", [hunyuan_video, hunyuan_video_15])
 @pytest.mark.parametrize("part", ["decoder", "encoder", "decode"])
+@pytest.mark.pipeline
 def test_autoencoders_of_diffusers(make, part):
     vae = make().eval()
     x = torch.randn(1, 3, 29, 32, 32) if part == "encoder" else latent()
@@ -181,6 +182,7 @@ def test_autoencoders_of_diffusers(make, part):
     assert torch.equal(found, answer)
 
 
+@pytest.mark.pipeline
 def test_blocks_of_a_decoder_compiled_one_by_one_are_dense():
     vae = hunyuan_video().eval()
     x = latent()

@@ -81,7 +81,7 @@ def in_sizes_read_back(times):
     return block
 
 
-@pytest.mark.parametrize(("inner", "times"), [("aot_eager", 1), ("aot_eager", 5), ("inductor", 4)])
+@pytest.mark.parametrize(("inner", "times"), [("aot_eager", 1), ("aot_eager", 5), pytest.param("inductor", 4, marks=pytest.mark.inductor)])
 def test_sizes_that_are_read_back_in_every_block(inner, times):
     model, inputs = randomise(VideoDiT(in_sizes_read_back(times))), dit_inputs()
     with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
@@ -155,6 +155,7 @@ def test_a_mark_on_the_video_is_kept(axis, what, mark):
         assert site.decision == "sparse"
 
 
+@pytest.mark.inductor
 def test_compiling_ahead_of_time_is_dense_or_an_error_that_says_what_works():
     model, inputs = randomise(VideoDiT()), dit_inputs()
     with torch.no_grad():

@@ -10,8 +10,10 @@ import pytest
 import torch
 from test_backend import close, expected
 from tiny_models import EXACT, PATTERN, VideoDiT, dit_inputs, randomise, timesteps, wan, wan_inputs
+from typer.testing import CliRunner
 
 import lvsa_compile
+from lvsa_compile.cli import app
 from lvsa_compile.errors import ExplainError, OptionError
 
 FIRST = Path(sys.executable).parent
@@ -154,6 +156,7 @@ def command(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     return subprocess.run([FIRST / "lvsa", *arguments], capture_output=True, text=True, check=check)
 
 
+@pytest.mark.process
 def test_the_explain_command(tmp_path):
     model = tmp_path / "model.py"
     model.write_text(
@@ -164,16 +167,18 @@ def test_the_explain_command(tmp_path):
     run = command("explain", str(model), "-o", "reference_frames=4", "-o", "window=1", "--html", str(page))
     assert "2 of 4 attention sites sparse" in run.stdout
     assert page.exists()
-    plain = json.loads(command("explain", f"{model}:build", "--json", "--device", "meta").stdout)
+    plain = json.loads(CliRunner().invoke(app, ["explain", f"{model}:build", "--json", "--device", "meta"]).stdout)
     assert plain["graphs"][0]["sites"][0]["reason"] == "pattern_full"
     wrong = command("explain", str(model), "-o", "windwo=1", check=False)
     assert wrong.returncode == 2
     assert (
         wrong.stderr.strip().splitlines()[-1] == "lvsa: option windwo=1: neither lvsa nor Inductor has this option. Did you mean 'window'?"
     )
-    assert "has no function 'other'" in " ".join(command("explain", f"{model}:other", check=False).stderr.replace("│", "").split())
+    missing = CliRunner().invoke(app, ["explain", f"{model}:other"])
+    assert "has no function 'other'" in " ".join(missing.output.replace("│", "").split())
 
 
+@pytest.mark.process
 def test_doctor_and_pattern_commands():
     doctor = command("doctor").stdout
     assert torch.__version__ in doctor

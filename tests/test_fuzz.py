@@ -81,7 +81,7 @@ PIECES = Recipe(
 
 
 @example(PIECES)
-@settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(recipes)
 def test_a_sample_of_random_models(recipe):
     check(recipe)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lvsa_compile
 from lvsa_compile import reasons
 
@@ -73,17 +75,20 @@ def test_files_stay_readable():
         assert len(path.read_text().splitlines()) <= limit, path
 
 
+@pytest.mark.process
 def test_importing_the_package_imports_nothing_heavy():
     heavy = {"torch", "numpy", "diffusers", "triton", "sympy"}
     code = f"import sys, lvsa_compile; print(sorted(m for m in sys.modules if m.split('.')[0] in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+@pytest.mark.process
 def test_the_backend_needs_neither_diffusers_nor_triton():
     code = "import sys, lvsa_compile.backend; print([m for m in ('diffusers', 'triton', 'flashinfer', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+@pytest.mark.process
 def test_torch_logs_finds_the_package_while_torch_starts():
     code = "import torch; print('started')"
     run = subprocess.run(

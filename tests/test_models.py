@@ -19,6 +19,8 @@ from tiny_models import CONFIG, PATTERN, randomise, wan_inputs
 
 import lvsa_compile
 
+pytestmark = pytest.mark.pipeline
+
 FRAMES, ROWS, COLUMNS, TEXT = GRID = 9, 3, 4, 7
 TOKENS = ROWS * COLUMNS
 VIDEO = FRAMES * TOKENS

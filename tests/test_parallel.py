@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.process, pytest.mark.xdist_group("parallel")]  # what one group of processes gave serves all
+
 HERE = Path(__file__).parent
 NAMES = {
     2: [

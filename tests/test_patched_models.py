@@ -13,6 +13,8 @@ from tiny_models import EXACT, timesteps, wan, wan_inputs
 
 import lvsa_compile
 
+pytestmark = pytest.mark.pipeline
+
 LARGE = dict(num_attention_heads=2, attention_head_dim=32, text_dim=32, freq_dim=32, num_layers=3)
 BLOCKS = "`lvsa_compile.compile_repeated_blocks`"
 

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors import safe_open
 
+pytestmark = pytest.mark.lab
+
 ROOT = Path(__file__).parent.parent
 LAB = ROOT / "examples/quality_lab"
 sys.path.insert(0, str(LAB))

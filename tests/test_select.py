@@ -137,6 +137,7 @@ def test_what_found_no_room_to_be_measured_may_serve_all_the_same(monkeypatch):
     assert select.select(call_of(), measure=True).lowering.name == "fast"
 
 
+@pytest.mark.inductor
 def test_when_slower_dense_goes_by_what_was_measured(monkeypatch):
     from lvsa_compile.passes import decide
 
@@ -182,6 +183,7 @@ def test_a_cache_file_that_is_not_ours_is_measured_again(monkeypatch, tmp_path, 
     assert json.loads(file.read_text())["seconds"] == 0.5
 
 
+@pytest.mark.inductor
 def test_max_autotune_measures_on_the_real_shapes_and_the_report_shows_it(monkeypatch, tmp_path):
     monkeypatch.setattr(compat, "cache_folder", lambda name: tmp_path)
     model, inputs = randomise(VideoDiT()), dit_inputs()

@@ -273,6 +273,7 @@ def test_what_it_refuses_and_why(monkeypatch):
     assert lowering._unavailable(torch.device("cuda")) == "triton is not installed"
 
 
+@pytest.mark.process
 def test_the_kernel_compiles_for_a_device_that_is_not_here():
     """The whole compiler, in a process without the interpreter: matrix instructions come out, and shared memory that the part has."""
     code = """
@@ -287,6 +288,7 @@ for target in ("cuda:80", "cuda:90"):
     assert run.stdout.splitlines() == ["cuda:80 True True True False", "cuda:90 True True True False"], run.stderr
 
 
+@pytest.mark.process
 def test_the_small_kernels_compile_for_devices_that_are_not_here():
     code = """
 from triton.backends.compiler import GPUTarget

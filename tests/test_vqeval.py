@@ -25,6 +25,8 @@ from lvsa_compile.vqeval.artefacts import halo
 from lvsa_compile.vqeval.comparison import compared
 from lvsa_compile.vqeval.scores import DIMENSIONS, PRESETS, Dimension, Metric, combined
 
+pytestmark = pytest.mark.lab
+
 STRENGTHS = (0.0, 0.5, 1.0)
 FALLS_BY = {"halo": 15, "noise": 15, "flicker": 20}  # the others by more
 VIDEOS = Path(os.environ.get("LVSA_VQEVAL_VIDEOS", "/nowhere"))

@@ -19,6 +19,8 @@ from lvsa_compile.errors import VideoQualityError
 from lvsa_compile.vqeval import Networks, evaluate, load_networks
 from lvsa_compile.vqeval.scores import Metric, beside
 
+pytestmark = pytest.mark.lab
+
 FRAMES = synthetic.as_tensor(synthetic.healthy()[:40])
 
 
