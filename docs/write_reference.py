@@ -33,7 +33,7 @@ def options_page() -> str:
             "## Where a program takes a backend by name alone",
             "",
             "Many programs take `--compile-backend lvsa` and no options. Two ways give them, key by key, to every compile that does not",
-            "give them itself; a call comes before the function, and the function before the variable. The report names the source of each.",
+            "give them itself; a call comes before the function, the function before the variable. The report names the source of each.",
             "",
             "| way | reaches |",
             "|---|---|",
