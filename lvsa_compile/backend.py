@@ -246,6 +246,12 @@ def _publish(report: Report, compilation: Compilation) -> None:
             f"lvsa found no timestep among the inputs of {report.model or 'the model'}, so the anchor grid stays at step 0. "
             "Wrap each denoising step in `with lvsa_compile.step(i):`, or pass options={'rotate': False} if that is meant."
         )
+    names = [site.name for site in report.sparse_sites]
+    if compilation.timestep is not None and compilation.timestep.taken_apart and len(set(names)) < len(names):
+        _warn_once(
+            f"lvsa found several denoising steps in one graph of {report.model or 'a function'}: all of them attend to the anchors of the "
+            "first. Compile the model instead of the loop around it, so that each step is a call."
+        )
     slow = next((site for site in report.sparse_sites if site.lowering == REFERENCE.name), None)
     if slow is not None and compilation.options.lowering == "auto":
         _warn_once(

@@ -9,36 +9,45 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import threading
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lvsa_compile.caches import dropped_on_reset
-from lvsa_compile.errors import StepError
+from lvsa_compile.errors import LvsaWarning, StepError
 
-_explicit_step: contextvars.ContextVar[int | None] = contextvars.ContextVar("lvsa_step", default=None)
+_explicit_step: contextvars.ContextVar[tuple[int | None, int | None]] = contextvars.ContextVar("lvsa_step", default=(None, None))
 
 
-def step(index: int) -> contextlib.AbstractContextManager[None]:
+def step(index: int, of: int | None = None) -> contextlib.AbstractContextManager[None]:
     """Within this context (thread, task) compiled models run denoising step ``index``, whatever their timestep says.
 
     Args:
         index: the step's number from 0.
+        of: how many steps the video has, where that is known.
 
     Raises:
-        StepError: ``index`` is not a whole number from 0.
+        StepError: ``index`` is not a whole number from 0, or ``of`` is not a whole number above it.
+
+    Example:
+        >>> for i, t in enumerate(timesteps):
+        ...     with lvsa_compile.step(i, of=len(timesteps)):
+        ...         noise = transformer(latents, t)
     """
     if isinstance(index, bool) or not isinstance(index, int) or index < 0:
         raise StepError(index)
-    return _running(index)
+    if of is not None and (isinstance(of, bool) or not isinstance(of, int) or of <= index):
+        raise StepError(index, of)
+    return _running(index, of)
 
 
 @contextlib.contextmanager
-def _running(index: int) -> Iterator[None]:
-    token = _explicit_step.set(index)
+def _running(index: int, of: int | None) -> Iterator[None]:
+    token = _explicit_step.set((index, of))
     try:
         yield
     finally:
@@ -47,54 +56,105 @@ def _running(index: int) -> Iterator[None]:
 
 def explicit_step() -> int | None:
     """The step of the innermost ``step`` context, or None."""
-    return _explicit_step.get()
+    return _explicit_step.get()[0]
+
+
+def explicit_steps() -> int | None:
+    """How many steps the video has by the innermost ``step`` context, or None."""
+    return _explicit_step.get()[1]
+
+
+_ROWS = 256
+"""Callers (threads, and sizes of video in each) that one model's clock tells apart before it begins anew."""
+_FIRST, _LAST, _DIRECTION, _STEP, _MEAN = range(5)
+_BACK_AT_FIRST, _AT_THE_END = 0.1, 0.3
+"""Against its direction a value begins a new video where it comes back to the first value, up to this share of the way that was gone; or
+where the last value was as near to the end of a schedule as this share of it: to zero, or for those that rise to 1 or 1000."""
+_SAME_MEAN = 1e-4
+
+Caller = Hashable
+"""A thread and a size of video."""
 
 
 class Clock:
     """The denoising step of one model object.
 
-    The first timestep value is step 0; each other value is one step further, unless it jumps against the direction of the first two
-    values of the video: then a new video begins, at step 0.
+    The first timestep value is step 0; each other value is one step further.  A value that goes against the direction of the first two
+    begins a new video where it comes back to the first value or follows the end of a schedule; anywhere else nobody can tell what it
+    means (a sampler that adds noise, requests in turns), so that the step goes on and one warning says so.
+
+    Each thread has its own video, and each size of video in it.  A thread that is new takes over the video of the thread that called
+    last where its value goes on from there, as in servers that run each step on another thread.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._last: Tensor | None = None  # newest timestep value; NaN before the first
-        self._direction: Tensor | None = None  # -1 or 1 once two values are known, else 0
-        self._step: Tensor | None = None
+        self._videos: Tensor | None = None  # float32 [rows, 5]: first value, last value, direction, step, last mean; NaN before a video
+        self._video_of: Tensor | None = None  # int64 [rows]: the video that each caller's calls belong to
+        self._rows: dict[Caller, int] = {}
+        self._last_caller: dict[Hashable, int] = {}  # by size of video
+        self._steps: dict[int, Tensor] = {}  # by thread
         self._phases: dict[tuple[int, int, torch.device, int], Tensor] = {}
         self._moves = 0  # how often the step may have changed
         self._filled: dict[tuple[int, int, torch.device, int], tuple[int, int | None]] = {}  # what it was when a phase was filled
+        self._doubts = Doubts()
 
     def reset(self) -> None:
         """The next timestep begins a new video."""
         with self._lock:
-            self._last = self._direction = self._step = None
+            self._videos = self._video_of = None
+            self._rows.clear()
+            self._last_caller.clear()
+            self._steps.clear()
             self._moves += 1
 
     @torch.no_grad()
-    def tick(self, timestep: Tensor) -> None:
-        """Notes the timestep of a call: ``[B]``, per frame or per token; conditioned frames carry 0, so the largest counts."""
+    def tick(self, timestep: Tensor, size: Hashable = None) -> None:
+        """Notes the timestep of a call: ``[B]``, per frame or per token; conditioned frames carry 0, so the largest counts.
+
+        ``size`` is that of the video, if it is known.
+        """
         with self._lock, torch.inference_mode(False):
             self._moves += 1
-            value = timestep.detach().amax().float()
-            if self._last is None or self._direction is None or self._step is None or self._last.device != value.device:
-                self._last = torch.full_like(value, float("nan"))
-                self._direction = torch.zeros_like(value)
-                self._step = torch.zeros_like(value, dtype=torch.int32)
-            move = torch.sign(value - self._last)
-            begins = torch.isnan(move) | (move * self._direction < 0)
-            moved = (move != 0).to(torch.int32)
-            self._step.copy_(torch.where(begins, 0, self._step + moved))
-            self._direction.copy_(torch.where(begins, 0.0, torch.where(self._direction == 0, move, self._direction)))
-            self._last.copy_(value)
+            thread = threading.get_ident()
+            timestep = timestep.detach().float()
+            value, mean = timestep.amax(), timestep.mean()
+            row = self._row(thread, size, value)
+            assert self._videos is not None
+            assert self._video_of is not None
+            video = self._video_of[row : row + 1]
+            before = self._videos.index_select(0, video)[0]
+            after, doubtful = _moved(before, value, mean)
+            self._videos.index_copy_(0, video, after[None])
+            self._last_caller[size] = row
+            self._steps[thread] = after[_STEP].to(torch.int32)
+            if explicit_step() is None:
+                self._doubts.note(doubtful)
+
+    def _row(self, thread: int, size: Hashable, value: Tensor) -> int:
+        """The row of a caller; a new one gets a video of its own, or the one of the last caller where ``value`` goes on from there."""
+        if self._videos is None or self._videos.device != value.device or (len(self._rows) == _ROWS and (thread, size) not in self._rows):
+            self._videos = torch.full((_ROWS, 5), float("nan"), device=value.device)
+            self._video_of = torch.arange(_ROWS, device=value.device)
+            self._rows.clear()
+            self._last_caller.clear()
+        assert self._video_of is not None
+        row = self._rows.setdefault((thread, size), len(self._rows))
+        last = self._last_caller.get(size)
+        if row == len(self._rows) - 1 and last is not None and last != row and self._videos is not None:
+            new = torch.isnan(self._videos[row, _LAST]) & (self._video_of[row] == row)
+            theirs = self._videos.index_select(0, self._video_of[last : last + 1])[0]
+            goes_on = new & _goes_on(theirs, value)
+            self._video_of[row] = torch.where(goes_on, self._video_of[last], self._video_of[row])
+        return row
 
     def phase(self, phases: int, device: torch.device, dense_steps: int = 0) -> Tensor:
         """The current step modulo ``phases`` as an int32 scalar on ``device``; ``phases`` itself in the first ``dense_steps`` steps.
 
         Always the same tensor for the same thread, as CUDA graphs need it.
         """
-        key = (phases, dense_steps, device, threading.get_ident())
+        thread = threading.get_ident()
+        key = (phases, dense_steps, device, thread)
         explicit = explicit_step()
         with self._lock, torch.inference_mode(False), torch.no_grad():
             phase = self._phases.get(key)
@@ -103,13 +163,73 @@ class Clock:
             if self._filled.get(key) == (self._moves, explicit):  # many graphs may ask in a step, and the host would wait for each
                 return phase
             self._filled[key] = (self._moves, explicit)
-            if explicit is not None or self._step is None:
+            counted = self._steps.get(thread)
+            if explicit is not None or counted is None:
                 step = explicit or 0
                 return phase.fill_(phases if step < dense_steps else step % phases)
-            rotated = torch.remainder(self._step, phases)
+            rotated = torch.remainder(counted, phases)
             if dense_steps:
-                rotated = torch.where(self._step < dense_steps, phases, rotated)
+                rotated = torch.where(counted < dense_steps, phases, rotated)
             return phase.copy_(rotated, non_blocking=device.type != "cpu")  # the host reads it at once
+
+
+def _moved(before: Tensor, value: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """A video after one more timestep, and whether nobody can tell what that timestep means; a few ops, nothing is asked of the host."""
+    first, last, direction, step, last_mean = before.unbind()
+    move = torch.sign(value - last)
+    against = move * direction < 0
+    back_at_first = (value - first) * direction <= _BACK_AT_FIRST * (last - first).abs()
+    top = torch.where(last <= 1.0, 1.0, 1000.0)
+    at_the_end = torch.where(direction < 0, last < _AT_THE_END * first.abs(), (step > 1) & (last > (1.0 - _AT_THE_END) * top))
+    begins = torch.isnan(last) | (against & (back_at_first | at_the_end))
+    rose_once = against & ~begins & (direction > 0) & (step == 1)  # a call before the first video, whose schedule then falls
+    one = torch.ones_like(value)
+    step = torch.where(begins, 0 * one, torch.where(rose_once, one, step + (move != 0)))
+    direction = torch.where(begins, 0 * one, torch.where(rose_once, -one, torch.where(direction == 0, move, direction)))
+    first = torch.where(begins, value, torch.where(rose_once, last, first))
+    hidden = (move == 0) & ((mean - last_mean).abs() > _SAME_MEAN * last_mean.abs())  # frames move on while the largest value stays
+    return torch.stack([first, value, direction, step, mean]), (against & ~begins) | hidden
+
+
+def _goes_on(video: Tensor, value: Tensor) -> Tensor:
+    """Whether a value is the next one of a video, or the same again; the first of a video is also that of another."""
+    again = (value == video[_LAST]) & (value != video[_FIRST])
+    falls = (video[_DIRECTION] == 0) & (value < video[_LAST])
+    return again | falls | ((value - video[_LAST]) * video[_DIRECTION] > 0)
+
+
+class Doubts:
+    """Warns once where timesteps did not tell the step; on an accelerator as soon as a copy has arrived, so that nothing waits."""
+
+    def __init__(self) -> None:
+        self.warned = False
+        self._on_its_way: tuple[Tensor, torch.Event] | None = None
+
+    def note(self, doubtful: Tensor) -> None:
+        """Takes notice of a call."""
+        if self.warned:
+            return
+        if doubtful.device.type == "cpu":
+            self._tell(bool(doubtful))
+        elif self._on_its_way is None:
+            copy, arrived = doubtful.to("cpu", non_blocking=True), torch.Event(doubtful.device)
+            arrived.record()
+            self._on_its_way = copy, arrived
+        elif self._on_its_way[1].query():
+            self._tell(bool(self._on_its_way[0]))
+            self._on_its_way = None
+
+    def _tell(self, doubtful: bool) -> None:
+        if doubtful:
+            self.warned = True
+            warnings.warn(DOUBT, LvsaWarning, stacklevel=5)
+
+
+DOUBT = (
+    "lvsa cannot tell the denoising step by the timesteps: they rise inside a video or stay where they are, as where requests take turns, "
+    "a sampler adds noise, or frames are denoised one after the other. Wrap each step in `with lvsa_compile.step(i):`, or in diffusers "
+    "call lvsa_compile.integrations.diffusers.attach(pipe)."
+)
 
 
 _clocks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of parameters and of the modules that own them

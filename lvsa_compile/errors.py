@@ -148,14 +148,19 @@ class RegionError(LvsaError, ValueError):
 
 
 class StepError(LvsaError, ValueError):
-    """An explicit denoising step that is not a whole number from 0."""
+    """An explicit denoising step that is not a whole number from 0, or a number of steps that does not reach it."""
 
-    def __init__(self, value: object) -> None:
-        super().__init__(f"step({value!r}): a denoising step is a whole number from 0. Pass the index of the step, not its timestep.")
-        self.value = value
+    def __init__(self, value: object, of: object = None) -> None:
+        problem = f"step({value!r}): a denoising step is a whole number from 0. Pass the index of the step, not its timestep."
+        if of is not None:
+            problem = (
+                f"step({value!r}, of={of!r}): of is how many steps the video has, a whole number above {value!r}. Give it, or leave it out."
+            )
+        super().__init__(problem)
+        self.value, self.of = value, of
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.value,)
+        return type(self), (self.value, self.of)
 
 
 class GradientError(LvsaError, RuntimeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lvsa_compile import compat
@@ -27,6 +28,7 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner_pos
     if not extra_inputs and not ticks:
         return compiled
     own_clock = Clock()
+    size = next(((d.plan.call.query.frames, d.plan.call.query.tokens_per_frame) for d in compilation.sparse if d.plan is not None), None)
 
     def appended(clock: Clock, extra: ExtraInput) -> Any:
         return clock.phase(extra.phases, extra.value.device, extra.dense_steps) if extra.phases else extra.value
@@ -35,7 +37,8 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner_pos
         owner = compat.root_module() if owner_position is None or compat.parent.get() is not None else args[owner_position]
         clock = own_clock if owner is None else clock_of(owner, compat.root_module)
         if ticks and timestep is not None:
-            clock.tick(args[timestep.position])
+            value = args[timestep.position] if timestep.value is None else timestep.value
+            clock.tick(value if isinstance(value, Tensor) else torch.tensor(float(value)), size)
         return compiled(*args, *(appended(clock, extra) for extra in extra_inputs))
 
     return run

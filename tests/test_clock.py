@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import itertools
+import math
+import pickle
+import queue
 import threading
+import warnings
 
+import oracle
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
 
 import lvsa_compile
-from lvsa_compile.clock import Clock, clock_of
+from lvsa_compile.clock import Clock, clock_of, explicit_steps
 from lvsa_compile.errors import StepError
 
 CPU = torch.device("cpu")
@@ -133,3 +140,189 @@ def test_a_phase_is_filled_once_per_step_however_many_graphs_ask(monkeypatch):
     assert int(clock.phase(3, torch.device("cpu"))) == 2
     clock.reset()
     assert int(clock.phase(3, torch.device("cpu"))) == 0
+
+
+# --- what values cannot tell, and what threads and sizes can ---------------------------------------------------------------------
+
+
+def told(clock, calls):
+    """Steps of calls, each a timestep or a pair of timestep and size, and whether the clock had doubts."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        found = []
+        for call in calls:
+            value, size = call if isinstance(call, tuple) else (call, None)
+            clock.tick(value if isinstance(value, torch.Tensor) else torch.tensor([float(value)]), size)
+            found.append(int(clock.phase(10_000, CPU)))
+    messages = [str(w.message) for w in heard if w.category is lvsa_compile.LvsaWarning]
+    assert len(messages) <= 1, "once"
+    assert all("`with lvsa_compile.step(i):`" in text and "attach(pipe)" in text for text in messages)
+    return found, bool(messages)
+
+
+@pytest.mark.parametrize(
+    ("calls", "steps"),
+    [
+        ([999, 900, 950, 800, 850, 700, 750, 600], [0, 1, 2, 3, 4, 5, 6, 7]),  # noise is added before each step
+        ([999, 900, 800, 999, 700, 900, 600, 800], None),  # requests in turns: nobody can tell
+        ([500, 999, 900, 800, 700], [0, 1, 1, 2, 3]),  # a warm-up call, seen when the schedule falls
+    ],
+)
+def test_what_nobody_can_tell_is_a_warning(calls, steps):
+    found, doubts = told(Clock(), calls)
+    assert doubts
+    assert steps is None or found == steps
+
+
+def test_frames_that_move_on_while_the_largest_timestep_stays_are_a_warning():
+    """Diffusion forcing, queues of frames: one frame after the other falls, the last stays at the beginning."""
+    frames = [torch.tensor([[900.0 - 100 * max(0, call - frame) for frame in range(8)]]) for call in range(4)]
+    assert told(Clock(), frames)[1]
+
+
+def test_a_step_that_is_said_leaves_no_doubt():
+    clock = Clock()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number, value in enumerate([999, 900, 950, 800, 850]):
+            with lvsa_compile.step(number, of=5):
+                clock.tick(torch.tensor([float(value)]))
+                assert int(clock.phase(100, CPU)) == number
+
+
+class Callers:
+    """Threads that live at the same time and are told to call one after the other."""
+
+    def __init__(self, clock, names):
+        self.clock = clock
+        self.asked = {name: queue.Queue() for name in names}
+        self.answers = queue.Queue()
+        for name in names:
+            threading.Thread(target=self.serve, args=(name,), daemon=True).start()
+
+    def serve(self, name):
+        while True:
+            value = self.asked[name].get()
+            self.clock.tick(torch.tensor([float(value)]))
+            self.answers.put(int(self.clock.phase(10_000, CPU)))
+
+    def call(self, name, value):
+        self.asked[name].put(value)
+        return self.answers.get(timeout=20)
+
+
+def test_two_threads_have_two_videos():
+    callers = Callers(Clock(), "AB")
+    values = {"A": iter([999, 900, 800, 700]), "B": iter([999, 950, 850, 700])}
+    steps = {"A": [], "B": []}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in "AABABABB":
+            steps[name].append(callers.call(name, next(values[name])))
+    assert steps == {"A": [0, 1, 2, 3], "B": [0, 1, 2, 3]}
+
+
+@settings(max_examples=30)
+@given(threads=st.lists(st.sampled_from("ABCD"), min_size=6, max_size=24))
+def test_a_video_whose_steps_run_on_any_thread_is_one_video(threads):
+    """As in servers that hand each step to whichever worker is free; two videos, one after the other."""
+    callers = Callers(Clock(), "ABCD")
+    steps = 6
+    found = [callers.call(name, 999 - 90 * (call % steps)) for call, name in enumerate(threads)]
+    assert found == [call % steps for call in range(len(threads))]
+
+
+def test_videos_of_two_sizes_in_turns_are_two_videos():
+    calls = [(999, "small"), (999, "large"), (900, "small"), (900, "large"), (800, "large"), (800, "small")]
+    assert told(Clock(), calls) == ([0, 0, 1, 1, 2, 2], False)
+
+
+def schedulers():
+    """What diffusers' video pipelines take: the classes that Wan's, CogVideoX's and LTX's name as compatible, and flow matching."""
+    import diffusers
+
+    compatible = {
+        kind.__name__ for base in (diffusers.UniPCMultistepScheduler, diffusers.CogVideoXDDIMScheduler) for kind in base().compatibles
+    }
+    left_out = {"KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"}  # their timesteps rise at the end
+    flow = {
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "FlowMatchLCMScheduler",
+        "EDMEulerScheduler",
+        "CogVideoXDPMScheduler",
+    }
+    return [getattr(diffusers, name) for name in sorted((compatible | flow) - left_out)]
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, {"use_karras_sigmas": True}, {"shift": 5.0}]
+)
+def test_no_scheduler_of_a_video_pipeline_raises_a_doubt(variant):
+    """Two videos with guidance, then one that begins in the middle, as video-to-video does; few steps and many."""
+    tried = 0
+    for kind in schedulers():
+        try:
+            scheduler = kind(**variant)
+        except (TypeError, ValueError, NotImplementedError, ImportError):
+            continue
+        for count in (4, 10, 50):
+            try:
+                scheduler.set_timesteps(count)
+            except (TypeError, ValueError, ImportError):
+                continue
+            values = [float(t) for t in scheduler.timesteps]
+            if not all(map(math.isfinite, values)):
+                continue
+            clock = Clock()
+            for begin in (0, 0, len(values) * 2 // 5):
+                found, doubts = told(clock, [value for value in values[begin:] for _ in range(2)])
+                runs = [number for number, _ in itertools.groupby(values[begin:])]
+                assert not doubts, (kind, variant, count, values)
+                assert list(dict.fromkeys(found)) == list(range(len(runs))), (kind, variant, count, values)
+            tried += 1
+    assert tried > 5
+
+
+@pytest.mark.parametrize("number", [float, int])
+def test_timesteps_that_are_python_numbers(number):
+    class Numbers(VideoDiT):
+        def forward(self, latents, timestep, text):
+            return super().forward(latents, torch.full((1,), float(timestep)), text)
+
+    model, (latents, _, text) = randomise(Numbers()), dit_inputs()
+    compiled = torch.compile(model, backend="lvsa", options={**EXACT, "inner": "eager"})
+    with torch.no_grad():
+        for step, value in enumerate((900, 800, 700)):
+            output = compiled(latents, number(value), text)
+            with oracle.MaskedAttention(oracle.token_mask(9, 12, step, reference=4, window=1)):
+                answer = model(latents, number(value), text)
+            assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max())
+
+
+def test_several_steps_in_one_graph_are_a_warning():
+    model, (latents, _, text) = randomise(VideoDiT()), dit_inputs()
+
+    def sample(latents, times):
+        for time in times:
+            latents = latents - 0.1 * model(latents, time.expand(1), text)
+        return latents
+
+    with torch.no_grad(), pytest.warns(lvsa_compile.LvsaWarning, match="several denoising steps in one graph"):
+        torch.compile(sample, backend="lvsa", options={**EXACT, "inner": "eager"})(latents, torch.tensor([900.0, 700.0, 500.0]))
+
+
+@pytest.mark.parametrize("of", [5, 0, 2.5, True])
+def test_a_number_of_steps_that_does_not_reach_the_step_is_an_error(of):
+    with pytest.raises(StepError) as raised:
+        lvsa_compile.step(5, of=of)
+    assert str(raised.value) == f"step(5, of={of!r}): of is how many steps the video has, a whole number above 5. Give it, or leave it out."
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+
+
+def test_the_number_of_steps_is_known_within_its_context():
+    assert explicit_steps() is None
+    with lvsa_compile.step(2, of=8):
+        assert explicit_steps() == 8
+        with lvsa_compile.step(3):
+            assert explicit_steps() is None

@@ -7,7 +7,8 @@ that index to ``lvsa_compile.step``.  Where a pipeline sends no index, the clock
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -29,7 +30,7 @@ def attach(pipe: Any) -> Any:
         raise AttachError(type(pipe).__name__)
     for model in models:
         if _MARK not in vars(model):
-            object.__setattr__(model, "cache_context", _with_step(model.cache_context))
+            object.__setattr__(model, "cache_context", _with_step(model.cache_context, weakref.ref(pipe)))
             object.__setattr__(model, _MARK, True)
     return pipe
 
@@ -48,11 +49,12 @@ def _models(pipe: Any) -> list[nn.Module]:
     return [model for model in found if isinstance(model, nn.Module) and hasattr(model, "cache_context")]
 
 
-def _with_step(cache_context: Any) -> Any:
+def _with_step(cache_context: Any, pipe: Callable[[], Any]) -> Any:
     @contextlib.contextmanager
     def context(*args: Any, **information: Any) -> Iterator[Any]:
-        index = information.get("step_index")
-        with cache_context(*args, **information) as inner, contextlib.nullcontext() if index is None else step(int(index)):
+        index, steps = information.get("step_index"), getattr(pipe(), "_num_timesteps", None)
+        of = steps if index is not None and isinstance(steps, int) and steps > int(index) else None
+        with cache_context(*args, **information) as inner, contextlib.nullcontext() if index is None else step(int(index), of):
             yield inner
 
     return context

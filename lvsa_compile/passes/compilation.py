@@ -96,10 +96,15 @@ class ExtraInput:
 
 @dataclass(frozen=True)
 class TimestepInput:
-    """The graph input that tells the denoising step: its position among the inputs, and its name."""
+    """What tells the denoising step: an input of the graph at ``position``, or the number ``value`` that Dynamo made a constant.
+
+    ``taken_apart`` says that the graph uses its elements one by one, as a loop over denoising steps does.
+    """
 
     position: int
     name: str
+    value: float | None = None
+    taken_apart: bool = False
 
 
 @dataclass(frozen=True)

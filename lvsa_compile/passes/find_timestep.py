@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -36,6 +37,8 @@ _CARRY_ON = frozenset(
 def find_timestep(compilation: Compilation) -> Compilation:
     """Fills in ``timestep``: an input with a timestep's name, else the one whose sine or cosine goes through a linear layer.
 
+    An input is a tensor or a number; a number that Dynamo made a constant, which it guards, is known by the name of its argument.
+
     Of several graphs of one forward the first that sees a timestep moves the clock: what the others get may be made of it.
     """
     root, code = compat.root_module(), compilation.compile_id.split("/")[0]
@@ -45,15 +48,32 @@ def find_timestep(compilation: Compilation) -> Compilation:
     candidates = [
         (position, node, name)
         for position, node in enumerate(placeholders)
-        if isinstance(example_value(node), Tensor) and example_value(node).dim() <= 5
+        if _may_be_timestep(example_value(node))
         for kind, name in [input_kind(node)]
         if kind == INPUT
     ]
     ranked = sorted((_rank(node, name), position, name) for position, node, name in candidates)
     if not ranked or ranked[0][0] >= _UNLIKELY:
-        return compilation
+        return compilation if compilation.place.continues else dataclasses.replace(compilation, timestep=_constant())
     _, position, name = ranked[0]
-    return dataclasses.replace(compilation, timestep=TimestepInput(position, name))
+    return dataclasses.replace(compilation, timestep=TimestepInput(position, name, taken_apart=_is_taken_apart(placeholders[position])))
+
+
+def _is_taken_apart(node: fx.Node) -> bool:
+    """Whether two elements of an input or more are used, each by itself."""
+    taken = [user for user in _reached(node, frozenset(("unbind", "iter"))) if _op(user) in ("getitem", "select")]
+    return len({str(user.args[1:]) for user in taken}) > 1
+
+
+def _may_be_timestep(value: Any) -> bool:
+    return value.dim() <= 5 if isinstance(value, Tensor) else isinstance(value, (torch.SymInt, torch.SymFloat))
+
+
+def _constant() -> TimestepInput | None:
+    """A number among the arguments of what is compiled that is named as a timestep."""
+    numbers = {name: value for name, value in compat.argument_scope().items() if type(value) in (int, float)}
+    at = timestep_among(list(numbers))
+    return None if at is None else TimestepInput(-1, list(numbers)[at], float(list(numbers.values())[at]))
 
 
 def timestep_among(names: Sequence[str]) -> int | None:
@@ -74,7 +94,8 @@ def _rank(node: fx.Node, name: str) -> int:
     named = _named(name)
     if named == 0:
         return 0
-    embedded = example_value(node).dim() <= 2 and not _OTHERS.search(short) and _is_embedded_as_sinusoid(node)
+    value = example_value(node)
+    embedded = isinstance(value, Tensor) and value.dim() <= 2 and not _OTHERS.search(short) and _is_embedded_as_sinusoid(node)
     if embedded:
         return 1 if named is None else named
     return _UNLIKELY if named is None else _PLAIN + named
