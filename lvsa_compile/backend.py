@@ -106,17 +106,24 @@ def _decided(
             f"lvsa failed, and a graph is compiled as it came, its attention dense: {where(error)}. This is a defect of lvsa-compile: "
             "please report this line, with the model and the sizes of its inputs. options={'strict': True} raises the error."
         )
-        compilation = left_as_it_came(beginning(), error)
-        settle(compilation)
+        try:
+            compilation = left_as_it_came(beginning(), error)
+            settle(compilation)
+        except Exception:  # whatever failed fails again: nothing is reported, and the graph is right all the same
+            log.debug("lvsa failed again", exc_info=True)
+            return Compilation(fx.GraphModule({}, fx.Graph()), options)
     return compilation
 
 
 def _settle(compilation: Compilation) -> None:
     """Tells everybody else what was decided."""
     report = report_of(compilation)
-    _leave_the_clock_to_this_graph(compilation)
-    _publish(report, compilation)
+    warnings_due = _warnings(report, compilation)
     _guard(compilation)
+    _leave_the_clock_to_this_graph(compilation)
+    _publish(report)
+    for message in warnings_due:
+        _warn_once(message)
 
 
 def _leave_the_clock_to_this_graph(compilation: Compilation) -> None:
@@ -190,7 +197,7 @@ def _dump(compilation: Compilation, stage: str) -> None:
 def _compile_inner(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Options, stamp: str) -> Callable[..., Any]:
     """Hands a graph to the inner compiler; without ``stamp`` exactly as that compiler's own backend would get it."""
     inner = options.inner_on(_device_type(inputs))
-    if inner == "eager":
+    if inner == "eager" and not compat.compiling_ahead():
         return graph_module.forward
     if inner != "inductor":
         compiled: Callable[..., Any] = _inner_backend(inner)(graph_module, inputs)
@@ -227,10 +234,10 @@ def _owner_position(graph_module: fx.GraphModule) -> int | None:
 _warned: set[str] = dropped_on_reset(set())
 
 
-def _publish(report: Report, compilation: Compilation) -> None:
-    """Keeps the report, logs its line, counts, and warns of what was most likely not meant."""
-    keep(report, compat.compiled_entry(), compat.parent.get())
+def _publish(report: Report) -> None:
+    """Keeps the report, logs its line and counts."""
     compat.trace_artifact("lvsa_report", lambda: json.dumps(report.to_dict(), indent=1))
+    keep(report, compat.compiled_entry(), compat.parent.get())
     log.info("%s", report.summary)
     log.debug("%s", report)
     counts = compat.counters()
@@ -239,32 +246,38 @@ def _publish(report: Report, compilation: Compilation) -> None:
     for site in report.sites:
         if site.reason:
             counts[f"dense.{site.reason}"] += 1
+
+
+def _warnings(report: Report, compilation: Compilation) -> list[str]:
+    """What was most likely not meant."""
+    found: list[str] = []
     if any(site.reason == TRAINING.code for site in report.sites):
-        _warn_once(f"lvsa left attention dense: {TRAINING.meaning} {TRAINING.remedy}")
+        found.append(f"lvsa left attention dense: {TRAINING.meaning} {TRAINING.remedy}")
     if report.sparse_sites and compilation.options.rotate and compilation.timestep is None and not compilation.clock_before:
-        _warn_once(
+        found.append(
             f"lvsa found no timestep among the inputs of {report.model or 'the model'}, so the anchor grid stays at step 0. "
             "Wrap each denoising step in `with lvsa_compile.step(i):`, or pass options={'rotate': False} if that is meant."
         )
     names = [site.name for site in report.sparse_sites]
     if compilation.timestep is not None and compilation.timestep.taken_apart and len(set(names)) < len(names):
-        _warn_once(
+        found.append(
             f"lvsa found several denoising steps in one graph of {report.model or 'a function'}: all of them attend to the anchors of the "
             "first. Compile the model instead of the loop around it, so that each step is a call."
         )
     slow = next((site for site in report.sparse_sites if site.lowering == REFERENCE.name), None)
     if slow is not None and compilation.options.lowering == "auto":
-        _warn_once(
+        found.append(
             f"lvsa computes attention of {report.model or 'the model'} in plain PyTorch, right and slow, since nothing faster can serve: "
             f"{'; '.join(f'{name}: {why}' for name, why in slow.passed_over)}. options={{'when_slower': 'dense'}} leaves it dense."
         )
     limit = compat.recompile_limit()
     if report.sites and compat.compiles_of_this_code() + 1 >= limit:
-        _warn_once(
+        found.append(
             f"lvsa compiled {report.model or 'this model'} for size {limit} of torch._dynamo.config.recompile_limit = {limit}. "
             "Any further size runs in eager mode with dense attention. "
             f"Raise the limit (torch._dynamo.config.recompile_limit = {8 * limit}) or keep to fewer sizes."
         )
+    return found
 
 
 def _warn_once(message: str) -> None:

@@ -907,6 +907,15 @@ def modules_around(node: fx.Node) -> list[tuple[type, Any]]:
     return found
 
 
+def required_parameters(module_class: type) -> tuple[str, ...]:
+    """Names of the parameters that a module's forward cannot do without."""
+    try:
+        parameters = inspect.signature(module_class.forward).parameters  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError):
+        return ()
+    return tuple(name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty)
+
+
 def modules_among_arguments() -> list[torch.nn.Module]:
     """Modules that the arguments of the function being compiled are or hold, for a function that is called with a model."""
     values = list(argument_scope().values())

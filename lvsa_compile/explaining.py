@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import traceback
 from collections.abc import Callable, Mapping
@@ -55,6 +56,7 @@ def explain(
     if device is not None:
         model, args, kwargs = _moved((model, args, kwargs), torch.device(device))
     function = model._call_impl if isinstance(model, nn.Module) else model  # past a compiled call that the module may have
+    args, kwargs = _by_name(model, args, kwargs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             with eager:
@@ -67,6 +69,19 @@ def explain(
         sites = tuple(_outside_graphs(line, count) for line, count in eager.lines.items())
         graphs.append(Report(type(model).__name__, (GraphReport("-", sites),)))
     return merged(graphs) if graphs else Report(type(model).__name__, ())
+
+
+def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments by the names of the model's own parameters, as a compile of it would see them, as far as they can be given by name."""
+    try:
+        bound = inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return args, kwargs
+    kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
+    if any(kinds[name] in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL) for name in bound.arguments):
+        return args, kwargs
+    further = next((name for name in bound.arguments if kinds[name] == inspect.Parameter.VAR_KEYWORD), "")
+    return (), {**{name: value for name, value in bound.arguments.items() if name != further}, **bound.arguments.get(further, {})}
 
 
 def _outside_graphs(line: str, count: int) -> SiteReport:

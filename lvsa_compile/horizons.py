@@ -71,15 +71,25 @@ _LVSA = "arXiv 2605.31057"
 _DEFAULT = "default length of the diffusers pipeline"
 _RELEASED = "the length of its release"
 _CHANNELS = ("in_channels", "in_dim")
-_WAN_5B = _is(48, *_CHANNELS)
+
+
+def _is_wan_5b(read: Read) -> bool:
+    """By the channels that come in, or that come out where conditions are concatenated to what comes in."""
+    if _is(48, *_CHANNELS)(read):
+        return True
+    try:
+        return _is(48, "out_channels", "out_dim")(read)
+    except Unreadable:
+        return False
+
 
 HORIZONS = (
-    HorizonRow("WanTransformer3DModel", 31, f"Wan 2.2 TI2V 5B, 121 video frames: {_LVSA}", _WAN_5B),
+    HorizonRow("WanTransformer3DModel", 31, f"Wan 2.2 TI2V 5B, 121 video frames: {_LVSA}", _is_wan_5b),
     HorizonRow("WanTransformer3DModel", 21, f"Wan 2.1 and 2.2 A14B, 81 video frames: {_LVSA}"),
     HorizonRow("WanVACETransformer3DModel", 21, "Wan 2.1 VACE, 81 video frames, as Wan 2.1"),
     HorizonRow("WanAnimateTransformer3DModel", 20, f"Wan 2.2 Animate, 77 video frames: {_DEFAULT}"),
     HorizonRow("WanModel", 25, f"SkyReels-V2, 97 video frames: {_RELEASED}", _has("inject_sample_info")),
-    HorizonRow("WanModel", 31, f"Wan 2.2 TI2V 5B, 121 video frames: {_LVSA}", _WAN_5B),
+    HorizonRow("WanModel", 31, f"Wan 2.2 TI2V 5B, 121 video frames: {_LVSA}", _is_wan_5b),
     HorizonRow("WanModel", 21, f"Wan 2.1 and 2.2 A14B, 81 video frames: {_LVSA}"),
     HorizonRow("VaceWanModel", 21, "Wan 2.1 VACE, 81 video frames, as Wan 2.1"),
     HorizonRow("CausalWanModel", 21, "Self-Forcing, 21 latent frames as Wan 2.1"),

@@ -258,9 +258,9 @@ def set_default_options(**options: Any) -> None:
         >>> lvsa_compile.set_default_options(reference_frames=21)
         >>> pipe.transformer.compile(backend="lvsa")
     """
+    global _defaults
     _parsed(options, {})
-    _defaults.clear()
-    _defaults.update(options)
+    _defaults = dict(options)  # at once, for compiles in other threads
 
 
 def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -279,9 +279,18 @@ def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> O
     merged: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for source, options in ((f"environment variable {VARIABLE}", _of_environment()), (_SETTER, _defaults), ("", call)):
-        merged |= options
-        sources |= dict.fromkeys(options, source)
+        named = {_inductor_name(name): value for name, value in options.items()}
+        merged |= named
+        sources |= dict.fromkeys(named, source)
     return _parsed(merged, {name: source for name, source in sources.items() if source})
+
+
+def _inductor_name(name: str) -> str:
+    """A key of Inductor's configuration as Inductor writes it; any other name as it is."""
+    from lvsa_compile import compat
+
+    written = name.replace("-", "_")
+    return written if compat.inductor_has_option(written) else name
 
 
 def _of_environment() -> dict[str, Any]:
@@ -306,20 +315,24 @@ def _parsed(given: Mapping[str, Any], sources: Mapping[str, str]) -> Options:
     inductors: list[tuple[str, Any]] = []
     try:
         for name, value in given.items():
-            inductor_name = name.replace("-", "_")
             if name in names:
                 ours[name] = value
-            elif compat.inductor_has_option(inductor_name):
-                if problem := compat.inductor_option_problem(inductor_name, value):
+            elif compat.inductor_has_option(written := _inductor_name(name)):
+                if problem := compat.inductor_option_problem(written, value):
                     raise OptionError(name, value, *problem)
-                inductors.append((inductor_name, value))
+                inductors.append((written, value))
             else:
                 raise UnknownOptionError(name, value, names | set(compat.inductor_options()) if "." in name else names)
         if isinstance(ours.get("dense_layers"), list):
             ours["dense_layers"] = tuple(ours["dense_layers"])
         return Options(**ours, inductor=tuple(inductors), sources=tuple(sources.items()))
     except OptionError as error:
-        raise (error.of(sources[error.name]) if error.name in sources else error) from None
+        if error.name in sources:
+            raise error.of(sources[error.name]) from None
+        others = [f"{name} comes from {source}" for name, source in sources.items() if f"{name}=" in error.problem]
+        if others:
+            raise OptionError(error.name, error.value, f"{error.problem} ({', '.join(others)})", error.remedy) from None
+        raise
 
 
 def make_options(**given: Any) -> dict[str, Any]:

@@ -89,3 +89,14 @@ def test_spawned_processes_get_the_variable_and_not_the_function(defaults):
     lvsa_compile.set_default_options(first_frames=3)
     code = "from lvsa_compile.options import parse_options as p; o = p({}); print(o.window, o.first_frames)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["2", "1"]
+
+
+def test_a_call_that_clashes_with_a_default_is_told_where_the_default_is_from(defaults):
+    defaults.setenv("LVSA_OPTIONS", '{"inner": "eager"}')
+    with pytest.raises(LvsaError, match=r"inner='eager' does not use Inductor \(inner comes from environment variable LVSA_OPTIONS\)"):
+        parse_options({}, mode="max-autotune")
+
+
+def test_a_key_of_inductor_is_one_key_however_it_is_spelt(defaults):
+    lvsa_compile.set_default_options(**{"max-autotune": True})
+    assert dict(parse_options({"max_autotune": False}).inductor) == {"max_autotune": False}

@@ -191,3 +191,22 @@ def test_blocks_of_a_decoder_compiled_one_by_one_are_dense():
         lvsa_compile.compile_repeated_blocks(vae.decoder, options=OPTIONS)
         assert torch.equal(vae.decoder(x), answer)
     assert not [site for report in lvsa_compile.reports() for site in report.sites if site.decision == "sparse"]
+
+
+@pytest.mark.parametrize("how", ["a forward that asks for it", "a step that is said"])
+def test_other_signs_of_a_denoiser(how):
+    """The function around hides the timestep's name; the model's forward, or the user, says that there is one."""
+    layers = DENOISERS_WITH_A_TIMESTEP["overlapping convolutions"]()
+    if how == "a forward that asks for it":
+        model = Timed(*layers).eval()
+        _, _, (site,) = compiled(lambda a, b: model(a, b), latent(), torch.tensor([500.0]))
+    else:
+        with lvsa_compile.step(0):
+            _, _, (site,) = compiled(Pipe(*layers).eval(), latent())
+    assert site.decision == "sparse"
+
+
+def test_a_number_that_is_named_t_makes_no_denoiser_of_a_decoder():
+    decoder = Pipe(nn.Conv3d(4, 8, 3, padding=1), nn.Conv3d(8, 4, 3, padding=1)).eval()
+    _, _, (site,) = compiled(lambda z, t: decoder(z) * t, latent(), 3)
+    assert (site.decision, site.reason) == ("dense", "not_denoiser")

@@ -200,3 +200,14 @@ def test_a_model_that_draws_random_numbers_draws_the_same_ones_afterwards():
     state = torch.get_rng_state()
     lvsa_compile.explain(model, *inputs, options=PATTERN)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_positional_arguments_are_known_by_the_names_of_the_models_parameters():
+    model = randomise(VideoDiT())
+    by_place, by_name = (lvsa_compile.explain(model, *dit_inputs(), options=PATTERN), named_explain(model))
+    assert by_place.graphs[0].clock == by_name.graphs[0].clock == "value of input 'timestep'"
+    assert lvsa_compile.explain(lambda *inputs: model(*inputs), *dit_inputs(), options=PATTERN).sparse_sites
+
+
+def named_explain(model):
+    return lvsa_compile.explain(model, **dict(zip(("latents", "timestep", "text"), dit_inputs(), strict=True)), options=PATTERN)

@@ -141,6 +141,16 @@ def test_a_question_that_cannot_be_answered_is_never_the_next_row(config):
         horizon_of(WAN, reader(with_config(config)))
 
 
+def test_a_config_of_something_else_is_not_believed_against_the_model():
+    with pytest.raises(Unreadable):
+        horizon_of(WAN, reader(with_config(types.SimpleNamespace(in_channels=3, lr=1e-4), "args", in_dim=48)))
+
+
+def test_channels_that_come_out_tell_the_model_where_conditions_come_in_beside():
+    assert horizon_of(WAN, reader(with_config({"in_dim": 100, "out_dim": 48}))).frames == 31
+    assert horizon_of(WAN, reader(with_config({"in_dim": 36, "out_dim": 16}))).frames == 21
+
+
 def test_settings_of_the_model_come_before_those_of_its_parts():
     assert horizon_of(WAN, reader(with_config({"vae": {"in_channels": 3}}, in_dim=48))).frames == 31
 
@@ -235,9 +245,8 @@ def test_names_of_original_repositories(name, attributes, frames):
 
 def test_what_is_said_where_a_setting_cannot_be_read():
     model = named("WanModel")
-    assert horizon_told(model, *dit_inputs()) == (
-        "unknown: the horizon of WanModel depends on in_channels or in_dim, which neither its config nor its attributes tell"
-    )
+    said = "which its config and attributes do not tell, or tell in two ways"
+    assert horizon_told(model, *dit_inputs()) == f"unknown: the horizon of WanModel depends on in_channels or in_dim, {said}"
     (site,) = lvsa_compile.reports()[0].sites
     assert site.reason == "horizon_unknown"
     assert "WanModel" in site.detail
@@ -245,21 +254,50 @@ def test_what_is_said_where_a_setting_cannot_be_read():
 
 
 def test_a_block_of_a_known_model_is_never_said_not_to_be_in_the_table():
-    """A file with a model of one row tells the horizon of its blocks; others name the model and what is missing."""
+    """A block gets tokens and shows no video; a model of one's own beside a known one in a file does, and is not taken for its part."""
     home = types.ModuleType("a_package.transformer")
     sys.modules["a_package.transformer"] = home
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = VideoDiT().attention
+
+        def forward(self, tokens):
+            return self.inner(tokens)
+
     try:
-        for whole, told in (("AsymmDiTJoint", "28 latent frames"), ("WanModel", "unknown: Part is a part of WanModel")):
-            part = randomise(VideoDiT())
-            part.__class__ = type("Part", (VideoDiT,), {"__module__": home.__name__})
-            vars(home).update({whole: type(whole, (), {"__module__": home.__name__}), "Part": type(part)})
-            assert horizon_told(part, *dit_inputs()).startswith(told)
-            del vars(home)[whole]
-        home.WanModel, home.VaceWanModel = (type(n, (), {"__module__": home.__name__}) for n in ("WanModel", "VaceWanModel"))
+        Part.__module__ = home.__name__
+        for names, told in ((["StepVideoModel"], "StepVideoModel"), (["WanModel", "VaceWanModel"], "VaceWanModel or WanModel")):
+            for name in [name for name in vars(home) if not name.startswith("__")]:
+                delattr(home, name)
+            vars(home).update({name: type(name, (), {"__module__": home.__name__}) for name in [*names, "Part"]})
+            torch._dynamo.reset()
+            whole = f"unknown: Part is a part of {told}, and only the whole model tells its horizon"
+            assert horizon_told(randomise(Part()), torch.randn(1, 108, 16)) == whole
+        home.StepVideoModel = type("StepVideoModel", (), {"__module__": home.__name__})
+        own = randomise(VideoDiT())
+        own.__class__ = type("MyOwnDiT", (VideoDiT,), {"__module__": home.__name__})
         torch._dynamo.reset()
-        assert horizon_told(part, *dit_inputs()).startswith("unknown: Part is a part of VaceWanModel or WanModel; which one it is")
+        assert horizon_told(own, *dit_inputs()) == "unknown: MyOwnDiT is not in the table of training horizons"
     finally:
         del sys.modules["a_package.transformer"]
+
+
+def test_of_two_models_among_the_arguments_the_one_whose_pieces_are_called_counts():
+    models = types.SimpleNamespace(animate=named("WanAnimateModel"), dit=named("WanModel", in_dim=48))
+
+    def model_fn(models, latents, timestep, text):
+        tokens = models.dit.patch(latents).flatten(2).transpose(1, 2)
+        return models.dit.attention(tokens) + timestep
+
+    assert "31 latent frames" in horizon_told(model_fn, models, *dit_inputs())
+
+    student = randomise(VideoDiT())
+    torch._dynamo.reset()
+    teacher = named("HunyuanVideo")
+    told = horizon_told(lambda teacher, *inputs: student(*inputs), teacher, *dit_inputs())
+    assert told == "unknown: VideoDiT is not in the table of training horizons"
 
 
 @pytest.mark.parametrize(

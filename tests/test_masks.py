@@ -141,12 +141,19 @@ def test_a_part_of_a_conjunction_that_is_used_again_is_still_itself():
 
 
 S = VIDEO + TEXT
+ROWWISE = (torch.arange(S)[:, None] * 3 + torch.arange(4)) % S
 LOWER = torch.ones(S, S, dtype=torch.bool).tril()
 
 
 def base(kind, valid):
     """A first mask bool ``[B, 1, S, S]``."""
     rows, columns = valid[:, None, None, :], valid[:, None, :, None]
+    if kind == "bits":
+        bits = torch.where(valid, 1, 2)
+        return (bits[:, None, :, None] & bits[:, None, None, :]).bool()
+    if kind == "small ints":
+        numbers = torch.where(valid, 16, 1).to(torch.uint8)
+        return (numbers[:, None, :, None] * numbers[:, None, None, :]).bool()
     if kind == "outer":
         return rows & columns
     if kind == "and in place":
@@ -169,7 +176,13 @@ def base(kind, valid):
     return torch.logical_and(rows, columns, out=torch.zeros(valid.shape[0], 1, S, S, dtype=torch.bool))
 
 
-BASES = ["outer", "and in place", "logical_and", "keys", "queries", "whole frames", "product", "cloned", "out"]
+BASES = ["bits", "small ints", "outer", "and in place", "logical_and", "keys", "queries", "whole frames", "product", "cloned", "out"]
+
+
+def scattered(mask, value, index):
+    return mask.scatter_(3, index, torch.tensor(value).expand(index.shape))
+
+
 WRITES = {
     "setitem": lambda m, v, q, k, valid: m.__setitem__((slice(None), slice(None), q, k), v),
     "rows": lambda m, v, q, k, valid: m.__setitem__((slice(None), slice(None), q), v),
@@ -194,9 +207,15 @@ WRITES = {
     "or": lambda m, v, q, k, valid: m.__ior__(valid[:, None, None]),
     "out=": lambda m, v, q, k, valid: torch.logical_or(m, torch.eye(S, dtype=torch.bool), out=m),
     "scatter_": lambda m, v, q, k, valid: m.scatter_(3, torch.arange(S)[None, None, :, None].expand(len(m), 1, S, 1), v),
+    "scatter_ of a tensor": lambda m, v, q, k, valid: scattered(m, v, ROWWISE.expand(len(m), 1, S, 4)),
+    "scatter_ to some rows": lambda m, v, q, k, valid: scattered(m, v, torch.arange(S).expand(len(m), 1, 30, S)),
+    "a value of each query": lambda m, v, q, k, valid: m.__setitem__((..., torch.tensor([0, 1, 2, 50])), LOWER[:, 36:37]),
+    "a value of each key": lambda m, v, q, k, valid: m.__setitem__((slice(None), slice(None), torch.tensor([0, 1, 2, 50])), LOWER[36:37]),
     "what it was made of": lambda m, v, q, k, valid: valid[:, 100:].fill_(False),
 }
 MAKES = {
+    "gather": lambda m, v: m.gather(3, ((torch.arange(S)[:, None] + torch.arange(S)) % S).expand_as(m)),
+    "roll": lambda m, v: m.roll(7),
     "clone": lambda m, v: m.clone(),
     "where": lambda m, v: torch.where(torch.eye(S, dtype=torch.bool), v, m),
     "tril": lambda m, v: m.tril(40),

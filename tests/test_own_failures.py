@@ -169,3 +169,22 @@ def test_the_stamp_covers_every_file_that_decides_results(tmp_path, monkeypatch)
     (package / "__pycache__" / "made.pyc").parent.mkdir(exist_ok=True)
     (package / "__pycache__" / "made.pyc").write_bytes(b"x")
     assert stamp() == before
+
+
+@pytest.mark.parametrize("name", ["report_of", "keep", "_beginning"])
+def test_what_fails_each_time_still_leaves_a_right_graph(name, monkeypatch):
+    monkeypatch.setattr(backend, name, broken)
+    model, inputs = randomise(VideoDiT()), dit_inputs()
+    with torch.no_grad(), pytest.warns(LvsaWarning, match="lvsa failed"):
+        assert torch.equal(torch.compile(model, backend="lvsa", options=OPTIONS)(*inputs), model(*inputs))
+
+
+@pytest.mark.parametrize("name", ["_guard", "_warnings", "_leave_the_clock_to_this_graph"])
+def test_a_failure_after_the_report_was_made_publishes_one_report(name, monkeypatch):
+    whole, calls = getattr(backend, name), []
+    monkeypatch.setattr(backend, name, lambda *args: whole(*args) if calls else broken(calls.append(1)))
+    with torch.no_grad(), pytest.warns(LvsaWarning, match="lvsa failed"):
+        torch.compile(randomise(VideoDiT()), backend="lvsa", options=OPTIONS)(*dit_inputs())
+    (report,) = lvsa_compile.reports()
+    assert [site.reason for site in report.sites] == ["internal_error"]
+    assert torch._dynamo.utils.counters["lvsa"]["sparse"] == 0

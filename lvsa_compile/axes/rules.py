@@ -26,6 +26,7 @@ from lvsa_compile.axes.algebra import (
     concat,
     leaves,
     quotient,
+    repeats,
     same,
     slice_axis,
 )
@@ -276,8 +277,10 @@ def scatter(call: Call) -> Sequence[Axes] | None:
     source = call.arg(3, "src")
     if not isinstance(source, Tensor):
         return None
-    repeats = all(same(axis_size(axis), 1) or all(f.kinds == {BROADCAST} for f in leaves(axis)) for i, axis in enumerate(by) if i != dim)
-    positions = call.value_of(call.arg(2, "index")) if repeats else None
+    if any(not same(axis_size(a), axis_size(b)) for i, (a, b) in enumerate(zip(axes, by, strict=True)) if i != dim):
+        return None  # it writes to a part of the other axes
+    uniform = all(same(axis_size(axis), 1) or repeats(axis) for i, axis in enumerate(by) if i != dim)
+    positions = call.value_of(call.arg(2, "index")) if uniform else None
     if positions is not None:
         positions = positions[tuple(slice(None) if i == dim else 0 for i in range(positions.ndim))]
     return _placed(call, dim, positions, source, call.op == "scatter_add")
@@ -308,6 +311,8 @@ def _placed(call: Call, dim: int, positions: Array | None, source: Tensor, added
     runs = runs_of(positions, axis_size(before[dim]))
     if len(new) != len(before) or (runs is not None and not same(axis_size(new[dim]), sum(stop - start for start, stop in runs))):
         runs, new = None, before
+    if runs is None:  # somewhere along the axis, and for one place of another axis elsewhere than for the next
+        new = tuple(call.uneven(axis, i) for i, axis in enumerate(new))
     return [overwritten(before, new, dim, runs, lost, added=added)]
 
 
@@ -315,9 +320,12 @@ def reordered(call: Call) -> Sequence[Axes]:
     """``flip``, ``roll``, ``sort``, ``gather`` along some axes: those lose their order, the others keep it."""
     axes = call.input()
     place = 2 if call.op in ("roll", "topk") else 1
-    dims = call.arg(place, "dims", call.arg(place, "dim", -1))
+    dims = call.arg(place, "dims", call.arg(place, "dim", [] if call.op == "roll" else -1))
     moved = {axis_index(dim, len(axes)) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])} or set(range(len(axes)))
     sizes = sizes_of(call.outputs[0])
+    if call.op == "gather":  # each place of another axis has an order of its own, unless the index repeats along it
+        by = call.axes_of(call.arg(2, "index"))
+        axes = tuple(axis if repeats(along) else call.uneven(axis, i) for i, (axis, along) in enumerate(zip(axes, by, strict=True)))
     return [tuple(call.new_axis(sizes[i], axis=i, of=axis) if i in moved else axis for i, axis in enumerate(axes))] * len(call.outputs)
 
 

@@ -26,27 +26,32 @@ def find_horizon(compilation: Compilation) -> Compilation:
     given = compilation.options.reference_frames
     if given is not None:
         return dataclasses.replace(compilation, horizon=Horizon(given, "option reference_frames"))
-    wholes = [] if rows else _wholes([kind for kind, _ in around])
     try:
-        row = horizon_of(rows or (rows_of(wholes[0]) if len(wholes) == 1 else ()), reader(module))
+        row = horizon_of(rows, reader(module))
     except Unreadable as setting:
-        if rows:
-            why = f"the horizon of {rows[0].class_name} depends on {setting}, which neither its config nor its attributes tell"
-        else:
-            why = f"{compilation.model} is a part of {wholes[0]}, whose horizon depends on {setting}; the part does not tell it"
+        why = f"the horizon of {rows[0].class_name} depends on {setting}, which its config and attributes do not tell, or tell in two ways"
         return dataclasses.replace(compilation, horizon_missing=why)
     if row is not None:
         return dataclasses.replace(compilation, horizon=Horizon(row.frames, f"table: {row.class_name}, {row.seed}"))
     missing = "is not in the table of training horizons"
+    wholes = [] if compilation.has_video else _wholes([kind for kind, _ in around])
     if wholes:
-        missing = f"is a part of {' or '.join(wholes)}; which one it is cannot be seen from the part"
+        missing = f"is a part of {' or '.join(wholes)}, and only the whole model tells its horizon"
     return dataclasses.replace(compilation, horizon_missing=f"{compilation.model or 'this model'} {missing}")
 
 
 def _around(compilation: Compilation) -> list[tuple[type, Any]]:
-    """Classes and modules around the sites, outermost first; then those that the arguments of a compiled function hold."""
+    """Classes and modules around the sites, outermost first; then the model among a function's arguments that these are parts of."""
     found = [each for site in compilation.sites for each in compat.modules_around(site.node)]
-    found += [(type(module), module) for module in compat.modules_among_arguments()]
+    kinds, modules = {kind for kind, _ in found}, {id(module) for _, module in found if module is not None}
+
+    def has_the_sites(model: Any) -> bool:
+        parts = list(model.modules())
+        return any(id(part) in modules for part in parts) if modules else not kinds or any(type(part) in kinds for part in parts)
+
+    holding = [model for model in compat.modules_among_arguments() if _rows(type(model)) and has_the_sites(model)]
+    if len({id(model) for model in holding}) == 1:  # of several nobody can tell whose pieces these are
+        found.append((type(holding[0]), holding[0]))
     return list({(kind, id(module)): (kind, module) for kind, module in found}.values())
 
 

@@ -76,6 +76,11 @@ def _constant() -> TimestepInput | None:
     return None if at is None else TimestepInput(-1, list(numbers)[at], float(list(numbers.values())[at]))
 
 
+def says_timestep(name: str) -> bool:
+    """Whether a name can mean nothing else, as ``t`` and ``sigma`` can."""
+    return "timestep" in name.lower()
+
+
 def timestep_among(names: Sequence[str]) -> int | None:
     """Which of the names of a model's inputs says most surely that it is the timestep; None where none does."""
     ranked = [(_named(name), position) for position, name in enumerate(names)]

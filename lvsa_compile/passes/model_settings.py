@@ -20,12 +20,12 @@ _NO_CONFIG = (*_PLAIN, bytes, Tensor, nn.Module, type, types.ModuleType, types.F
 
 
 def reader(model: Any) -> Read:
-    """Reads settings of ``model``: from its configs, else from attributes of its own, else from configs inside its configs."""
+    """Reads settings of ``model``: from its configs and attributes, which must agree, else from configs inside its configs."""
 
     def read(names: Sequence[str]) -> Any:
         configs = [config for name in _CONFIGS if (config := _attribute(model, name)) is not _MISSING and _is_config(config)]
         attributes = [vars(model) if model is not None else {}, *(vars(kind) for kind in type(model).__mro__)]
-        for level in (configs, attributes, *_inside(configs)):
+        for level in ([*configs, *attributes], *_inside(configs)):
             found = [value for holder in level for name in names if isinstance(value := _entry(holder, name), _PLAIN)]
             if found:
                 if any(value != found[0] for value in found):

@@ -20,6 +20,9 @@ AS_GOOD_AS_MINUS_INFINITY = -9999.0
 """What is added to a score that is not to count; models write anything from here down."""
 
 _SAME_TRUTH = frozenset("bool to type contiguous clone type_as".split())
+_CASTS_AND_VIEWS = _SAME_TRUTH | frozenset(
+    "int long float half bfloat16 double short unsqueeze getitem view reshape expand repeat transpose permute flatten".split()
+)
 _AND = frozenset("and_ __and__ logical_and bitwise_and iand".split())
 _AND_ONCE_BOOL = _AND | frozenset("mul __mul__ multiply".split())
 
@@ -64,7 +67,7 @@ def _split(node: fx.Node, after: list[fx.Node], shadow: Shadow, unwritten: list[
         found = _split(inputs[0], after, shadow, unwritten)
     elif (name == "unsqueeze" or (name == "getitem" and _adds_axes(node))) and len(inputs) == 1:
         found = _split(inputs[0], [*after, node], shadow, unwritten)
-    elif name in _AND_ONCE_BOOL and len(inputs) == 2 and len(node.args) == 2:
+    elif name in _AND_ONCE_BOOL and len(inputs) == 2 and len(node.args) == 2 and all(map(_is_truth, inputs)):
         found = [part for each in inputs for part in _split_shaped(each, node, after, shadow, unwritten)]
     else:
         return [node]
@@ -86,6 +89,15 @@ def _split_shaped(part: fx.Node, conjunction: fx.Node, after: list[fx.Node], sha
             view = shadow.call(torch.unsqueeze if name_of(step) == "unsqueeze" else operator.getitem, view, *step.args[1:])
         views.append(view if example_value(view).dtype == torch.bool else shadow.call("to", view, torch.bool))
     return views
+
+
+def _is_truth(node: fx.Node) -> bool:
+    """Whether a tensor holds truth values, or the 0 and 1 that they were cast to: of other numbers a product or a conjunction may be 0."""
+    while example_value(node).dtype != torch.bool:
+        if name_of(node) not in _CASTS_AND_VIEWS or not node.args or not is_tensor(node.args[0]):
+            return False
+        node = node.args[0]
+    return True
 
 
 def _adds_axes(node: fx.Node) -> bool:

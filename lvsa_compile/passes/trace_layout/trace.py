@@ -11,8 +11,9 @@ from lvsa_compile.axes.algebra import Axis, leaves
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.labels import said_of
 from lvsa_compile.axes.pieces import expanded
+from lvsa_compile.clock import explicit_step
 from lvsa_compile.passes.compilation import Compilation
-from lvsa_compile.passes.find_timestep import timestep_among
+from lvsa_compile.passes.find_timestep import says_timestep
 from lvsa_compile.passes.trace_layout.denoiser import why_no_denoiser
 from lvsa_compile.passes.trace_layout.handing_on import handed_on
 from lvsa_compile.passes.trace_layout.interpreter import LayoutInterpreter, run_on_fakes
@@ -68,9 +69,12 @@ def trace_layout(compilation: Compilation) -> Compilation:
 
 
 def _has_time(compilation: Compilation) -> bool:
-    """Whether a timestep is known: an input of this graph or of an earlier one, or an argument that Dynamo made a constant."""
-    given = [name for name, value in compat.argument_scope().items() if isinstance(value, (Tensor, int, float))]
-    return bool(compilation.timestep or compilation.clock_before) or timestep_among(given) is not None
+    """Whether a timestep is known: an input of this graph or of an earlier one, a step that the user says, or what a forward asks for."""
+    known = compilation.timestep
+    if (known and (known.value is None or says_timestep(known.name))) or compilation.clock_before or explicit_step() is not None:
+        return True
+    kinds = {kind for site in compilation.sites for kind, _ in compat.modules_around(site.node)}
+    return any(says_timestep(name) for kind in kinds for name in compat.required_parameters(kind))
 
 
 def _outputs(graph: fx.Graph) -> list[Tensor]:
