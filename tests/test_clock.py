@@ -300,6 +300,20 @@ def test_timesteps_that_are_python_numbers(number):
             assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max())
 
 
+def test_the_size_of_a_batch_is_no_timestep():
+    """Dynamo gives symbolic sizes as inputs of their own, named by the tensor whose size they are."""
+    model = randomise(VideoDiT())
+    compiled = torch.compile(model, backend="lvsa", options={**EXACT, "inner": "eager"}, dynamic=True)
+    with torch.no_grad():
+        for step, batch in enumerate((2, 3, 4)):
+            inputs = dit_inputs(batch=batch, timestep=900.0 - 100 * step)
+            output = compiled(*inputs)
+            with oracle.MaskedAttention(oracle.token_mask(9, 12, step, reference=4, window=1)):
+                answer = model(*inputs)
+            assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max())
+    assert lvsa_compile.reports()[0].graphs[0].clock == "value of input 'timestep'"
+
+
 def test_several_steps_in_one_graph_are_a_warning():
     model, (latents, _, text) = randomise(VideoDiT()), dit_inputs()
 

@@ -10,7 +10,7 @@ import torch
 from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
 
 import lvsa_compile
-from lvsa_compile import backend, source_stamp
+from lvsa_compile import backend, functional, source_stamp
 from lvsa_compile.axes import rules
 from lvsa_compile.errors import LvsaWarning, RateError
 from lvsa_compile.lowering import cpu, rates
@@ -188,3 +188,14 @@ def test_a_failure_after_the_report_was_made_publishes_one_report(name, monkeypa
     (report,) = lvsa_compile.reports()
     assert [site.reason for site in report.sites] == ["internal_error"]
     assert torch._dynamo.utils.counters["lvsa"]["sparse"] == 0
+
+
+def test_what_is_kept_for_a_device_is_dropped_by_a_reset():
+    query = torch.randn(1, 2, 108, 8)
+    lvsa_compile.sparse_attention(query, query, query, grid=(9, 3, 4), window=1, reference_frames=4)
+    assert functional._ready.cache_info().currsize
+    with torch.no_grad():
+        torch.compile(randomise(VideoDiT()), backend="lvsa", options=OPTIONS)(*dit_inputs())
+    torch._dynamo.reset()
+    assert not functional._ready.cache_info().currsize
+    assert not lvsa_compile.reports()

@@ -48,7 +48,7 @@ def find_timestep(compilation: Compilation) -> Compilation:
     candidates = [
         (position, node, name)
         for position, node in enumerate(placeholders)
-        if _may_be_timestep(example_value(node))
+        if _may_be_timestep(node)
         for kind, name in [input_kind(node)]
         if kind == INPUT
     ]
@@ -65,8 +65,12 @@ def _is_taken_apart(node: fx.Node) -> bool:
     return len({str(user.args[1:]) for user in taken}) > 1
 
 
-def _may_be_timestep(value: Any) -> bool:
-    return value.dim() <= 5 if isinstance(value, Tensor) else isinstance(value, (torch.SymInt, torch.SymFloat))
+def _may_be_timestep(node: fx.Node) -> bool:
+    """Whether an input is a tensor or a number of its own, not the size of a tensor."""
+    value: Any = example_value(node)
+    if isinstance(value, Tensor):
+        return value.dim() <= 5
+    return isinstance(value, (torch.SymInt, torch.SymFloat)) and "(" not in (compat.placeholder_source(node) or "(")
 
 
 def _constant() -> TimestepInput | None:
