@@ -21,7 +21,7 @@ lab: $(VENV)/lab
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest $(TWICE)
 
-# What can be tested in three minutes: no pipelines, no other processes, no lab, no generated code.
+# What can be tested in a few minutes: no pipelines, no other processes, no lab, no generated code.
 quick: $(VENV)/test
 	$(BIN)/python -m pytest $(TWICE) -m 'not pipeline and not process and not lab and not inductor'
 

@@ -133,19 +133,20 @@ class Clock:
 
     def _row(self, thread: int, size: Hashable, value: Tensor) -> int:
         """The row of a caller; a new one gets a video of its own, or the one of the last caller where ``value`` goes on from there."""
-        if self._videos is None or self._videos.device != value.device or (len(self._rows) == _ROWS and (thread, size) not in self._rows):
+        caller: Caller = (thread, size)
+        if self._videos is None or self._videos.device != value.device or (len(self._rows) == _ROWS and caller not in self._rows):
             self._videos = torch.full((_ROWS, 5), float("nan"), device=value.device)
             self._video_of = torch.arange(_ROWS, device=value.device)
             self._rows.clear()
             self._last_caller.clear()
-        assert self._video_of is not None
-        row = self._rows.setdefault((thread, size), len(self._rows))
+        if caller in self._rows:
+            return self._rows[caller]
+        row = self._rows[caller] = len(self._rows)
         last = self._last_caller.get(size)
-        if row == len(self._rows) - 1 and last is not None and last != row and self._videos is not None:
-            new = torch.isnan(self._videos[row, _LAST]) & (self._video_of[row] == row)
+        if last is not None:
+            assert self._video_of is not None
             theirs = self._videos.index_select(0, self._video_of[last : last + 1])[0]
-            goes_on = new & _goes_on(theirs, value)
-            self._video_of[row] = torch.where(goes_on, self._video_of[last], self._video_of[row])
+            self._video_of[row] = torch.where(_goes_on(theirs, value), self._video_of[last], self._video_of[row])
         return row
 
     def phase(self, phases: int, device: torch.device, dense_steps: int = 0) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from lvsa_compile.axes.algebra import CREATED, INPUT, Axis, Concat, Size, axis_size, concat, leaves, quotient, same, slice_axis, split_axis
 from lvsa_compile.axes.call import Axes, Call, axis_index, sizes_of
 from lvsa_compile.compat import size_expression
+
+_POOLS = frozenset(("avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"))
 
 
 def convolution(call: Call) -> Sequence[Axes]:
@@ -31,9 +31,13 @@ def convolution(call: Call) -> Sequence[Axes]:
     return [(axes[0], channels if same(axis_size(channels), sizes[1]) else call.new_axis(sizes[1], axis=1), *spatial)]
 
 
-def windows_overlap(weight: Tensor, stride: Sequence[Any]) -> bool:
-    """Whether a convolution mixes places that lie in two of its windows."""
-    windows = sizes_of(weight)[2:]
+def mixes_places(op: str, args: Sequence[Any]) -> bool:
+    """Whether an op is a convolution or a pool that mixes places which lie in two of its windows."""
+    if op in _POOLS:
+        return bool(args[2:]) and list(args[2]) not in ([], list(args[1]))
+    if op != "convolution":
+        return False
+    windows, stride = sizes_of(args[1])[2:], args[3]
     return any(not same(window, stride[min(i, len(stride) - 1)]) and not same(window, 1) for i, window in enumerate(windows))
 
 

@@ -16,7 +16,7 @@ from lvsa_compile import compat
 from lvsa_compile.axes.algebra import CREATED, Size, Source, axis_of, axis_size, origins, regroup, same
 from lvsa_compile.axes.call import Axes, Call, sizes_of, tensors_in
 from lvsa_compile.axes.overwriting import lost_axes, overwritten
-from lvsa_compile.axes.patch_rules import windows_overlap
+from lvsa_compile.axes.patch_rules import mixes_places
 from lvsa_compile.axes.rules import RULES, pointwise
 from lvsa_compile.axes.values import KnownValues, Later, View
 from lvsa_compile.axes.view_rules import expand, slice_bounds, with_place_apart
@@ -24,7 +24,6 @@ from lvsa_compile.errors import in_a_line
 
 _REGROUPING = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "alias", "detach"))
 _FILLS = frozenset(("fill_", "zero_"))
-_POOLS = frozenset(("avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"))
 _RESHAPED_IN_PLACE = frozenset(("squeeze_", "unsqueeze_", "transpose_", "t_"))
 
 
@@ -106,9 +105,7 @@ class AxisTracker(compat.TorchDispatchMode):
             self._lose_written(func, args, kwargs)
         if not outputs:
             return
-        if (op == "convolution" and windows_overlap(args[1], args[3])) or (
-            op in _POOLS and args[2:] and list(args[2]) not in ([], list(args[1]))
-        ):
+        if mixes_places(op, args):
             self.convolved |= origins(self.axes_of(args[0])[2:])
         in_place = op.endswith("_") and not op.endswith("__") and bool(args) and outputs[0] is args[0]
         call = Call(op.rstrip("_") if op in _RESHAPED_IN_PLACE else op, args, kwargs, outputs, self.axes_of, self.place, self.values.of)

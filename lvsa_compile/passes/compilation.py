@@ -123,15 +123,13 @@ class Place:
 class Compilation:
     """The state of one compile.
 
-    ``device`` is where the model will run if that is not where it is traced; ``horizon_missing`` says why there is no ``horizon``;
-    ``masks`` says of each
-    masked site what its mask says, None where that cannot be told; ``scaffold`` are nodes that were added to be looked at;
-    ``has_video`` says whether any input shows a video grid that is generated;
-    ``not_denoiser`` says why a video that is attended is not; ``reader`` knows which inputs' values were read;
-    ``clock_before`` is the input that moved the clock before this graph runs; ``flops`` are those of the whole graph, dense, 0 where a
-    size is not a number; a pass that changes what the graph computes sets ``changed``, without which the graph is compiled as it
-    came; ``outgoing`` is what to say of outputs, by position, for
-    the next graph of the same forward.
+    ``device`` is where the model will run if that is not where it is traced; ``horizon_missing`` says why there is no ``horizon``.
+    ``masks`` holds what the mask of each masked site says, None where that cannot be told; ``scaffold`` are nodes that were added to
+    be looked at.  ``has_video`` is whether an input shows a video grid that is generated; ``not_denoiser`` says why a video that is
+    attended is not generated; ``reader`` knows which inputs' values were read.  ``clock_before`` is the input that moved the clock
+    before this graph runs.  ``flops`` are those of the whole graph, dense, 0 where a size is not a number.  ``outgoing`` is what to
+    say of outputs, by position, for the next graph of the same forward.  A pass that changes what the graph computes sets ``changed``;
+    without it the graph is compiled as it came.
     """
 
     graph_module: fx.GraphModule

@@ -1,4 +1,4 @@
-"""Pass 5: what becomes of each site: sparse with a plan, or dense with one reason."""
+"""Decides what becomes of each site: sparse with a plan, or dense with one reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 1: find every attention in the graph, in whatever form."""
+"""Finds every attention in the graph, in whatever form."""
 
 from __future__ import annotations
 

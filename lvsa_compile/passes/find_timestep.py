@@ -1,4 +1,4 @@
-"""Pass 4: which input of the graph tells the denoising step."""
+"""Finds which input of the graph tells the denoising step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes 6 and 7: put ``lvsa::attention`` at the sparse sites, then retarget each to its lowering."""
+"""Puts ``lvsa::attention`` at the sparse sites; then retargets each to its lowering."""
 
 from __future__ import annotations
 

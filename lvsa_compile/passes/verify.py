@@ -1,4 +1,4 @@
-"""Pass 8: the rewritten graph keeps what the inner compiler and the run-time call rely on."""
+"""Checks that the rewritten graph keeps what the inner compiler and the run-time call rely on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 2: the token layout of query and key at every site, from the graph itself."""
+"""Traces the token layout of query and key at every site, from the graph itself."""
 
 from __future__ import annotations
 
