@@ -1,0 +1,122 @@
+"""Fake tensors and their modes; trial runs that leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator as HigherOrderOperator
+from torch._ops import OpOverload as OpOverload
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+
+def fake_like(tensor: Tensor, fake_mode: Any) -> Tensor:
+    """A fake tensor with the metadata of ``tensor`` and static sizes."""
+    with fake_mode:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def new_fake_mode() -> Any:
+    """A fake mode of its own, without symbols: ops that need values raise one of ``NEEDS_VALUES``."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+"""What fake tensors raise where the values of real ones decide."""
+
+
+def tracing_fake_mode() -> Any:
+    """The fake mode of the compile in progress, in which the inner compiler traces; None outside a compile."""
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    return context.fake_mode if context is not None else None
+
+
+def fake_mode_of(tensor: Tensor) -> Any:
+    """The fake mode a fake tensor belongs to, or None for a real one."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return tensor.fake_mode if isinstance(tensor, FakeTensor) else None
+
+
+def fake_mode_of_graph(graph: fx.Graph) -> Any:
+    """The fake mode of a Dynamo graph's inputs, or None where no input is a tensor."""
+    values = (node.meta.get("example_value") for node in graph.nodes if node.op == "placeholder")
+    return next((mode for value in values if isinstance(value, Tensor) and (mode := fake_mode_of(value)) is not None), None)
+
+
+@contextlib.contextmanager
+def tracing_on_fakes(fake_mode: Any) -> Iterator[None]:
+    """Surroundings in which the nodes of a Dynamo graph can run on the fake tensors of their placeholders without new guards."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    shape_env = fake_mode.shape_env
+    fresh = shape_env.ignore_fresh_unbacked_symbols() if shape_env is not None else contextlib.nullcontext()
+    with fake_mode, enable_python_dispatcher(), fresh:
+        yield
+
+
+@contextlib.contextmanager
+def trial_run(fake_mode: Any) -> Iterator[None]:
+    """``tracing_on_fakes`` that leaves nothing behind: guards, replacements, symbols and caches are afterwards what they were.
+
+    That counts for caches too: an answer that Dynamo got ("it cannot be told whether u0 <= 64"), when it is pushed out of a cache and
+    asked for again later, may be another one, at which AOTAutograd fails ("possible memo disaster").
+    """
+    environment = fake_mode.shape_env
+    if environment is None:
+        with tracing_on_fakes(fake_mode):
+            yield
+        return
+    before = {name: _contents(value) for name, value in vars(environment).items()}
+    cached = {name: method for name, method in vars(type(environment)).items() if isinstance(method, functools._lru_cache_wrapper)}
+    for name, method in cached.items():
+        setattr(environment, name, functools.cache(functools.partial(method.__wrapped__, environment)))
+    try:
+        with tracing_on_fakes(fake_mode):
+            yield
+    finally:
+        for name in cached:
+            delattr(environment, name)
+        for name, kept in before.items():
+            _restore(environment, name, kept)
+        environment._update_version_counter()  # for the caches that go by it
+
+
+_ONLY_GROW = ("_version_counter", "_prev_cache_key", "unbacked_symint_counter", "unbacked_symfloat_counter")
+
+_CONTAINERS = (dict, list, set)
+
+
+def _contents(value: Any) -> Any:
+    """A container with the containers in it, copied; anything else as it is."""
+    if isinstance(value, dict):
+        inside = {key: copy.copy(each) if isinstance(each, _CONTAINERS) else each for key, each in value.items()}
+        return value, inside
+    return (value, copy.copy(value)) if isinstance(value, (list, set)) else (value, None)
+
+
+def _restore(environment: Any, name: str, kept: tuple[Any, Any]) -> None:
+    value, contents = kept
+    if name in _ONLY_GROW:
+        return
+    if contents is not None and value != contents:
+        value.clear()
+        (value.extend if isinstance(value, list) else value.update)(contents)
+    if getattr(environment, name) is not value:
+        setattr(environment, name, value)
+
+
+def constant_of(tensor: Tensor) -> Tensor | None:
+    """The real tensor that a tensor is, or that is behind a fake one made from numbers in the code; None where there is none."""
+    constant = tensor if fake_mode_of(tensor) is None else getattr(tensor, "constant", None)
+    return constant if isinstance(constant, Tensor) and constant.device.type != "meta" else None
