@@ -31,15 +31,17 @@ from lvsa_compile.passes.find_horizon import find_horizon
 from lvsa_compile.passes.find_timestep import find_timestep
 from lvsa_compile.passes.follow_trails import follow_trails
 from lvsa_compile.passes.internal_error import is_internal, left_as_it_came, where
+from lvsa_compile.passes.look_around import look_around
 from lvsa_compile.passes.rewrite import lower, rewrite
 from lvsa_compile.passes.trace_layout.interpreter import input_kind
 from lvsa_compile.passes.trace_layout.reading import SameValue
 from lvsa_compile.passes.trace_layout.trace import trace_layout
 from lvsa_compile.passes.verify import verify
 from lvsa_compile.reasons import TRAINING
-from lvsa_compile.report.records import Report, report_of
+from lvsa_compile.report.recording import report_of
+from lvsa_compile.report.records import Report
 from lvsa_compile.report.store import keep
-from lvsa_compile.runtime import with_clock, with_labels
+from lvsa_compile.runtime import Owner, with_clock, with_labels
 from lvsa_compile.source_stamp import source_stamp
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ log = logging.getLogger(__name__)
 ANALYSIS: tuple[Pass, ...] = (
     count_work,  # how much the model computes, for the report
     find_attention,  # every attention in the graph, in whatever form
+    look_around,  # what is around the graph in its forward: breaks, attention between graphs
     find_timestep,  # which input tells the denoising step
     trace_layout,  # what each token axis is made of, followed from the inputs
     find_horizon,  # how many frames the model was trained on
@@ -81,7 +84,7 @@ def lvsa(
         compiled = _compile_inner(compilation.graph_module, [*example_inputs, *appended], parsed, stamp=source_stamp())
     else:
         compiled = _compile_inner(graph_module, example_inputs, parsed, stamp="")
-    return with_clock(with_labels(compiled, compilation), compilation, _owner_position(graph_module))
+    return with_clock(with_labels(compiled, compilation), compilation, _owner(graph_module))
 
 
 def _beginning(
@@ -220,11 +223,11 @@ def _inner_backend(inner: str | Callable[..., Any]) -> Callable[..., Any]:
     return compat.lookup_backend(inner)
 
 
-def _owner_position(graph_module: fx.GraphModule) -> int | None:
+def _owner(graph_module: fx.GraphModule) -> Owner | None:
     """Which input stands for the model at run time: a parameter from the middle, where tied weights are least likely."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     parameters = [
-        position
+        Owner(position, compat.placeholder_source(node) or "")
         for position, node in enumerate(placeholders)
         if input_kind(node)[0] == PARAMETER and isinstance(example_value(node), torch.nn.Parameter)
     ]

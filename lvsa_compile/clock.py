@@ -12,6 +12,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -98,6 +99,20 @@ class Clock:
         self._moves = 0  # how often the step may have changed
         self._filled: dict[tuple[int, int, torch.device, int], tuple[int, int | None]] = {}  # what it was when a phase was filled
         self._doubts = Doubts()
+        self._saw: Tensor | None = None  # float64 [6]: see ClockSaw
+        self._said = 0
+
+    def saw(self) -> ClockSaw:
+        """What it saw so far; waits for the device."""
+        if self._saw is None:
+            return ClockSaw()
+        calls, moves, videos, doubts, least, most = self._saw.tolist()
+        return ClockSaw(int(calls), int(moves), int(videos), int(doubts), least, most, self._said)
+
+    def forget_what_it_saw(self) -> None:
+        """Counts what it sees anew; the step is what it was."""
+        with self._lock:
+            self._saw, self._said = None, 0
 
     def reset(self) -> None:
         """The next timestep begins a new video."""
@@ -124,12 +139,22 @@ class Clock:
             assert self._video_of is not None
             video = self._video_of[row : row + 1]
             before = self._videos.index_select(0, video)[0]
-            after, doubtful = _moved(before, value, mean)
+            after, moved, begins, doubtful = _moved(before, value, mean)
             self._videos.index_copy_(0, video, after[None])
+            self._see(value, moved, begins, doubtful)
             self._last_caller[size] = row
             self._steps[thread] = after[_STEP].to(torch.int32)
             if explicit_step() is None:
                 self._doubts.note(doubtful)
+
+    def _see(self, value: Tensor, *counted: Tensor) -> None:
+        value = value.double()
+        if self._saw is None or self._saw.device != value.device:
+            self._saw = torch.stack([torch.zeros_like(value)] * 4 + [value, value])
+        self._saw[:4].add_(torch.stack([torch.ones_like(value), *counted]))
+        self._saw[4].clamp_(max=value)
+        self._saw[5].clamp_(min=value)
+        self._said += explicit_step() is not None
 
     def _row(self, thread: int, size: Hashable, value: Tensor) -> int:
         """The row of a caller; a new one gets a video of its own, or the one of the last caller where ``value`` goes on from there."""
@@ -174,8 +199,33 @@ class Clock:
             return phase.copy_(rotated, non_blocking=device.type != "cpu")  # the host reads it at once
 
 
-def _moved(before: Tensor, value: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """A video after one more timestep, and whether nobody can tell what that timestep means; a few ops, nothing is asked of the host."""
+@dataclass(frozen=True)
+class ClockSaw:
+    """The timesteps that a clock saw: calls, how often the value was another, the videos that began, the moves that nobody can tell,
+    the smallest and the largest value; ``said`` are the calls for which ``lvsa_compile.step`` said the step.
+    """
+
+    calls: int = 0
+    moves: int = 0
+    videos: int = 0
+    doubts: int = 0
+    least: float = 0.0
+    most: float = 0.0
+    said: int = 0
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return ""
+        said = f"{self.calls} calls, timesteps from {self.least:.6g} to {self.most:.6g}, {self.moves} moves, {self.videos} videos begun"
+        said += f", {self.doubts} moves that do not tell the step" if self.doubts else ""
+        return said + (f"; in {self.said} calls lvsa_compile.step(i) said the step" if self.said else "")
+
+
+def _moved(before: Tensor, value: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A video after one more timestep; whether it moved, whether a video begins, whether nobody can tell what the timestep means.
+
+    A few ops, nothing is asked of the host.
+    """
     first, last, direction, step, last_mean = before.unbind()
     move = torch.sign(value - last)
     against = move * direction < 0
@@ -189,7 +239,7 @@ def _moved(before: Tensor, value: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]
     direction = torch.where(begins, 0 * one, torch.where(rose_once, -one, torch.where(direction == 0, move, direction)))
     first = torch.where(begins, value, torch.where(rose_once, last, first))
     hidden = (move == 0) & ((mean - last_mean).abs() > _SAME_MEAN * last_mean.abs())  # frames move on while the largest value stays
-    return torch.stack([first, value, direction, step, mean]), (against & ~begins) | hidden
+    return torch.stack([first, value, direction, step, mean]), move.abs() > 0, begins, (against & ~begins) | hidden
 
 
 def _goes_on(video: Tensor, value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import re
 import traceback
@@ -17,8 +18,8 @@ from lvsa_compile import compat
 from lvsa_compile.backend import analyse
 from lvsa_compile.errors import ExplainError, in_a_line
 from lvsa_compile.options import parse_options
-from lvsa_compile.reasons import OUTSIDE_GRAPHS
-from lvsa_compile.report.records import DENSE, GraphReport, Report, SiteReport, report_of
+from lvsa_compile.report.recording import outside_graphs, report_of
+from lvsa_compile.report.records import GraphReport, Report
 from lvsa_compile.report.store import merged
 from lvsa_compile.runtime import with_labels
 
@@ -48,6 +49,8 @@ def explain(
 
     def note(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         compilation = analyse(graph_module, example_inputs, parsed, home)
+        seen_by_running = dataclasses.replace(compilation.forward, outside=())
+        compilation = dataclasses.replace(compilation, forward=seen_by_running)
         graphs.append(report_of(compilation))
         return eager.in_graph(with_labels(graph_module.forward, compilation))
 
@@ -66,7 +69,7 @@ def explain(
                 raise ExplainError(user_line(error), str(error)) from error
             raise
     if eager.lines:
-        sites = tuple(_outside_graphs(line, count) for line, count in eager.lines.items())
+        sites = tuple(outside_graphs(line, f"called {count} times outside of all graphs") for line, count in eager.lines.items())
         graphs.append(Report(type(model).__name__, (GraphReport("-", sites),)))
     return merged(graphs) if graphs else Report(type(model).__name__, ())
 
@@ -82,11 +85,6 @@ def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         return args, kwargs
     further = next((name for name in bound.arguments if kinds[name] == inspect.Parameter.VAR_KEYWORD), "")
     return (), {**{name: value for name, value in bound.arguments.items() if name != further}, **bound.arguments.get(further, {})}
-
-
-def _outside_graphs(line: str, count: int) -> SiteReport:
-    said = f"called {count} times outside of all graphs, {line}"
-    return SiteReport("between graphs", DENSE, OUTSIDE_GRAPHS.code, said, OUTSIDE_GRAPHS.remedy, line)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -144,6 +144,11 @@ def rows_of(class_name: str) -> tuple[HorizonRow, ...]:
     return _BY_CLASS.get(class_name, ())
 
 
+def rows_of_class(kind: type) -> tuple[HorizonRow, ...]:
+    """The rows for a class, or for the nearest class that it derives from."""
+    return next((rows for base in kind.__mro__ if (rows := rows_of(base.__name__))), ())
+
+
 def horizon_of(rows: Sequence[HorizonRow], read: Read) -> HorizonRow | None:
     """The first of ``rows`` whose question the settings answer with yes.
 

@@ -13,23 +13,28 @@ NOTHING_TO_DO: Final = "Nothing to do: dense is right here."
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a site stays dense.  ``remedy`` is empty where dense is what the site should be."""
+    """Why a site stays dense.  ``remedy`` is empty where dense is what the site should be.
+
+    ``mendable`` says that attention over the generated video may stand behind it, and that the user can have it sparse.
+    """
 
     code: str
     meaning: str
     remedy: str = ""
+    mendable: bool = False
 
-    def because(self, detail: str = "") -> Miss:
-        """This reason for one site, with what was found there."""
-        return Miss(self, detail)
+    def because(self, detail: str = "", remedy: str = "") -> Miss:
+        """This reason for one site, with what was found there and, where that says more than the reason's own, what mends it."""
+        return Miss(self, detail, remedy or self.remedy)
 
 
 @dataclass(frozen=True)
 class Miss:
-    """A reason as it applies to one site; ``detail`` holds the values that decided."""
+    """A reason as it applies to one site; ``detail`` holds the values that decided, ``remedy`` what the user can do."""
 
     reason: Reason
     detail: str = ""
+    remedy: str = ""
 
     def __str__(self) -> str:
         return f"{self.reason.code}: {self.detail or self.reason.meaning}"
@@ -43,14 +48,28 @@ NO_GRID: Final = Reason(
     "no_grid",
     "No input of this graph shows the frames, rows and columns of a video.",
     "For a part of a video model: lvsa_compile.compile_repeated_blocks(model), or compile the model as a whole. Otherwise nothing to do.",
+    mendable=True,
+)
+FORWARD_NOT_CALLED: Final = Reason(
+    "forward_not_called",
+    "compile_repeated_blocks follows a model's forward to learn what its blocks get, and something else calls the blocks.",
+    'Compile the function that calls the blocks, torch.compile(function, backend="lvsa"), and leave compile_repeated_blocks out.',
+    mendable=True,
 )
 OUTSIDE_GRAPHS: Final = Reason(
     "outside_graphs",
-    "Attention ran in eager code between the graphs of a forward, where no compiler sees it.",
+    "Attention runs in eager code between the graphs of a forward, where no compiler sees it.",
     "Mend the graph breaks (TORCH_LOGS=graph_breaks names them), pass fullgraph=True, or try lvsa_compile.compile_repeated_blocks(model).",
+    mendable=True,
 )
 SPATIAL_OR_TEMPORAL: Final = Reason(
     "spatial_or_temporal", "The site attends within each frame or along time at each place; there is no frame-by-frame pattern to thin out."
+)
+GRAPH_BREAK: Final = Reason(
+    "graph_break",
+    "The forward was broken into several graphs before this site, and what its tokens are did not come across.",
+    "Mend the break that the detail names; TORCH_LOGS=graph_breaks names all of them, and fullgraph=True makes them errors.",
+    mendable=True,
 )
 SINGLE_FRAME: Final = Reason("single_frame", "The video has one latent frame.")
 OTHER_VIDEO: Final = Reason("other_video", "Query and key hold different videos, or the video is not the one the model generates.")
@@ -64,11 +83,16 @@ INSIDE_SUBGRAPH: Final = Reason(
     "inside_subgraph",
     "The site is inside a nested subgraph (checkpoint or nested compile region).",
     "Switch gradient checkpointing and nested compile regions off for inference.",
+    mendable=True,
 )
 FORM_NOT_REWRITTEN: Final = Reason(
     "form_not_rewritten",
     "Attention in a form that is recognised and not rewritten: the detail says what stands in the way.",
     "Use torch.nn.functional.scaled_dot_product_attention; in diffusers leave the attention backend at its default.",
+    mendable=True,
+)
+CACHED_KEYS: Final = Reason(
+    "cached_keys", "The keys are what earlier calls kept with new frames among them, and which frame each key is of cannot be seen."
 )
 LAYOUT_UNKNOWN: Final = Reason(
     "layout_unknown",
@@ -80,6 +104,7 @@ LAYOUT_CONTRADICTED: Final = Reason(
     "layout_contradicted",
     "Two witnesses of the video's grid disagree, so neither is believed.",
     "Check the numbers of frames, rows and columns, and the coordinates, that the model is called with.",
+    mendable=True,
 )
 FRAMES_NOT_CONTIGUOUS: Final = Reason(
     "frames_not_contiguous",
@@ -92,7 +117,7 @@ TRAINING: Final = Reason(
     "Gradients are required; LVSA is an inference method.",
     "Run the model under torch.no_grad() or torch.inference_mode(). Where training is meant, nothing is lost: attention is dense.",
 )
-DROPOUT: Final = Reason("dropout", "The site drops attention weights at random.", "Call model.eval() before compiling.")
+DROPOUT: Final = Reason("dropout", "The site drops attention weights at random.", "Call model.eval() before compiling.", mendable=True)
 CAUSAL: Final = Reason("causal", "The site is causal token by token.")
 MASK_NOT_EXPRESSIBLE: Final = Reason(
     "mask_not_expressible",
@@ -104,17 +129,20 @@ HORIZON_UNKNOWN: Final = Reason(
     "horizon_unknown",
     "The training horizon of this model is not known.",
     "Pass options={'reference_frames': N}, N being the latent frames the model was trained on.",
+    mendable=True,
 )
 SIZE_NOT_KNOWN: Final = Reason(
     "size_not_known",
     "The number of frames or tokens is known only while the model runs.",
     "Compile without dynamic=True, or without fullgraph=True.",
+    mendable=True,
 )
 SIZE_MARKED_DYNAMIC: Final = Reason(
     "size_marked_dynamic",
     "The pattern needs a size as a number, and torch._dynamo.mark_dynamic forbids to fix it.",
     "Leave the mark off frames, rows and columns, or use torch._dynamo.maybe_mark_dynamic; each size of video then compiles once. Batch "
     "and text may stay marked.",
+    mendable=True,
 )
 PATTERN_FULL: Final = Reason(
     "pattern_full",
@@ -122,7 +150,7 @@ PATTERN_FULL: Final = Reason(
     "Nothing to do: the model runs as it would without LVSA, which is for videos longer than what it was trained on. To skip frames "
     "all the same, at a risk to quality, set reference_frames to fewer latent frames than the video has.",
 )
-NO_LOWERING: Final = Reason("no_lowering", "No lowering can serve the site.", "Set options={'lowering': 'auto'}.")
+NO_LOWERING: Final = Reason("no_lowering", "No lowering can serve the site.", "Set options={'lowering': 'auto'}.", mendable=True)
 DENSE_LAYER: Final = Reason("dense_layer", "The option dense_layers names this site.", "Take its index out of dense_layers.")
 MAX_SITES: Final = Reason("max_sites", "The option max_sites allows no more sites.", "Raise max_sites, or leave it out.")
 NOT_FASTER: Final = Reason(

@@ -207,7 +207,12 @@ class _Region:
             if running and running[-1].region is self:
                 running[-1].parent.hooks = tuple(id(hook) for module in inside for hook in hooks_of_users(module))
                 running[-1].parent.problem = _say_what_is_known(running[-1], path, (args, kwargs))
-            return compiled(*args, **kwargs)
+                return compiled(*args, **kwargs)
+            token = compat.parent.set(compat.Parent(self._model(), path, token=self, called_by_others=True))
+            try:
+                return compiled(*args, **kwargs)
+            finally:
+                compat.parent.reset(token)
 
         return call
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,34 +13,56 @@ from lvsa_compile import compat
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.labels import begin_forward, in_numbers, say
 from lvsa_compile.clock import Clock, clock_of
+from lvsa_compile.counting import calls_of
 from lvsa_compile.passes.compilation import Compilation, ExtraInput
 
 
-def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner_position: int | None) -> Callable[..., Any]:
-    """Wraps a compiled graph so that each call gets the appended inputs and moves the clock.
+@dataclass(frozen=True)
+class Owner:
+    """The parameter that stands for the model: its ``position`` among the arguments of a graph, and its ``source`` in Python."""
 
-    The clock belongs to the model whose parameter stands at ``owner_position`` of the call, since Dynamo runs one graph for all models
-    of a class; to the model itself where its blocks are compiled one by one or a graph has no parameters; and to the graph itself
-    where there is no model.
+    position: int
+    source: str
+
+
+def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Owner | None) -> Callable[..., Any]:
+    """Wraps a compiled graph so that each call gets the appended inputs, moves the clock and is counted.
+
+    The clock belongs to the model that holds the parameter ``owner``, since Dynamo runs one graph for all models of a class; to the
+    model itself where its blocks are compiled one by one or a graph has no parameters; and to the graph itself where there is no model.
     """
     extra_inputs, timestep = compilation.extra_inputs, compilation.timestep
     turning = any(extra.phases > 1 or extra.dense_steps for extra in extra_inputs) or compilation.place.leads_on
     ticks = turning and timestep is not None
-    if not extra_inputs and not ticks:
+    if not extra_inputs and not ticks and (not compilation.sites or compat.compiling_ahead()):
         return compiled
-    own_clock = Clock()
+    own_clock, calls = Clock(), calls_of(compilation.compile_id)
     size = next(((d.plan.call.query.frames, d.plan.call.query.tokens_per_frame) for d in compilation.sparse if d.plan is not None), None)
+    device = next((value.device for value in compilation.example_inputs if isinstance(value, Tensor)), torch.device("cpu"))
+
+    def clock_for(args: Sequence[Any]) -> Clock:
+        if owner is None or compat.parent.get() is not None:
+            model = compat.root_module()
+            return own_clock if model is None else clock_of(model, compat.root_module)
+        parameter = args[owner.position]
+        return clock_of(parameter, lambda: compat.root_module() or compat.model_holding(parameter, owner.source))
 
     def appended(clock: Clock, extra: ExtraInput) -> Any:
         return clock.phase(extra.phases, extra.value.device, extra.dense_steps) if extra.phases else extra.value
 
     def run(*args: Any) -> Any:
-        owner = compat.root_module() if owner_position is None or compat.parent.get() is not None else args[owner_position]
-        clock = own_clock if owner is None else clock_of(owner, compat.root_module)
+        if not extra_inputs and not ticks:
+            calls.note(device)
+            return compiled(*args)
+        clock = clock_for(args)
+        calls.clocks.add(clock)
         if ticks and timestep is not None:
             value = args[timestep.position] if timestep.value is None else timestep.value
             clock.tick(value if isinstance(value, Tensor) else torch.tensor(float(value)), size)
-        return compiled(*args, *(appended(clock, extra) for extra in extra_inputs))
+        more = [appended(clock, extra) for extra in extra_inputs]
+        dense = next((phase == extra.phases for phase, extra in zip(more, extra_inputs, strict=True) if extra.dense_steps), None)
+        calls.note(device, dense)
+        return compiled(*args, *more)
 
     return run
 

@@ -167,11 +167,12 @@ def test_attention_in_a_nested_subgraph():
 
 
 def test_attention_that_is_sparse_already():
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def flex(model, tokens, grid, text):
         heads = tokens.unflatten(-1, (2, -1)).transpose(1, 2)
-        return flex_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+        mask = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, heads.shape[2], heads.shape[2], device="cpu")
+        return flex_attention(heads, heads, heads, block_mask=mask).transpose(1, 2).flatten(2)
 
     def own(model, tokens, grid, text):
         heads = tokens.unflatten(-1, (2, -1)).transpose(1, 2)
@@ -181,6 +182,18 @@ def test_attention_that_is_sparse_already():
         torch._dynamo.reset()
         (site,) = explained(block(function), *dit_inputs())
         assert site.reason == "already_sparse"
+
+
+def test_flex_attention_without_a_block_mask_is_dense_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def flex(model, tokens, grid, text):
+        heads = tokens.unflatten(-1, (2, -1)).transpose(1, 2)
+        return flex_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+    (site,) = explained(block(flex), *dit_inputs())
+    assert (site.reason, site.detail) == ("form_not_rewritten", "flex_attention is used here, without a block mask")
+    assert "leave the attention backend at its default" in site.remedy
 
 
 def test_a_model_without_attention():

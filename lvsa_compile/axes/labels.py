@@ -37,24 +37,28 @@ def is_generated(place: str) -> bool:
     return place.startswith(_GENERATED)
 
 
-def carried(axes: Axes, generated: Container[str]) -> Axes | None:
+LostAt = Callable[[Source], str]
+"""Says where the trail of a LOST source was lost, for a graph that does not hold the op."""
+
+
+def carried(axes: Axes, generated: Container[str], lost_at: LostAt) -> Axes | None:
     """What the next graph should know of a tensor's axes; None where they show no picture, video or table of counts.
 
     Blocks that pass the same video on get equal axes, whatever else they did to it: only the places of latents, counts of a rope table
     and lost orders are kept.  ``generated`` are the places of inputs that hold the generated video.
     """
-    kept = tuple(_kept(axis, position, generated) for position, axis in enumerate(axes))
+    kept = tuple(_kept(axis, position, generated, lost_at) for position, axis in enumerate(axes))
     return kept if any(digit.source.place != _OTHER for axis in kept for factor in leaves(axis) for digit in factor.digits) else None
 
 
-def _kept(axis: Axis, position: int, generated: Container[str]) -> Axis:
+def _kept(axis: Axis, position: int, generated: Container[str], lost_at: LostAt) -> Axis:
     telling = _telling([digit.source for factor in axis if isinstance(factor, Factor) for digit in factor.digits], generated)
     done: list[Factor | Concat] = []
     for factor in axis:
         if isinstance(factor, Concat):
-            done.append(Concat(tuple(_kept(part, position, generated) for part in factor.parts)))
+            done.append(Concat(tuple(_kept(part, position, generated, lost_at) for part in factor.parts)))
         else:
-            told = {Digit(_renamed(d.source, generated), d.size, d.stride, d.start) for d in factor.digits if d.source in telling}
+            told = {Digit(_renamed(d.source, generated, lost_at), d.size, d.stride, d.start) for d in factor.digits if d.source in telling}
             done.append(Factor(factor.size, frozenset(told or {_other(position, factor.size)})))
     whole = Factor(axis_size(axis), frozenset({_other(position, axis_size(axis))}))
     return tuple(done) if not axis or any(d.source.place != _OTHER for f in leaves(tuple(done)) for d in f.digits) else (whole,)
@@ -85,7 +89,7 @@ def _telling(sources: Sequence[Source], generated: Container[str]) -> frozenset[
     return frozenset((*lost, *counts, *video[:1])) if len(counts) >= 3 else frozenset(lost)
 
 
-def _renamed(source: Source, generated: Container[str]) -> Source:
+def _renamed(source: Source, generated: Container[str], lost_at: LostAt) -> Source:
     """The source under a place that no node of another graph has."""
 
     def marked(place: str) -> str:
@@ -94,7 +98,7 @@ def _renamed(source: Source, generated: Container[str]) -> Source:
         return (_GENERATED if place in generated else _CONDITIONING) + place
 
     if source.kind == LOST:
-        return Source(LOST, source.name, 0, source.size, "", 1, frozenset(map(marked, source.origins)))
+        return Source(LOST, lost_at(source), 0, source.size, "", 1, frozenset(map(marked, source.origins)))
     return dataclasses.replace(source, place=marked(source.place) if source.place else "")
 
 

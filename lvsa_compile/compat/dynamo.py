@@ -100,6 +100,15 @@ def compiles_of_this_code() -> int:
     return current.frame_compile_id or 0 if current is not None else 0
 
 
+def recompile_reason() -> str:
+    """What changed since the code being compiled was compiled last, in Dynamo's words; "" where it is compiled for the first time."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and not (frame.f_code.co_name == "_compile" and "recompile_reason" in frame.f_locals):
+        frame = frame.f_back
+    said = frame.f_locals["recompile_reason"] if frame is not None else None
+    return " ".join(str(said or "").partition(": ")[2].split())
+
+
 def recompile_limit() -> int:
     """Compiles of one code object after which Dynamo runs new sizes in eager mode."""
     import torch._dynamo.config as config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
             new._dynamo_source = old._dynamo_source
     copied = fx.GraphModule(graph_module, graph)
     copied.meta = dict(graph_module.meta)
-    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+    for name in ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason"):
         if hasattr(graph_module, name):
             object.__setattr__(copied, name, getattr(graph_module, name))
     return copied
@@ -40,11 +41,18 @@ def source_line(node: fx.Node) -> str:
     """File, line and function a node was traced from; the node's name where Dynamo gave none.
 
     Of the calls that lead to it the innermost in the file of the module it belongs to, so that a model's line is named and not one of a
-    library that the model calls.
+    library that the model calls; where that file is a library's, a line of the user's own below it, such as an attention processor's.
     """
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
     home = next((file for _, kind in reversed((node.meta.get("nn_module_stack") or {}).values()) if (file := _file_of(kind))), None)
-    return next((line for line in reversed(lines) if line.startswith(f'File "{home}"')), lines[-1] if lines else f"node {node.name}")
+    at = next((place for place in reversed(range(len(lines))) if lines[place].startswith(f'File "{home}"')), None)
+    if at is not None and not lines[at].startswith(_LIBRARIES):
+        return lines[at]
+    own = [line for line in lines[at or 0 :] if not line.startswith(_LIBRARIES)]
+    return (own or lines[at:] or lines)[-1 if own or at is None else 0] if lines else f"node {node.name}"
+
+
+_LIBRARIES = tuple(f'File "{sysconfig.get_path(name)}' for name in ("purelib", "platlib", "stdlib"))
 
 
 @functools.cache

@@ -51,6 +51,7 @@ class Parent:
 
     ``block`` is the path of the block that is called, ``problem`` says why nothing is known of what it gets, ``hooks`` are its
     own (Dynamo does not look whether another block of its class has others), and ``token`` is one object per forward.
+    ``called_by_others`` says that the block is called while the model's forward is not.
     """
 
     model: Any
@@ -58,6 +59,7 @@ class Parent:
     hooks: tuple[int, ...] = ()
     token: object = dataclasses.field(default_factory=object)
     problem: str = ""
+    called_by_others: bool = False
 
 
 parent: contextvars.ContextVar[Parent | None] = contextvars.ContextVar("lvsa_parent", default=None)

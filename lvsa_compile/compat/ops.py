@@ -140,6 +140,8 @@ def group_of(name: str) -> tuple[int, int]:
     return group.size(), group.rank()
 
 
+NO_BLOCKS = 1 << 30
+"""``flex_attention``'s size of a block where it has no block mask (``_LARGE_SPARSE_BLOCK_SIZE``)."""
 INDEXING_OPS = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 

@@ -56,6 +56,7 @@ class TrailStep:
 class Decision:
     """What becomes of one site: a ``plan``, or a ``miss`` that says why it stays dense.
 
+    ``mendable`` says that attention over the generated video is dense for a reason that the user can mend.
     A dense site with a ``mask`` is "masked": computed dense by the mask's parts, so that the mask itself need not be made.
     ``segments`` are the kinds, labels and sizes in tokens of the query sequence, as far as they are numbers; ``key_segments`` those of
     the key sequence where it is another.
@@ -68,6 +69,7 @@ class Decision:
     mask: MaskForm | None = None
     plan: SparsePlan | None = None
     miss: Miss | None = None
+    mendable: bool = False
     segments: Segments = ()
     key_segments: Segments = ()
     trail: tuple[TrailStep, ...] = ()
@@ -120,16 +122,40 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Outside:
+    """Attention in code that runs between graphs: its line, why it is in no graph, and what mends that."""
+
+    line: str
+    why: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What is around a graph in its forward.
+
+    Whether a video goes in (``shows_video``); where and why the forward was ``broken`` before this graph, "" where it was not, and the
+    ``remedy``; attention ``outside`` of all graphs.
+    """
+
+    shows_video: bool = False
+    broken: str = ""
+    remedy: str = ""
+    outside: tuple[Outside, ...] = ()
+
+
+@dataclass(frozen=True)
 class Compilation:
     """The state of one compile.
 
     ``device`` is where the model will run if that is not where it is traced; ``horizon_missing`` says why there is no ``horizon``.
     ``masks`` holds what the mask of each masked site says, None where that cannot be told; ``scaffold`` are nodes that were added to
     be looked at.  ``has_video`` is whether an input shows a video grid that is generated; ``not_denoiser`` says why a video that is
-    attended is not generated; ``reader`` knows which inputs' values were read.  ``clock_before`` is the input that moved the clock
-    before this graph runs.  ``flops`` are those of the whole graph, dense, 0 where a size is not a number.  ``outgoing`` is what to
-    say of outputs, by position, for the next graph of the same forward.  A pass that changes what the graph computes sets ``changed``;
-    without it the graph is compiled as it came.
+    attended is not generated; ``cut_off`` are sites whose query comes from an earlier graph that told nothing of it; ``output_lost``
+    says where the way of a video to the outputs was lost; ``reader`` knows which inputs' values were read. ``clock_before`` is the
+    input that moved the clock before this graph runs. ``flops`` are those of the whole graph, dense, 0 where a size is not a number.
+    ``outgoing`` is what to say of outputs, by position, for the next graph of the same forward. A pass that changes what the graph
+    computes sets ``changed``; without it the graph is compiled as it came.
     """
 
     graph_module: fx.GraphModule
@@ -139,11 +165,14 @@ class Compilation:
     model: str = ""
     compile_id: str = "-"
     place: Place = Place()
+    forward: Forward = Forward()
     sites: tuple[AttentionSite | DenseSite, ...] = ()
     layouts: dict[fx.Node, tuple[TokenLayout, TokenLayout]] = field(default_factory=dict)
     masks: dict[fx.Node, MaskForm | None] = field(default_factory=dict)
     scaffold: tuple[fx.Node, ...] = ()
     has_video: bool = False
+    cut_off: frozenset[fx.Node] = frozenset()
+    output_lost: str = ""
     not_denoiser: str = ""
     reader: Reader | None = None
     trace_failure: str = ""

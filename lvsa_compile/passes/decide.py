@@ -9,7 +9,6 @@ import numpy
 from torch import Tensor, fx
 
 from lvsa_compile import compat, reasons
-from lvsa_compile.axes.algebra import same
 from lvsa_compile.axes.values import Array
 from lvsa_compile.compat import example_value
 from lvsa_compile.errors import LoweringUnavailableError, OptionError
@@ -17,7 +16,8 @@ from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.measured import seconds_of_dense
 from lvsa_compile.lowering.select import select
 from lvsa_compile.passes.compilation import Compilation, Decision, Segments, SparsePlan, sizes_of
-from lvsa_compile.passes.trace_layout.token_layout import CONTRADICTED, IMAGE, SCRAMBLED, UNKNOWN, VIDEO, Segment, TokenLayout
+from lvsa_compile.passes.trace_layout.token_layout import VIDEO, TokenLayout
+from lvsa_compile.passes.why_not_video import why_not_video
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import Miss
 from lvsa_compile.sparsity.frame_pattern import FramePattern
@@ -59,9 +59,18 @@ def _decision(
     decision = Decision(name, site.node, attention, shown, segments=segments, key_segments=key_segments if key_segments != segments else ())
     if isinstance(outcome, SparsePlan):
         return dataclasses.replace(decision, plan=outcome)
+    decision = dataclasses.replace(decision, mendable=_is_mendable(outcome, compilation))
     form = compilation.masks.get(site.node) if _could_be_masked(attention, outcome) and compilation.options.lower_padding_masks else None
     apart = form if form is not None and form.queries and form.pairs is None else None
     return dataclasses.replace(decision, mask=apart, miss=outcome)
+
+
+def _is_mendable(miss: Miss, compilation: Compilation) -> bool:
+    """Whether attention over a video is dense for a reason that the user can mend, as far as can be told."""
+    known = compilation.has_video or compilation.forward.shows_video or miss.reason is reasons.FORWARD_NOT_CALLED
+    if miss.reason is reasons.NO_GRID and compilation.timestep is not None:
+        return False  # a whole model, of images or of text
+    return known and miss.reason.mendable
 
 
 def _segments(layout: TokenLayout) -> Segments:
@@ -91,9 +100,7 @@ def _decide(
         return reasons.DROPOUT.because(f"dropout_p={site.dropout}")
     if layouts is None:
         return reasons.LAYOUT_UNKNOWN.because(compilation.trace_failure or compat.source_line(site.node))
-    miss = _why_not_video(site.node, *layouts, compilation.has_video)
-    if miss is not None and miss.reason is reasons.OTHER_VIDEO and compilation.not_denoiser:
-        return reasons.NOT_DENOISER.because(compilation.not_denoiser)
+    miss = why_not_video(site.node, *layouts, compilation)
     if miss is not None:
         return miss
     if site.causal:
@@ -186,57 +193,6 @@ def _plan(compilation: Compilation, call_with: Callable[[FramePattern], Attentio
                 f"lowering {choice.lowering.name!r} {how} at {speedup:.2f} times the speed of dense attention"
             )
     return SparsePlan(call, choice)
-
-
-def _why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout, has_video: bool) -> Miss | None:
-    """Why the site is not self-attention over the generated video, or None."""
-    query_videos, key_videos = query.of_kind(VIDEO), key.of_kind(VIDEO)
-    pictured = [layout.shows_pictures or bool(layout.of_kind(SCRAMBLED)) for layout in (query, key)]
-    for segment in (*query.segments, *key.segments):
-        if segment.kind == UNKNOWN and (has_video or _may_be_video(node.graph, segment)):
-            return _lost(node, segment)
-        if segment.kind == CONTRADICTED:
-            return reasons.LAYOUT_CONTRADICTED.because(segment.lost_at)
-        if segment.kind == SCRAMBLED and all(pictured):
-            return reasons.FRAMES_NOT_CONTIGUOUS.because(
-                f"{segment.size} tokens of {segment.source} are not the video's frames, all of them, whole and in order"
-            )
-    if query.batch_video:
-        return reasons.SPATIAL_OR_TEMPORAL.because(f"batch counts frames or places of the video; tokens: {query}")
-    if not query_videos or not key_videos:
-        if pictured[0] != pictured[1]:
-            return reasons.CROSS_ATTENTION.because(f"query {query}, key {key}")
-        if query.of_kind(IMAGE) and key.of_kind(IMAGE):
-            return reasons.SINGLE_FRAME.because(f"query {query}")
-        if query.shows_pictures:
-            return reasons.OTHER_VIDEO.because(f"query {query}, key {key}; a conditioning video's grid does not reach the model's output")
-        parent = compat.parent.get()
-        if not has_video and (parent is None or parent.problem):
-            why = "no input of this graph shows a video grid" if parent is None else parent.problem
-            return reasons.NO_GRID.because(f"query {query}, key {key}; {why}")
-        return reasons.NOT_VIDEO.because(f"query {query}, key {key}")
-    if len(query_videos) > 1 or len(key_videos) > 1:
-        return reasons.SEVERAL_VIDEOS.because(f"query {query}, key {key}")
-    query_grid, key_grid = query_videos[0].grid, key_videos[0].grid
-    assert query_grid is not None
-    assert key_grid is not None
-    same_size = same(query_grid.frames, key_grid.frames) and same(query_grid.tokens_per_frame, key_grid.tokens_per_frame)
-    if not (query_grid.frame_sources & key_grid.frame_sources) or not same_size:
-        return reasons.OTHER_VIDEO.because(f"query {query} from {query_videos[0].source}, key {key} from {key_videos[0].source}")
-    return None
-
-
-def _may_be_video(graph: fx.Graph, lost: Segment) -> bool:
-    """Whether an input with axes enough for frames, rows and columns went into a segment, or one that nobody knows."""
-    values = [example_value(node) for node in graph.nodes if node.op == "placeholder" and node.name in lost.origins]
-    return not values or any(isinstance(value, Tensor) and value.dim() >= 4 for value in values)
-
-
-def _lost(node: fx.Node, lost: Segment) -> Miss:
-    place = next((n for n in node.graph.nodes if n.name == lost.lost_at), None)
-    return reasons.LAYOUT_UNKNOWN.because(
-        f"which frame each token is of is unknown after {lost.source}, {compat.source_line(place) if place is not None else lost.lost_at}"
-    )
 
 
 def _shapes_supported(query: object, key: object, value: object) -> bool:

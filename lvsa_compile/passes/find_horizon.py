@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lvsa_compile import compat
-from lvsa_compile.horizons import HorizonRow, Unreadable, horizon_of, rows_of
+from lvsa_compile.horizons import Unreadable, horizon_of, rows_of, rows_of_class
 from lvsa_compile.passes.compilation import Compilation, Horizon
 from lvsa_compile.passes.model_settings import reader
 
@@ -19,7 +19,7 @@ def find_horizon(compilation: Compilation) -> Compilation:
     Where neither says it, ``horizon_missing`` says why.
     """
     around = _around(compilation)
-    kind, module, rows = next(((kind, module, rows) for kind, module in around if (rows := _rows(kind))), (None, None, ()))
+    kind, module, rows = next(((kind, module, rows) for kind, module in around if (rows := rows_of_class(kind))), (None, None, ()))
     root = compat.root_module()
     kind = kind or (type(root) if root is not None else next((kind for kind, _ in around), None))
     compilation = dataclasses.replace(compilation, model=kind.__name__ if kind is not None else "")
@@ -49,15 +49,10 @@ def _around(compilation: Compilation) -> list[tuple[type, Any]]:
         parts = list(model.modules())
         return any(id(part) in modules for part in parts) if modules else not kinds or any(type(part) in kinds for part in parts)
 
-    holding = [model for model in compat.modules_among_arguments() if _rows(type(model)) and has_the_sites(model)]
+    holding = [model for model in compat.modules_among_arguments() if rows_of_class(type(model)) and has_the_sites(model)]
     if len({id(model) for model in holding}) == 1:  # of several nobody can tell whose pieces these are
         found.append((type(holding[0]), holding[0]))
     return list({(kind, id(module)): (kind, module) for kind, module in found}.values())
-
-
-def _rows(kind: type) -> tuple[HorizonRow, ...]:
-    """The rows for a class, or for the nearest class that it derives from."""
-    return next((rows for base in kind.__mro__ if (rows := rows_of(base.__name__))), ())
 
 
 def _wholes(parts: Sequence[type]) -> list[str]:

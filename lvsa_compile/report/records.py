@@ -11,19 +11,18 @@ from typing import Any
 
 import torch
 
-from lvsa_compile import compat
-from lvsa_compile.clock import explicit_step
-from lvsa_compile.compat import example_value
+from lvsa_compile.counting import Calls, calls_of
 from lvsa_compile.lowering import verification
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.measured import seconds_of, seconds_of_dense
 from lvsa_compile.lowering.select import lowerings
-from lvsa_compile.passes.compilation import Compilation, Decision, Segments, TrailStep, sizes_of
+from lvsa_compile.passes.compilation import Segments, TrailStep
 from lvsa_compile.reasons import HORIZON_UNKNOWN, PATTERN_FULL, REASONS
 from lvsa_compile.report.names import together
+from lvsa_compile.report.receipt import Receipt, receipt_of
 from lvsa_compile.sparsity.frame_pattern import FramePattern
 
-_BETWEEN = "attention in the code between graphs runs eagerly and is not listed; lvsa_compile.explain counts it"
+_BETWEEN = "attention in the code between graphs runs eagerly; lvsa_compile.explain runs the model once and counts it"
 UNKNOWN_HORIZON = "unknown"
 SPARSE, MASKED, DENSE = "sparse", "masked", "dense"
 ON_THE_REAL_DEVICE = "(chosen on the real device)"
@@ -40,9 +39,10 @@ class SiteReport:
     what a call took by each that was measured, and ``expected`` how many times faster than dense it should be, 0 where that is not
     known; shapes are ``[batch, heads, tokens, head_dim]``; ``worst_error`` is what
     ``options={"verify": True}`` has seen so far, and ``tolerance`` what rounding explains in the site's dtype; ``flops`` are those of
-    dense attention; ``segments`` are kind, label and tokens of each part of the query sequence, ``key_segments`` those of the key
-    sequence where it is another; ``trail`` is the way of the query from
-    the input that shows the video, up to where it was lost if it was.
+    dense attention; ``fell_back`` says that a faster lowering failed on this machine, ``mendable`` that attention over the generated
+    video is dense for a reason that the user can mend; ``segments`` are kind, label and tokens of each part of the query sequence,
+    ``key_segments`` those of the key sequence where it is another; ``trail`` is the way of the query from the input that shows the
+    video, up to where it was lost if it was.
     """
 
     name: str
@@ -67,6 +67,8 @@ class SiteReport:
     key_segments: Segments = ()
     trail: tuple[TrailStep, ...] = ()
     call: AttentionCall | None = field(default=None, repr=False)
+    fell_back: bool = False
+    mendable: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}: {self.said}"
@@ -93,7 +95,10 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph of a forward: Dynamo makes several where the model ``breaks``.  ``flops`` are all of it, dense; 0 where not known."""
+    """One graph of a forward: Dynamo makes several where the model ``breaks``.  ``flops`` are all of it, dense; 0 where not known.
+
+    ``clock_saw`` tells the timesteps that its models' clocks saw; ``calls`` counts its calls where it was compiled.
+    """
 
     compile_id: str
     sites: tuple[SiteReport, ...]
@@ -101,6 +106,8 @@ class GraphReport:
     specialised: tuple[str, ...] = ()
     breaks: bool = False
     flops: float = 0.0
+    clock_saw: tuple[str, ...] = ()
+    calls: Calls | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -205,7 +212,8 @@ class Report:
         if self.sparse_sites:
             lines += [f"  {name}: {said}" for name, said in (("work", self.work), ("forward", self.gain)) if said]
             lines += [f"  video: {self.lengths}, so its attention is sparse", f"  horizon: {self.horizon}"]
-        clocks = dict.fromkeys(graph.clock for graph in self.graphs if any(site.decision == SPARSE for site in graph.sites))
+        turning = [graph for graph in self.graphs if any(site.decision == SPARSE for site in graph.sites)]
+        clocks = dict.fromkeys("; ".join((graph.clock, *graph.clock_saw)) for graph in turning)
         lines += [f"  denoising step: {clock}" for clock in clocks]
         lines += [f"  option: {name}={self.options.get(name)!r}, from {source}" for name, source in self.option_sources.items()]
         lines += [f"  specialised: {what}" for what in dict.fromkeys(what for graph in self.graphs for what in graph.specialised)]
@@ -229,9 +237,23 @@ class Report:
         """The report as plain values, ready for JSON."""
         plain = dataclasses.asdict(self)
         for graph in plain["graphs"]:
+            del graph["calls"]
             for site in graph["sites"]:
                 del site["call"]
         return {**plain, "summary": self.summary, "work": self.work, "forward": self.gain, "versions": versions()}
+
+    def receipt(self, clear: bool = False) -> Receipt:
+        """What really ran since compiling: calls of each site and by what they were computed.  Waits for the device.
+
+        Args:
+            clear: whether the counts begin anew.
+
+        Example:
+            >>> print(lvsa_compile.reports()[-1].receipt())
+            blocks.0-29.attn1 (30 sites): cpu, 100 calls
+            denoising step: 100 calls, timesteps from 20 to 999, 49 moves, 1 videos begun
+        """
+        return receipt_of(self.graphs, clear)
 
     def measured(self) -> Report:
         """The report with the seconds of a call of each sparse site, by its lowering and dense, measured now on its shapes and device.
@@ -261,88 +283,16 @@ def versions() -> dict[str, str]:
     return {"lvsa-compile": importlib.metadata.version("lvsa-compile"), "torch": torch.__version__, "python": platform.python_version()}
 
 
-def report_of(compilation: Compilation) -> Report:
-    """The report of one graph."""
-    horizon, timestep, options = compilation.horizon, compilation.timestep, compilation.options
-    if not options.rotate:
-        clock = "rotate=False, the anchor grid stands still"
-    elif explicit_step() is not None:
-        clock = "lvsa_compile.step(i), as given when this was compiled"
-    elif timestep is not None:
-        clock = f"value of input {timestep.name!r}"
-    elif compilation.clock_before:
-        clock = f"value of input {compilation.clock_before!r}, where the forward began"
-    else:
-        clock = "no timestep input found; step 0 unless lvsa_compile.step(i) says otherwise"
-    graph = GraphReport(
-        compilation.compile_id,
-        tuple(_site(decision) for decision in compilation.decisions),
-        clock,
-        compilation.specialised,
-        compilation.place.breaks,
-        compilation.flops,
-    )
-    return Report(
-        compilation.model,
-        (graph,),
-        f"{horizon.frames} latent frames ({horizon.found_in})"
-        if horizon is not None
-        else f"{UNKNOWN_HORIZON}: {compilation.horizon_missing}",
-        options.changed(),
-        dict(options.sources),
-    )
+def with_what_ran(report: Report) -> Report:
+    """The report with what was seen at run time so far: timesteps, and at each site the worst error of verification."""
+    report = _with_sites(report, _with_error)
+    return dataclasses.replace(report, graphs=tuple(map(_with_calls, report.graphs)))
 
 
-def _site(decision: Decision) -> SiteReport:
-    site = decision.site
-    shapes = [_shape(node) for node in ((site.query, site.key) if site is not None else ())] or ["", ""]
-    if decision.plan is not None:
-        plan = decision.plan
-        return SiteReport(
-            decision.name,
-            SPARSE,
-            source=compat.source_line(decision.node),
-            layout=decision.layout,
-            density=plan.call.pattern.density,
-            lowering=plan.choice.lowering.name if plan.call.device.type != "meta" else ON_THE_REAL_DEVICE,
-            passed_over=plan.choice.passed_over if plan.call.device.type != "meta" else (),
-            seconds=dict(plan.choice.seconds),
-            query_shape=shapes[0],
-            key_shape=shapes[1],
-            flops=plan.call.flops,
-            pattern=plan.call.pattern,
-            expected=plan.choice.lowering.speedup(plan.call) if plan.call.device.type != "meta" else 0.0,
-            call=plan.call,
-            segments=decision.segments,
-            key_segments=decision.key_segments,
-            trail=decision.trail,
-        )
-    assert decision.miss is not None
-    reason = decision.miss.reason
-    return SiteReport(
-        decision.name,
-        DENSE if decision.mask is None else MASKED,
-        reason.code,
-        decision.miss.detail or reason.meaning,
-        reason.remedy,
-        compat.source_line(decision.node),
-        decision.layout,
-        query_shape=shapes[0],
-        key_shape=shapes[1],
-        segments=decision.segments,
-        key_segments=decision.key_segments,
-        trail=decision.trail,
-    )
-
-
-def _shape(node: Any) -> str:
-    value = example_value(node)
-    return sizes_of(value) if isinstance(value, torch.Tensor) else ""
-
-
-def with_errors_seen(report: Report) -> Report:
-    """The report with the worst error that verification has seen at each site so far."""
-    return _with_sites(report, _with_error)
+def _with_calls(graph: GraphReport) -> GraphReport:
+    calls = calls_of(graph.compile_id)
+    saw = tuple(dict.fromkeys(text for clock in calls.clocks if (text := str(clock.saw()))))
+    return dataclasses.replace(graph, calls=calls, clock_saw=saw)
 
 
 def _with_sites(report: Report, changed: Callable[[SiteReport, str], SiteReport]) -> Report:

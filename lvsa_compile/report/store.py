@@ -7,7 +7,7 @@ import threading
 
 from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
-from lvsa_compile.report.records import Report, with_errors_seen
+from lvsa_compile.report.records import Report, with_what_ran
 
 
 @dataclasses.dataclass
@@ -58,7 +58,7 @@ def merged(parts: list[Report]) -> Report:
 def reports() -> list[Report]:
     """One report per model and forward that was compiled since the last ``torch._dynamo.reset()``, oldest first."""
     with _lock:
-        return [with_errors_seen(kept.report) for kept in _kept]
+        return [with_what_ran(kept.report) for kept in _kept]
 
 
 @dropped_on_reset

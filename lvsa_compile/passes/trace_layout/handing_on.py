@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from lvsa_compile.axes.algebra import Axis, Digit, Factor, axis_size, origins
+from collections.abc import Callable
+
+from lvsa_compile.axes.algebra import Axis, Digit, Factor, Source, axis_size, origins
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.labels import carried
 from lvsa_compile.axes.pieces import in_one_piece
 from lvsa_compile.passes.trace_layout.token_layout import UNKNOWN, VIDEO, Targets, token_layout
 
 
-def handed_on(axes: Axes, targets: Targets) -> Axes | None:
-    """Axes for the next graph, None where they show nothing worth telling.
+def handed_on(axes: Axes, targets: Targets, lost_at: Callable[[Source], str] = lambda lost: lost.name) -> Axes | None:
+    """Axes for the next graph, None where they show nothing worth telling; ``lost_at`` says where a trail was lost.
 
     An axis of tokens that holds the generated video whole is told in one piece: it may then be cut anywhere, as parallel models do, and
     put together again.
     """
-    kept = carried(axes, targets)
+    kept = carried(axes, targets, lost_at)
     if kept is None:
         return None
     return tuple(

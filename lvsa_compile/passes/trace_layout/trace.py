@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 from torch import Tensor, fx
 
 from lvsa_compile import compat
-from lvsa_compile.axes.algebra import Axis, leaves
+from lvsa_compile.axes.algebra import INPUT, LOST, Axis, leaves, origins
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.labels import said_of
 from lvsa_compile.axes.pieces import expanded
@@ -16,7 +17,8 @@ from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.passes.find_timestep import says_timestep
 from lvsa_compile.passes.trace_layout.denoiser import why_no_denoiser
 from lvsa_compile.passes.trace_layout.handing_on import handed_on
-from lvsa_compile.passes.trace_layout.interpreter import LayoutInterpreter, run_on_fakes
+from lvsa_compile.passes.trace_layout.interpreter import LayoutInterpreter, input_kind, run_on_fakes
+from lvsa_compile.passes.trace_layout.lost import after
 from lvsa_compile.passes.trace_layout.mask_form import MaskForm, mask_form
 from lvsa_compile.passes.trace_layout.token_layout import token_layout
 from lvsa_compile.passes.trace_layout.witnessed import Witnessed, witnessed
@@ -34,7 +36,8 @@ def trace_layout(compilation: Compilation) -> Compilation:
     masks_of = {site.node: (*site.mask_parts, site.mask) for site in sites if site.mask is not None}
     watched = {site.node: (site.query, site.key, site.value, *masks_of.get(site.node, ())) for site in sites}
     unwritten = {site.node: site.mask_unwritten for site in sites}
-    traced = run_on_fakes(compilation.graph_module, watched, compilation.example_inputs, _brought(compilation), unwritten)
+    brought = _brought(compilation)
+    traced = run_on_fakes(compilation.graph_module, watched, compilation.example_inputs, brought, unwritten)
     if traced is None:
         return dataclasses.replace(compilation, trace_failure="the graph came without fake tensors to run on")
     pairs = {}
@@ -43,7 +46,8 @@ def trace_layout(compilation: Compilation) -> Compilation:
         if len(query) >= 3 and len(key) >= 3:
             pairs[site.node] = (query, key)
     tokens = [axes[-2] for pair in pairs.values() for axes in pair]
-    seen = witnessed(tokens, traced.output_axes, traced.reader)
+    seen, untold = witnessed(tokens, traced.output_axes, traced.reader), _untold(compilation, brought)
+    seen = dataclasses.replace(seen, targets={place: axes for place, axes in seen.targets.items() if place not in untold})
     outputs = None if compilation.place.breaks else _outputs(compilation.graph_module.graph)
     not_denoiser = why_no_denoiser(seen.targets, [*map(expanded, tokens)], outputs, _has_time(compilation), traced.tracker.convolved)
     if not_denoiser:
@@ -56,16 +60,39 @@ def trace_layout(compilation: Compilation) -> Compilation:
         for node, (query, key) in ((node, (seen.refine(query), seen.refine(key))) for node, (query, key) in pairs.items())
     }
     masks = {site.node: _mask_form(site, site.mask, traced) for site in sites if site.mask is not None}
-    outgoing = _outgoing(seen) if compilation.place.leads_on else ()
+    outgoing = _outgoing(seen, compilation.graph_module.graph) if compilation.place.leads_on else ()
     return dataclasses.replace(
         compilation,
         layouts=layouts,
         masks=masks,
         has_video=bool(seen.targets),
+        cut_off=frozenset(node for node, (query, _) in pairs.items() if origins(query) & untold),
+        output_lost=_output_lost(seen, compilation.graph_module.graph),
         not_denoiser=not_denoiser,
         reader=traced.reader,
         outgoing=outgoing,
     )
+
+
+def _untold(compilation: Compilation, brought: Collection[str]) -> frozenset[str]:
+    """Inputs that come from an earlier part of a broken forward, not from the caller, and of which that part told nothing."""
+    if not compilation.forward.broken:
+        return frozenset()
+    given = compat.given_tensors()
+    placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
+    return frozenset(
+        node.name
+        for node, value in zip(placeholders, compilation.example_inputs, strict=False)
+        if input_kind(node)[0] == INPUT and node.name not in brought and id(value) not in given
+        if isinstance(value, Tensor) and value.is_floating_point()
+    )
+
+
+def _output_lost(seen: Witnessed, graph: fx.Graph) -> str:
+    """The op, and its line, after which the way of a video to the outputs was lost; "" where it was not."""
+    lost = [digit.source for axes in seen.outputs.values() for axis in axes for f in leaves(axis) for digit in f.digits]
+    found = next((source for source in lost if source.kind == LOST and source.origins), None)
+    return "" if found is None else after(found.name, found.place, graph)
 
 
 def _has_time(compilation: Compilation) -> bool:
@@ -104,7 +131,7 @@ def _brought(compilation: Compilation) -> dict[str, Axes]:
     return found
 
 
-def _outgoing(seen: Witnessed) -> tuple[tuple[int, Axes], ...]:
+def _outgoing(seen: Witnessed, graph: fx.Graph) -> tuple[tuple[int, Axes], ...]:
     """What is to be said of the outputs, by position.
 
     Of several videos that may be generated it is not known here which one is, unless they run along one axis, as items of a batch do.
@@ -113,7 +140,7 @@ def _outgoing(seen: Witnessed) -> tuple[tuple[int, Axes], ...]:
     together = any(seen.targets.keys() <= {digit.source.place for digit in factor.digits} for factor in factors)
     generated = seen.targets if together else {}
     tokens = {position: axes for position, axes in seen.outputs.items() if len(axes) < 5}  # a latent shows its grid by itself
-    told = ((position, handed_on(axes, generated)) for position, axes in tokens.items())
+    told = ((position, handed_on(axes, generated, lambda lost: after(lost.name, lost.place, graph))) for position, axes in tokens.items())
     return tuple((position, axes) for position, axes in told if axes is not None)
 
 

@@ -1,0 +1,96 @@
+"""What is around a graph in its forward: the break before it, attention that runs between graphs, and whether there is a video at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lvsa_compile import compat
+from lvsa_compile.caches import dropped_on_reset
+from lvsa_compile.horizons import rows_of_class
+from lvsa_compile.passes.compilation import Compilation, Forward, Outside
+from lvsa_compile.passes.eager_attention import attention_below, attention_in, disabled_among, disabled_below
+
+_FIND = "TORCH_LOGS=graph_breaks names all of them, and fullgraph=True makes them errors."
+_FROM_DEVICE = (
+    "Take torch.set_default_device out, under which torch breaks graphs, and give the device where tensors are made "
+    '(`with torch.device("cuda"):` around what makes the model).'
+)
+_FROM_DISABLE = "Take torch.compiler.disable off what is called there. " + _FIND
+_FROM_CUT = "Set torch._dynamo.config.optimize_ddp = False, or compile the model before DistributedDataParallel wraps it."
+
+_broken: dict[tuple[int, int], tuple[str, str]] = dropped_on_reset({})
+"""By thread and compiled function: the first break of the forward in progress, and what mends it."""
+_told: dict[tuple[int, int], set[Outside]] = dropped_on_reset({})
+"""By thread and compiled function: attention outside of graphs that an earlier graph of the forward told."""
+
+
+def look_around(compilation: Compilation) -> Compilation:
+    """Fills in ``forward``."""
+    graph_module, place = compilation.graph_module, compilation.place
+    ends, given_up = compat.break_of(graph_module), compat.given_up()
+    entry = (threading.get_ident(), id(compat.compiled_entry()))
+    if not place.continues:
+        _broken.pop(entry, None)
+        _told.pop(entry, None)
+    before = _broken.get(entry, ("", ""))
+    if not before[0] and given_up:
+        before = (_said_of(given_up[-1][0]), f"Mend what breaks there. {_FIND}")
+    if not before[0] and _is_cut(compilation):
+        before = ("something cut it before it reached lvsa, as DistributedDataParallel does by buckets", _FROM_CUT)
+    outside = [found for code, scope in given_up for found in _in_given_up(code, scope)]
+    if ends is not None:
+        _broken.setdefault(entry, (f"{ends.line} ({ends.why})", _remedy(ends)))
+        outside += _disabled_at(ends)
+    told = _told.setdefault(entry, set())
+    forward = Forward(_shows_video(), *before, tuple(found for found in outside if found not in told))
+    told.update(outside)
+    return dataclasses.replace(compilation, forward=forward)
+
+
+def _said_of(code: types.CodeType) -> str:
+    return f'File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name} (Dynamo gave up the function)'
+
+
+def _in_given_up(code: types.CodeType, scope: Mapping[str, Any]) -> list[Outside]:
+    """Attention that a function which runs eagerly calls, itself or by a disabled function."""
+    own = attention_in(code)
+    found = [Outside(own, "Dynamo gave up its function", _FIND)] if own else []
+    lines = dict.fromkeys(line for each in disabled_among(code, scope) if (line := attention_below(each)))
+    return found + [Outside(line, f"under torch.compiler.disable, called by {code.co_name}", _FROM_DISABLE) for line in lines]
+
+
+def _disabled_at(ends: compat.GraphBreak) -> list[Outside]:
+    """Attention in the function under ``torch.compiler.disable`` at which a graph ends."""
+    disabled = [each for called in compat.callables_at_break() for each in disabled_below(called)] if ends.by_disable else []
+    lines = dict.fromkeys(line for each in disabled if ends.names(each) and (line := attention_below(each)))
+    return [Outside(line, f"under torch.compiler.disable, called at {ends.line}", _FROM_DISABLE) for line in lines]
+
+
+def _remedy(ends: compat.GraphBreak) -> str:
+    if ends.by_default_device:
+        return _FROM_DEVICE
+    return _FROM_DISABLE if ends.by_disable else f"Mend that line. {_FIND}"
+
+
+def _is_cut(compilation: Compilation) -> bool:
+    """Whether a tensor comes in that no Python name stands for: the graph is a part of what Dynamo made."""
+    placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
+    return any(compat.placeholder_source(node) is None and isinstance(compat.example_value(node), Tensor) for node in placeholders)
+
+
+def _shows_video() -> bool:
+    """Whether something around the graph is a known video model, or is called with a latent: five axes, or four in a list."""
+    for called, args, kwargs in compat.calls_in_progress():
+        if rows_of_class(type(called)) or rows_of_class(type(getattr(called, "_orig_mod", None))):
+            return True
+        leaves = [leaf for leaf in compat.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        listed = [leaf for value in (*args, *kwargs.values()) if isinstance(value, (list, tuple)) for leaf in compat.tree_leaves(value)]
+        if any(leaf.dim() >= 5 for leaf in leaves) or any(isinstance(leaf, Tensor) and leaf.dim() == 4 for leaf in listed):
+            return True
+    return False

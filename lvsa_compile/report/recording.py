@@ -1,0 +1,103 @@
+"""Makes the report of one graph from what was decided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lvsa_compile import compat
+from lvsa_compile.clock import explicit_step
+from lvsa_compile.compat import example_value
+from lvsa_compile.passes.compilation import Compilation, Decision, sizes_of
+from lvsa_compile.reasons import OUTSIDE_GRAPHS
+from lvsa_compile.report.records import DENSE, MASKED, ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, Report, SiteReport
+
+
+def report_of(compilation: Compilation) -> Report:
+    """The report of one graph."""
+    horizon, timestep, options = compilation.horizon, compilation.timestep, compilation.options
+    if not options.rotate:
+        clock = "rotate=False, the anchor grid stands still"
+    elif explicit_step() is not None:
+        clock = "lvsa_compile.step(i), as given when this was compiled"
+    elif timestep is not None:
+        clock = f"value of input {timestep.name!r}"
+    elif compilation.clock_before:
+        clock = f"value of input {compilation.clock_before!r}, where the forward began"
+    else:
+        clock = "no timestep input found; step 0 unless lvsa_compile.step(i) says otherwise"
+    outside = [
+        outside_graphs(found.line, found.why, found.remedy, compilation.forward.shows_video) for found in compilation.forward.outside
+    ]
+    graph = GraphReport(
+        compilation.compile_id,
+        (*(_site(decision) for decision in compilation.decisions), *outside),
+        clock,
+        compilation.specialised,
+        compilation.place.breaks,
+        compilation.flops,
+    )
+    return Report(
+        compilation.model,
+        (graph,),
+        f"{horizon.frames} latent frames ({horizon.found_in})"
+        if horizon is not None
+        else f"{UNKNOWN_HORIZON}: {compilation.horizon_missing}",
+        options.changed(),
+        dict(options.sources),
+    )
+
+
+def outside_graphs(line: str, why: str, remedy: str = "", mendable: bool = True) -> SiteReport:
+    """A site for attention that runs in eager code at ``line``."""
+    detail, remedy = f"{line}: {why}", remedy or OUTSIDE_GRAPHS.remedy
+    return SiteReport("between graphs", DENSE, OUTSIDE_GRAPHS.code, detail, remedy, line, mendable=mendable)
+
+
+def _site(decision: Decision) -> SiteReport:
+    site = decision.site
+    shapes = [_shape(node) for node in ((site.query, site.key) if site is not None else ())] or ["", ""]
+    if decision.plan is not None:
+        plan = decision.plan
+        return SiteReport(
+            decision.name,
+            SPARSE,
+            source=compat.source_line(decision.node),
+            layout=decision.layout,
+            density=plan.call.pattern.density,
+            lowering=plan.choice.lowering.name if plan.call.device.type != "meta" else ON_THE_REAL_DEVICE,
+            passed_over=plan.choice.passed_over if plan.call.device.type != "meta" else (),
+            seconds=dict(plan.choice.seconds),
+            query_shape=shapes[0],
+            key_shape=shapes[1],
+            flops=plan.call.flops,
+            pattern=plan.call.pattern,
+            expected=plan.choice.lowering.speedup(plan.call) if plan.call.device.type != "meta" else 0.0,
+            call=plan.call,
+            segments=decision.segments,
+            key_segments=decision.key_segments,
+            trail=decision.trail,
+        )
+    assert decision.miss is not None
+    miss, reason = decision.miss, decision.miss.reason
+    return SiteReport(
+        decision.name,
+        DENSE if decision.mask is None else MASKED,
+        reason.code,
+        miss.detail or reason.meaning,
+        miss.remedy,
+        compat.source_line(decision.node),
+        decision.layout,
+        query_shape=shapes[0],
+        key_shape=shapes[1],
+        segments=decision.segments,
+        key_segments=decision.key_segments,
+        trail=decision.trail,
+        mendable=decision.mendable,
+    )
+
+
+def _shape(node: Any) -> str:
+    value = example_value(node)
+    return sizes_of(value) if isinstance(value, torch.Tensor) else ""
