@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lvsa_compile import clock, compat
 from lvsa_compile.axes.algebra import INPUT, PARAMETER
 from lvsa_compile.axes.labels import SameAxes, said_of
 from lvsa_compile.caches import drop_all, dropped_on_reset
 from lvsa_compile.compat import example_value
-from lvsa_compile.errors import AheadOfTimeError, LvsaWarning
+from lvsa_compile.errors import AheadOfTimeError, LvsaWarning, RequireError
 from lvsa_compile.integrations import torchair
-from lvsa_compile.lowering.reference import LOWERING as REFERENCE
 from lvsa_compile.options import Options, parse_options
 from lvsa_compile.passes.compilation import Compilation, Pass, Place
 from lvsa_compile.passes.count_work import count_work
@@ -37,10 +37,10 @@ from lvsa_compile.passes.trace_layout.interpreter import input_kind
 from lvsa_compile.passes.trace_layout.reading import SameValue
 from lvsa_compile.passes.trace_layout.trace import trace_layout
 from lvsa_compile.passes.verify import verify
-from lvsa_compile.reasons import TRAINING
 from lvsa_compile.report.recording import report_of
 from lvsa_compile.report.records import Report
-from lvsa_compile.report.store import keep
+from lvsa_compile.report.store import keep, report_with
+from lvsa_compile.report.warning import left_dense, warnings_of
 from lvsa_compile.runtime import Owner, with_clock, with_labels
 from lvsa_compile.source_stamp import source_stamp
 
@@ -84,7 +84,27 @@ def lvsa(
         compiled = _compile_inner(compilation.graph_module, [*example_inputs, *appended], parsed, stamp=source_stamp())
     else:
         compiled = _compile_inner(graph_module, example_inputs, parsed, stamp="")
-    return with_clock(with_labels(compiled, compilation), compilation, _owner(graph_module))
+    owner = _owner(graph_module)
+    running = with_clock(with_labels(compiled, compilation), compilation, owner)
+    return _with_requirement(running, compilation.compile_id, owner) if parsed.require == "sparse" else running
+
+
+def _with_requirement(run: Callable[..., Any], compile_id: str, owner: Owner | None) -> Callable[..., Any]:
+    """Has a compiled graph raise where the user can mend what keeps attention over the video dense; not in its first forward.
+
+    A graph that serves many blocks is called again for the same one only in the next forward.
+    """
+    called: set[int] = set()
+
+    def checked(*args: Any) -> Any:
+        block = 0 if owner is None else id(args[owner.position])
+        forward = report_with(compile_id) if block in called else None
+        if forward is not None and forward.mendable_miss is not None:
+            raise RequireError(left_dense(forward), str(forward))
+        called.add(block)
+        return run(*args)
+
+    return checked
 
 
 def _beginning(
@@ -121,12 +141,13 @@ def _decided(
 def _settle(compilation: Compilation) -> None:
     """Tells everybody else what was decided."""
     report = report_of(compilation)
-    warnings_due = _warnings(report, compilation)
+    warnings_due = warnings_of(report, compilation)
     _guard(compilation)
     _leave_the_clock_to_this_graph(compilation)
-    _publish(report)
+    forward = _publish(report)
     for message in warnings_due:
         _warn_once(message)
+    _warn_of_model(left_dense(forward))
 
 
 def _leave_the_clock_to_this_graph(compilation: Compilation) -> None:
@@ -235,12 +256,13 @@ def _owner(graph_module: fx.GraphModule) -> Owner | None:
 
 
 _warned: set[str] = dropped_on_reset(set())
+_models_warned_of: WeakIdKeyDictionary = dropped_on_reset(WeakIdKeyDictionary())
 
 
-def _publish(report: Report) -> None:
-    """Keeps the report, logs its line and counts."""
+def _publish(report: Report) -> Report:
+    """Keeps the report, logs its line and counts; returns the report of the forward so far."""
     compat.trace_artifact("lvsa_report", lambda: json.dumps(report.to_dict(), indent=1))
-    keep(report, compat.compiled_entry(), compat.parent.get())
+    forward = keep(report, compat.compiled_entry(), compat.parent.get())
     log.info("%s", report.summary)
     log.debug("%s", report)
     counts = compat.counters()
@@ -249,38 +271,16 @@ def _publish(report: Report) -> None:
     for site in report.sites:
         if site.reason:
             counts[f"dense.{site.reason}"] += 1
+    return forward
 
 
-def _warnings(report: Report, compilation: Compilation) -> list[str]:
-    """What was most likely not meant."""
-    found: list[str] = []
-    if any(site.reason == TRAINING.code for site in report.sites):
-        found.append(f"lvsa left attention dense: {TRAINING.meaning} {TRAINING.remedy}")
-    if report.sparse_sites and compilation.options.rotate and compilation.timestep is None and not compilation.clock_before:
-        found.append(
-            f"lvsa found no timestep among the inputs of {report.model or 'the model'}, so the anchor grid stays at step 0. "
-            "Wrap each denoising step in `with lvsa_compile.step(i):`, or pass options={'rotate': False} if that is meant."
-        )
-    names = [site.name for site in report.sparse_sites]
-    if compilation.timestep is not None and compilation.timestep.taken_apart and len(set(names)) < len(names):
-        found.append(
-            f"lvsa found several denoising steps in one graph of {report.model or 'a function'}: all of them attend to the anchors of the "
-            "first. Compile the model instead of the loop around it, so that each step is a call."
-        )
-    slow = next((site for site in report.sparse_sites if site.lowering == REFERENCE.name), None)
-    if slow is not None and compilation.options.lowering == "auto":
-        found.append(
-            f"lvsa computes attention of {report.model or 'the model'} in plain PyTorch, right and slow, since nothing faster can serve: "
-            f"{'; '.join(f'{name}: {why}' for name, why in slow.passed_over)}. options={{'when_slower': 'dense'}} leaves it dense."
-        )
-    limit = compat.recompile_limit()
-    if report.sites and compat.compiles_of_this_code() + 1 >= limit:
-        found.append(
-            f"lvsa compiled {report.model or 'this model'} for size {limit} of torch._dynamo.config.recompile_limit = {limit}. "
-            "Any further size runs in eager mode with dense attention. "
-            f"Raise the limit (torch._dynamo.config.recompile_limit = {8 * limit}) or keep to fewer sizes."
-        )
-    return found
+def _warn_of_model(message: str) -> None:
+    """Warns once for each model, whatever differs between its graphs and sizes; for each message where the model is not known."""
+    model = compat.root_module()
+    if message and (model is None or model not in _models_warned_of):
+        if model is not None:
+            _models_warned_of[model] = True
+        _warn_once(message)
 
 
 def _warn_once(message: str) -> None:

@@ -67,10 +67,14 @@ def explicit_steps() -> int | None:
 
 _ROWS = 256
 """Callers (threads, and sizes of video in each) that one model's clock tells apart before it begins anew."""
-_FIRST, _LAST, _DIRECTION, _STEP, _MEAN = range(5)
+_FIELDS = 9
+_FIRST, _LAST, _DIRECTION, _STEP = range(4)
 _BACK_AT_FIRST, _AT_THE_END = 0.1, 0.3
 """Against its direction a value begins a new video where it comes back to the first value, up to this share of the way that was gone; or
 where the last value was as near to the end of a schedule as this share of it: to zero, or for those that rise to 1 or 1000."""
+_LATE = 0.05
+_NO_RISE = 2e-3
+"""A move against the direction by up to this share of the first value is a step like any other: some schedules round so at their end."""
 _SAME_MEAN = 1e-4
 
 Caller = Hashable
@@ -82,7 +86,8 @@ class Clock:
 
     The first timestep value is step 0; each other value is one step further.  A value that goes against the direction of the first two
     begins a new video where it comes back to the first value or follows the end of a schedule; anywhere else nobody can tell what it
-    means (a sampler that adds noise, requests in turns), so that the step goes on and one warning says so.
+    means (a sampler that adds noise, requests in turns), so that the step goes on and one warning says so; as where a video
+    passes the value at which the one before it stopped, which may be that one going on.
 
     Each thread has its own video, and each size of video in it.  A thread that is new takes over the video of the thread that called
     last where its value goes on from there, as in servers that run each step on another thread.
@@ -90,7 +95,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._videos: Tensor | None = None  # float32 [rows, 5]: first value, last value, direction, step, last mean; NaN before a video
+        self._videos: Tensor | None = None  # float32 [rows, fields]: see _moved; NaN before a video
         self._video_of: Tensor | None = None  # int64 [rows]: the video that each caller's calls belong to
         self._rows: dict[Caller, int] = {}
         self._last_caller: dict[Hashable, int] = {}  # by size of video
@@ -160,7 +165,7 @@ class Clock:
         """The row of a caller; a new one gets a video of its own, or the one of the last caller where ``value`` goes on from there."""
         caller: Caller = (thread, size)
         if self._videos is None or self._videos.device != value.device or (len(self._rows) == _ROWS and caller not in self._rows):
-            self._videos = torch.full((_ROWS, 5), float("nan"), device=value.device)
+            self._videos = torch.full((_ROWS, _FIELDS), float("nan"), device=value.device)
             self._video_of = torch.arange(_ROWS, device=value.device)
             self._rows.clear()
             self._last_caller.clear()
@@ -224,22 +229,35 @@ class ClockSaw:
 def _moved(before: Tensor, value: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A video after one more timestep; whether it moved, whether a video begins, whether nobody can tell what the timestep means.
 
-    A few ops, nothing is asked of the host.
+    A video is its first and last value, direction, step, last mean, the last value of the video before it, the calls at the last value
+    and at the first (guidance), and whether these differ.  A few ops, nothing is asked of the host.
     """
-    first, last, direction, step, last_mean = before.unbind()
+    first, last, direction, step, last_mean, earlier, calls, first_calls, uneven = before.unbind()
     move = torch.sign(value - last)
-    against = move * direction < 0
+    far = (value - last).abs() > _NO_RISE * first.abs()
+    against = far & (move * direction < 0)
     back_at_first = (value - first) * direction <= _BACK_AT_FIRST * (last - first).abs()
     top = torch.where(last <= 1.0, 1.0, 1000.0)
     at_the_end = torch.where(direction < 0, last < _AT_THE_END * first.abs(), (step > 1) & (last > (1.0 - _AT_THE_END) * top))
+    at_the_end = at_the_end | (last == earlier)  # where the video before it ended, too
     begins = torch.isnan(last) | (against & (back_at_first | at_the_end))
+    late = begins & (direction < 0) & ~back_at_first & (value.abs() < _LATE * first.abs())  # few videos begin so near the end
+    uneven = torch.where(move * step != 0, torch.maximum(uneven, (calls < first_calls).to(uneven.dtype)), uneven)
+    beyond = (value - earlier) * direction > 0
+    of_another = begins & ~back_at_first & ((uneven > 0) | beyond)  # what seemed guidance was another video, or an earlier one goes on
     rose_once = against & ~begins & (direction > 0) & (step == 1)  # a call before the first video, whose schedule then falls
     one = torch.ones_like(value)
+    first_calls = torch.where((step == 0) & (move != 0), calls, first_calls)
+    calls = torch.where(begins | (move != 0), one, calls + 1)
+    uneven = torch.where(begins, 0 * one, uneven)
     step = torch.where(begins, 0 * one, torch.where(rose_once, one, step + (move != 0)))
-    direction = torch.where(begins, 0 * one, torch.where(rose_once, -one, torch.where(direction == 0, move, direction)))
+    direction = torch.where(begins, 0 * one, torch.where(rose_once, -one, torch.where(far & (direction == 0), move, direction)))
     first = torch.where(begins, value, torch.where(rose_once, last, first))
+    over_there = ((last - earlier) * direction < 0) & ((value - earlier) * direction > 0)  # is it the earlier video that goes on?
     hidden = (move == 0) & ((mean - last_mean).abs() > _SAME_MEAN * last_mean.abs())  # frames move on while the largest value stays
-    return torch.stack([first, value, direction, step, mean]), move.abs() > 0, begins, (against & ~begins) | hidden
+    earlier = torch.where(begins, last, earlier)
+    doubtful = (against & ~begins) | hidden | (over_there & ~begins) | late | of_another
+    return torch.stack([first, value, direction, step, mean, earlier, calls, first_calls, uneven]), move.abs() > 0, begins, doubtful
 
 
 def _goes_on(video: Tensor, value: Tensor) -> Tensor:

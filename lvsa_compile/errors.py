@@ -230,6 +230,17 @@ class AheadOfTimeError(LvsaError, RuntimeError):
         return type(self), ()
 
 
+class RequireError(LvsaError, RuntimeError):
+    """``options={"require": "sparse"}`` was given, and attention over the video is dense for a reason that the user can mend."""
+
+    def __init__(self, miss: str, report: str) -> None:
+        super().__init__(f"require='sparse': attention over the video is dense. {miss}\n{report}")
+        self.miss, self.report = miss, report
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.miss, self.report)
+
+
 class RateError(LvsaError, LookupError):
     """A lowering says that its speed is known, and it is not."""
 

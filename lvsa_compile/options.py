@@ -125,6 +125,12 @@ class Options:
     verify: bool = _option(
         False, "Compute each sparse site a second time by its meaning in float32 and report the worst error; slow.", _flag
     )
+    require: str | None = _option(
+        None,
+        "'sparse' raises an error, from the second forward of a size on, where attention over the video is dense for a reason that the "
+        "user can mend; for servers and tests.",
+        _optional(_one_of("sparse")),
+    )
     strict: bool = _option(
         False, "Whether an error inside lvsa-compile is raised; else it is a warning, and the graph is compiled as it came.", _flag
     )

@@ -68,7 +68,7 @@ SPATIAL_OR_TEMPORAL: Final = Reason(
 GRAPH_BREAK: Final = Reason(
     "graph_break",
     "The forward was broken into several graphs before this site, and what its tokens are did not come across.",
-    "Mend the break that the detail names; TORCH_LOGS=graph_breaks names all of them, and fullgraph=True makes them errors.",
+    "Mend the line that the detail names; where it stands between blocks, lvsa_compile.compile_repeated_blocks(model) does without.",
     mendable=True,
 )
 SINGLE_FRAME: Final = Reason("single_frame", "The video has one latent frame.")
@@ -149,6 +149,12 @@ PATTERN_FULL: Final = Reason(
     "At this length every frame attends every frame at every phase, so nothing can be skipped.",
     "Nothing to do: the model runs as it would without LVSA, which is for videos longer than what it was trained on. To skip frames "
     "all the same, at a risk to quality, set reference_frames to fewer latent frames than the video has.",
+)
+PIXEL_FRAMES: Final = Reason(
+    "pixel_frames",
+    "reference_frames counts latent frames, and the number given looks like one of pixel frames: at it nothing can be skipped.",
+    "Give latent frames: of a video codec that keeps one frame and then one of four, 81 pixel frames are 21.",
+    mendable=True,
 )
 NO_LOWERING: Final = Reason("no_lowering", "No lowering can serve the site.", "Set options={'lowering': 'auto'}.", mendable=True)
 DENSE_LAYER: Final = Reason("dense_layer", "The option dense_layers names this site.", "Take its index out of dense_layers.")

@@ -314,14 +314,14 @@ def test_model_offload():
     assert close(latents(pipe, **WAN), answer)
 
 
-@behaviour("`transformer.enable_cache(...)`", "dense with reason", "`no_grid`: its hooks break the model into several graphs")
+@behaviour("`transformer.enable_cache(...)`", "dense with reason", "`graph_break`: its hooks break the model into several graphs")
 def test_enable_cache():
     pipe = wan_pipeline()
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.05))
     answer = latents(pipe, **WAN)
     pipe.transformer.compile(backend="lvsa", options=QUICK)
     assert close(latents(pipe, **WAN), answer)
-    assert reasons() == {"no_grid"}
+    assert reasons() == {"graph_break"}
 
 
 @behaviour(

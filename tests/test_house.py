@@ -24,7 +24,7 @@ MAY_IMPORT = {  # folder of the package -> the other folders it may import; modu
     "vqeval": set(),
     "integrations": {"axes", "report", "passes", "patterns", "sparsity", "lowering", "kernels"},
 }
-LEAVES = {"caches", "errors", "compat", "reasons", "options", "horizons", "clock", "source_stamp"}
+LEAVES = {"caches", "errors", "compat", "reasons", "options", "horizons", "clock", "counting", "source_stamp"}
 NOT_IN_FOLDERS = {"backend", "bisecting", "functional", "runtime", "cli"}
 
 

@@ -179,7 +179,7 @@ def test_what_fails_each_time_still_leaves_a_right_graph(name, monkeypatch):
         assert torch.equal(torch.compile(model, backend="lvsa", options=OPTIONS)(*inputs), model(*inputs))
 
 
-@pytest.mark.parametrize("name", ["_guard", "_warnings", "_leave_the_clock_to_this_graph"])
+@pytest.mark.parametrize("name", ["_guard", "warnings_of", "_leave_the_clock_to_this_graph"])
 def test_a_failure_after_the_report_was_made_publishes_one_report(name, monkeypatch):
     whole, calls = getattr(backend, name), []
     monkeypatch.setattr(backend, name, lambda *args: whole(*args) if calls else broken(calls.append(1)))

@@ -70,5 +70,5 @@ def test_fully_sharded_as_a_whole_is_dense_and_says_what_is_sparse():
     """The hooks of FSDP run between graphs, in code that Dynamo leaves alone."""
     result = results(2)["fully sharded-whole"]
     assert result["from dense"] < 1e-5
-    assert {(decision, reason) for _, decision, reason, _ in result["sites"]} == {("dense", "no_grid")}
+    assert {(decision, reason) for _, decision, reason, _ in result["sites"]} == {("dense", "graph_break")}
     assert "lvsa_compile.compile_repeated_blocks(model)" in result["sites"][0][3]

@@ -93,7 +93,7 @@ def dense_in_pieces(prepare):
     _, from_dense = errors(prepare, "whole")
     assert from_dense < 1e-5
     sites = [site for report in lvsa_compile.reports() for site in report.sites]
-    assert {site.reason for site in sites} == {"no_grid"}
+    assert {site.reason for site in sites} == {"graph_break"}
     assert "lvsa_compile.compile_repeated_blocks(model)" in sites[0].remedy
 
 
@@ -113,7 +113,9 @@ def test_layerwise_casting_by_blocks():
     sparse(layerwise_casting, "blocks")
 
 
-@behaviour("`enable_layerwise_casting(...)`, compiled as a whole", "dense with reason", "`no_grid`: its hooks break the model into graphs")
+@behaviour(
+    "`enable_layerwise_casting(...)`, compiled as a whole", "dense with reason", "`graph_break`: its hooks break the model into graphs"
+)
 def test_layerwise_casting():
     dense_in_pieces(layerwise_casting)
 
@@ -123,7 +125,7 @@ def test_group_offload_by_blocks():
     sparse(group_offload, "blocks")
 
 
-@behaviour("`enable_group_offload(...)`, compiled as a whole", "dense with reason", "`no_grid`: its hooks break the model into graphs")
+@behaviour("`enable_group_offload(...)`, compiled as a whole", "dense with reason", "`graph_break`: its hooks break the model into graphs")
 def test_group_offload():
     dense_in_pieces(group_offload)
 

@@ -164,9 +164,9 @@ def test_where_nothing_fast_serves_a_warning_says_why(monkeypatch):
     monkeypatch.setattr(select, "lowerings", lambda: slow)
     with pytest.warns(LvsaWarning) as said, torch.no_grad():
         torch.compile(randomise(VideoDiT()), backend="lvsa", options=EXACT)(*dit_inputs())
-    (text,) = {str(warning.message) for warning in said if "plain PyTorch" in str(warning.message)}
+    (text,) = {str(warning.message) for warning in said if "by lowering" in str(warning.message)}
     assert text == (
-        "lvsa computes attention of VideoDiT in plain PyTorch, right and slow, since nothing faster can serve: "
+        "lvsa computes sparse attention of VideoDiT by lowering 'reference', right and slow, since "
         "broken: it does not like the call. options={'when_slower': 'dense'} leaves it dense."
     )
 

@@ -32,6 +32,11 @@ def shows_generated(axes: Axes) -> bool:
     return any(is_generated(digit.source.place) for axis in axes for factor in leaves(axis) for digit in factor.digits)
 
 
+def is_told(place: str) -> bool:
+    """Whether what comes from another graph is known to be a video, generated or not."""
+    return place.startswith((_GENERATED, _CONDITIONING)) and place != _OTHER
+
+
 def is_generated(place: str) -> bool:
     """Whether what comes from another graph is known to be the generated video."""
     return place.startswith(_GENERATED)

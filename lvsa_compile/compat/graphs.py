@@ -52,7 +52,7 @@ def source_line(node: fx.Node) -> str:
     return (own or lines[at:] or lines)[-1 if own or at is None else 0] if lines else f"node {node.name}"
 
 
-_LIBRARIES = tuple(f'File "{sysconfig.get_path(name)}' for name in ("purelib", "platlib", "stdlib"))
+_LIBRARIES = (*(f'File "{sysconfig.get_path(name)}' for name in ("purelib", "platlib", "stdlib")), 'File "<')
 
 
 @functools.cache

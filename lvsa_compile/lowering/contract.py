@@ -17,6 +17,10 @@ from lvsa_compile.sparsity.key_ranges import KeyRangeTable, VideoSpan
 CPU = torch.device("cpu")
 
 
+class Failure(str):
+    """Why a lowering cannot serve a call that it would serve, had something not failed on this machine."""
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """One attention site as a lowering sees it: sizes in tokens, pattern in latent frames.

@@ -23,7 +23,7 @@ from lvsa_compile.lowering.attention_op import (
     output_like,
     score_mask,
 )
-from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.lowering.contract import AttentionCall, Failure, Lowering
 from lvsa_compile.lowering.cpu_kind import compiler_flags, cpu_kind
 from lvsa_compile.lowering.rates import share_of_dense
 
@@ -78,7 +78,7 @@ def _why_not(kind: str) -> str | None:
     try:
         _built(kind)
     except Exception as error:  # no compiler, one that knows no vector extensions, a cache that cannot be written: all end the same
-        return f"its kernel could not be compiled ({in_a_line(error)})"
+        return Failure(f"its kernel could not be compiled ({in_a_line(error)})")
     return None
 
 
@@ -135,6 +135,8 @@ def _refuses(call: AttentionCall) -> str | None:
 
 def _speedup(call: AttentionCall) -> float:
     """Dense seconds over sparse seconds, from counted FLOPs and the cost of a call."""
+    if call.device.type != "cpu":
+        return 0.0
     dense = call.flops / _FLOPS
     return dense / (dense * call.density / share_of_dense("cpu", call.device) + _SECONDS_PER_CALL)
 

@@ -10,18 +10,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lvsa_compile.errors import LoweringUnavailableError
-from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.lowering.contract import AttentionCall, Failure, Lowering
 from lvsa_compile.lowering.measured import seconds_of
 from lvsa_compile.lowering.trial import tried
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The lowering chosen for a site, why others could not serve it, and the seconds a call took where they were measured."""
+    """The lowering chosen for a site, why others could not serve it, and the seconds a call took where they were measured.
+
+    ``faster`` are those of the others that are expected to be faster.
+    """
 
     lowering: Lowering
     passed_over: tuple[tuple[str, str], ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    faster: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether a faster one failed on this machine."""
+        return any(isinstance(why, Failure) for _, why in self.faster)
 
 
 @functools.cache
@@ -67,6 +76,8 @@ def select(call: AttentionCall, wanted: str = "auto", measure: bool = False) -> 
     for lowering in serving:
         problem = tried(lowering, call)
         if problem is None:
-            return Choice(lowering, tuple(passed_over), seconds)
+            estimates = {other.name: other.speedup(call) for other in lowerings()}
+            faster = tuple(found for found in passed_over if estimates[found[0]] > estimates[lowering.name])
+            return Choice(lowering, tuple(passed_over), seconds, faster)
         passed_over.append((lowering.name, problem))
     raise LoweringUnavailableError(wanted, "; ".join(f"{name}: {why}" for name, why in passed_over) or "there is no such lowering")

@@ -10,7 +10,7 @@ import torch
 from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import LvsaWarning, in_a_line
-from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.lowering.contract import AttentionCall, Failure, Lowering
 from lvsa_compile.lowering.gpu import random_state_kept
 from lvsa_compile.lowering.reference import LOWERING as REFERENCE
 from lvsa_compile.lowering.verification import TOLERANCE
@@ -47,7 +47,7 @@ def _tried(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: 
         LvsaWarning,
         stacklevel=2,
     )
-    return problem
+    return Failure(problem)
 
 
 def _error(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: int, head_dim: int, masked: bool) -> float:

@@ -77,10 +77,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Horizon:
-    """The training horizon in latent frames, and where it was found."""
+    """The training horizon in latent frames, and where it was found; ``in_table`` is that of the table where an option beats it."""
 
     frames: int
     found_in: str
+    in_table: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,12 @@ class Outside:
 class Forward:
     """What is around a graph in its forward.
 
-    Whether a video goes in (``shows_video``); where and why the forward was ``broken`` before this graph, "" where it was not, and the
-    ``remedy``; attention ``outside`` of all graphs.
+    Whether a video goes in (``shows_video``), of at least ``least_tokens``; where and why the forward was ``broken`` before this graph,
+    "" where it was not, and the ``remedy``; attention ``outside`` of all graphs.
     """
 
     shows_video: bool = False
+    least_tokens: int = 0
     broken: str = ""
     remedy: str = ""
     outside: tuple[Outside, ...] = ()

@@ -15,13 +15,16 @@ from lvsa_compile.errors import LoweringUnavailableError, OptionError
 from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.measured import seconds_of_dense
 from lvsa_compile.lowering.select import select
-from lvsa_compile.passes.compilation import Compilation, Decision, Segments, SparsePlan, sizes_of
+from lvsa_compile.passes.compilation import Compilation, Decision, Horizon, Segments, SparsePlan, sizes_of
 from lvsa_compile.passes.trace_layout.token_layout import VIDEO, TokenLayout
 from lvsa_compile.passes.why_not_video import why_not_video
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import Miss
 from lvsa_compile.sparsity.frame_pattern import FramePattern
 from lvsa_compile.sparsity.key_ranges import Range, VideoSpan, key_range_table, query_blocks
+
+_PIXELS_PER_LATENT = (4, 6, 8)  # of the video codecs that models have, the most frequent first; the first frame stands alone
+_LIKELY_PIXELS = 49  # one model of the table was trained on as many latent frames
 
 
 def decide(compilation: Compilation) -> Compilation:
@@ -47,7 +50,13 @@ def decide(compilation: Compilation) -> Compilation:
                 sparse_sites += 1
             video_sites += 1
         decisions.append(_decision(site, layouts, outcome, compilation))
+    if any(decision.plan is not None for decision in decisions):  # what is in another form is then most likely not over the video
+        decisions = [_not_mendable(each) if each.site is None else each for each in decisions]
     return dataclasses.replace(compilation, decisions=tuple(decisions), specialised=tuple(dict.fromkeys(specialised)))
+
+
+def _not_mendable(decision: Decision) -> Decision:
+    return dataclasses.replace(decision, mendable=False)
 
 
 def _decision(
@@ -156,6 +165,16 @@ def _leaves_a_row_empty(plan: SparsePlan, allowed: tuple[tuple[Range, ...], ...]
     return any(all(start == end for start, end in ranges) for phase in table.key_ranges for ranges in phase)
 
 
+def _if_pixels(horizon: Horizon) -> int:
+    """The latent frames that a horizon stands for if it was given in pixel frames; 0 where nothing speaks for that."""
+    if not horizon.found_in.startswith("option"):
+        return 0
+    if horizon.in_table is not None:
+        return horizon.in_table if horizon.frames - 1 in [per * (horizon.in_table - 1) for per in _PIXELS_PER_LATENT] else 0
+    latent, rest = divmod(horizon.frames - 1, _PIXELS_PER_LATENT[0])
+    return latent + 1 if horizon.frames >= _LIKELY_PIXELS and rest == 0 else 0
+
+
 def _allowed(pairs: Array, query: VideoSpan, key: VideoSpan) -> tuple[tuple[Range, ...], ...] | None:
     """Key ranges a constant mask ``[Sq, Sk]`` leaves each query block; None where the rows of a block differ."""
     if query.open_ended or key.open_ended or query.free_start or key.free_start or pairs.shape != (query.length, key.length):
@@ -174,6 +193,12 @@ def _plan(compilation: Compilation, call_with: Callable[[FramePattern], Attentio
     options, horizon = compilation.options, compilation.horizon
     assert horizon is not None
     pattern = options.frame_pattern(frames, horizon.frames)
+    latent = _if_pixels(horizon)
+    if pattern.is_full and latent and not options.frame_pattern(frames, latent).is_full:
+        return reasons.PIXEL_FRAMES.because(
+            f"reference_frames={horizon.frames}, and the video has {frames} latent frames",
+            f"Give latent frames: {horizon.frames} pixel frames are reference_frames={latent}.",
+        )
     if pattern.is_full:
         return reasons.PATTERN_FULL.because(f"{pattern.frames} latent frames, training horizon {horizon.frames} ({horizon.found_in})")
     call = call_with(pattern)

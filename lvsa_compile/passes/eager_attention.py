@@ -40,13 +40,21 @@ def disabled_below(called: Any) -> list[Any]:
 
 def disabled_among(code: types.CodeType, scope: Mapping[str, Any]) -> list[Any]:
     """Functions under ``torch.compiler.disable`` that the code of a running function calls by name."""
-    held = [scope.get(name) for name in code.co_names] + [getattr(scope.get("self"), name, None) for name in code.co_names]
-    return [value for value in held if callable(value) and compat.is_disabled(value)]
+    held = [scope.get(name) for name in code.co_names] + [_held_by(scope.get("self"), name) for name in code.co_names]
+    return [value for value in held if isinstance(value, (types.FunctionType, types.MethodType, nn.Module)) and compat.is_disabled(value)]
+
+
+def _held_by(owner: Any, name: str) -> Any:
+    """An attribute of an object of the user's, whose ``__getattr__`` may do anything; None where it has none."""
+    try:
+        return getattr(owner, name, None)
+    except Exception:
+        return None
 
 
 def _below(called: Any, depth: int, seen: set[int]) -> Iterator[Any]:
     """What is called and the user's functions, methods and modules that it calls by name."""
-    if id(called) in seen or not depth or not callable(called) or isinstance(called, type):
+    if id(called) in seen or not depth or isinstance(called, (type, types.ModuleType)) or not callable(called):
         return
     seen.add(id(called))
     if isinstance(called, nn.Module):
@@ -64,7 +72,7 @@ def _below(called: Any, depth: int, seen: set[int]) -> Iterator[Any]:
     elif not str(function.__module__).startswith("torch."):
         yield called
         held = [getattr(function, "__globals__", {}).get(name) for name in code.co_names]
-        held += [getattr(owner, name, None) for name in code.co_names if owner is not None]
+        held += [_held_by(owner, name) for name in code.co_names if owner is not None]
         held += [compat.root_module()._modules.get(name) for name in code.co_names if compat.root_module() is not None]  # by an argument
         held += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
         for value in held:

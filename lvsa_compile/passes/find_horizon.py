@@ -23,13 +23,17 @@ def find_horizon(compilation: Compilation) -> Compilation:
     root = compat.root_module()
     kind = kind or (type(root) if root is not None else next((kind for kind, _ in around), None))
     compilation = dataclasses.replace(compilation, model=kind.__name__ if kind is not None else "")
-    given = compilation.options.reference_frames
-    if given is not None:
-        return dataclasses.replace(compilation, horizon=Horizon(given, "option reference_frames"))
+    given, unreadable = compilation.options.reference_frames, ""
     try:
         row = horizon_of(rows, reader(module))
     except Unreadable as setting:
-        why = f"the horizon of {rows[0].class_name} depends on {setting}, which its config and attributes do not tell, or tell in two ways"
+        row, unreadable = None, str(setting)
+    if given is not None:
+        return dataclasses.replace(compilation, horizon=Horizon(given, "option reference_frames", None if row is None else row.frames))
+    if unreadable:
+        why = (
+            f"the horizon of {rows[0].class_name} depends on {unreadable}, which its config and attributes do not tell, or tell in two ways"
+        )
         return dataclasses.replace(compilation, horizon_missing=why)
     if row is not None:
         return dataclasses.replace(compilation, horizon=Horizon(row.frames, f"table: {row.class_name}, {row.seed}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import types
 from collections.abc import Mapping
@@ -16,13 +17,16 @@ from lvsa_compile.horizons import rows_of_class
 from lvsa_compile.passes.compilation import Compilation, Forward, Outside
 from lvsa_compile.passes.eager_attention import attention_below, attention_in, disabled_among, disabled_below
 
-_FIND = "TORCH_LOGS=graph_breaks names all of them, and fullgraph=True makes them errors."
+_FIND = "TORCH_LOGS=graph_breaks names all graph breaks."
+_MEND = "Mend that line; where it stands between blocks, lvsa_compile.compile_repeated_blocks(model) does without. " + _FIND
 _FROM_DEVICE = (
     "Take torch.set_default_device out, under which torch breaks graphs, and give the device where tensors are made "
     '(`with torch.device("cuda"):` around what makes the model).'
 )
 _FROM_DISABLE = "Take torch.compiler.disable off what is called there. " + _FIND
 _FROM_CUT = "Set torch._dynamo.config.optimize_ddp = False, or compile the model before DistributedDataParallel wraps it."
+
+_LARGEST_PATCH = 64  # places of a latent that one token may stand for
 
 _broken: dict[tuple[int, int], tuple[str, str]] = dropped_on_reset({})
 """By thread and compiled function: the first break of the forward in progress, and what mends it."""
@@ -40,7 +44,7 @@ def look_around(compilation: Compilation) -> Compilation:
         _told.pop(entry, None)
     before = _broken.get(entry, ("", ""))
     if not before[0] and given_up:
-        before = (_said_of(given_up[-1][0]), f"Mend what breaks there. {_FIND}")
+        before = (_said_of(given_up[-1][0]), _MEND)
     if not before[0] and _is_cut(compilation):
         before = ("something cut it before it reached lvsa, as DistributedDataParallel does by buckets", _FROM_CUT)
     outside = [found for code, scope in given_up for found in _in_given_up(code, scope)]
@@ -48,7 +52,7 @@ def look_around(compilation: Compilation) -> Compilation:
         _broken.setdefault(entry, (f"{ends.line} ({ends.why})", _remedy(ends)))
         outside += _disabled_at(ends)
     told = _told.setdefault(entry, set())
-    forward = Forward(_shows_video(), *before, tuple(found for found in outside if found not in told))
+    forward = Forward(*_video(), *before, tuple(found for found in outside if found not in told))
     told.update(outside)
     return dataclasses.replace(compilation, forward=forward)
 
@@ -60,7 +64,7 @@ def _said_of(code: types.CodeType) -> str:
 def _in_given_up(code: types.CodeType, scope: Mapping[str, Any]) -> list[Outside]:
     """Attention that a function which runs eagerly calls, itself or by a disabled function."""
     own = attention_in(code)
-    found = [Outside(own, "Dynamo gave up its function", _FIND)] if own else []
+    found = [Outside(own, "Dynamo gave up its function", _MEND)] if own else []
     lines = dict.fromkeys(line for each in disabled_among(code, scope) if (line := attention_below(each)))
     return found + [Outside(line, f"under torch.compiler.disable, called by {code.co_name}", _FROM_DISABLE) for line in lines]
 
@@ -75,7 +79,7 @@ def _disabled_at(ends: compat.GraphBreak) -> list[Outside]:
 def _remedy(ends: compat.GraphBreak) -> str:
     if ends.by_default_device:
         return _FROM_DEVICE
-    return _FROM_DISABLE if ends.by_disable else f"Mend that line. {_FIND}"
+    return _FROM_DISABLE if ends.by_disable else _MEND
 
 
 def _is_cut(compilation: Compilation) -> bool:
@@ -84,13 +88,14 @@ def _is_cut(compilation: Compilation) -> bool:
     return any(compat.placeholder_source(node) is None and isinstance(compat.example_value(node), Tensor) for node in placeholders)
 
 
-def _shows_video() -> bool:
-    """Whether something around the graph is a known video model, or is called with a latent: five axes, or four in a list."""
+def _video() -> tuple[bool, int]:
+    """Whether a video goes in, and the least number of its tokens: a known model, or latents, of five axes or of four in a list."""
+    known, latents = False, []
     for called, args, kwargs in compat.calls_in_progress():
-        if rows_of_class(type(called)) or rows_of_class(type(getattr(called, "_orig_mod", None))):
-            return True
-        leaves = [leaf for leaf in compat.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        listed = [leaf for value in (*args, *kwargs.values()) if isinstance(value, (list, tuple)) for leaf in compat.tree_leaves(value)]
-        if any(leaf.dim() >= 5 for leaf in leaves) or any(isinstance(leaf, Tensor) and leaf.dim() == 4 for leaf in listed):
-            return True
-    return False
+        known = known or any(rows_of_class(type(each)) for each in (called, getattr(called, "_orig_mod", None)))
+        for value in (*args, *kwargs.values()):
+            axes = 4 if isinstance(value, (list, tuple)) else 5
+            leaves = [leaf for leaf in compat.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            latents += [tuple(map(int, leaf.shape[-4:])) for leaf in leaves if leaf.dim() == axes]
+    places = [math.prod(shape) // max(1, *shape[:2]) // _LARGEST_PATCH for shape in latents]  # channels and frames come in either order
+    return known or bool(latents), max(places, default=0)

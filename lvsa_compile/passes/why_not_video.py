@@ -60,7 +60,7 @@ def _miss(node: fx.Node, query: TokenLayout, key: TokenLayout, compilation: Comp
         if query.of_kind(IMAGE) and key.of_kind(IMAGE):
             return reasons.SINGLE_FRAME.because(f"query {query}")
         if query.shows_pictures:
-            if compilation.output_lost and not has_video:
+            if compilation.output_lost and not has_video and not compilation.not_denoiser:
                 return reasons.LAYOUT_UNKNOWN.because(
                     f"the way of the video to what the model returns is lost after {compilation.output_lost}"
                 )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lvsa_compile import compat
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.compat import example_value
 from lvsa_compile.patterns.contraction import (
@@ -43,6 +44,7 @@ _ADDS = frozenset("add __add__ iadd add_".split())
 _FILLS = frozenset("masked_fill masked_fill_ where".split())
 _SEEN = _CASTS | _SHAPES | _MULTIPLIES | _DIVIDES | _ADDS | _FILLS | {"dropout", "clamp", "tanh", "sub", "nan_to_num"}
 _FAR = 12  # nodes between a product and its softmax
+_MOST_LOOKED_AT = 64
 
 
 def match(node: fx.Node) -> AttentionSite | DenseSite | None:
@@ -52,7 +54,7 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
     before = _way(node, lambda n: n.all_input_nodes)
     after = _way(node, lambda n: n.users)
     if before is None or after is None:
-        return None
+        return _with_something_unknown(node)
     shadow = Shadow(after[-1])
     try:
         return _site(node, before[::-1], after, shadow)
@@ -62,6 +64,33 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
     except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a spelling nobody foresaw must not fail the compile
         shadow.undo()
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"written-out softmax: {type(error).__name__} while it was read"))
+
+
+def _with_something_unknown(softmax: fx.Node) -> DenseSite | None:
+    """The site of a softmax between two products where an unknown op that keeps the shape stands on the way; None where there is none."""
+    before, after = (_unknown(softmax, step) for step in (lambda n: n.all_input_nodes, lambda n: n.users))
+    unknown = (before or ()) if before else (after or ())
+    if before is None or after is None or not unknown:
+        return None
+    where = "its product and the softmax" if before else "the softmax and its product"
+    return DenseSite(softmax, FORM_NOT_REWRITTEN.because(f"written-out softmax: {', '.join(unknown)} stands between {where}"))
+
+
+def _unknown(softmax: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> list[str] | None:
+    """Names of unknown ops on the way from the softmax to the nearest product; None where no way of scores leads to one."""
+    scores = example_value(softmax)
+    ways: list[tuple[fx.Node, list[str]]] = [(node, []) for node in step(softmax)]
+    for _ in range(_MOST_LOOKED_AT):
+        if not ways:
+            return None
+        node, unknown = ways.pop(0)
+        name = name_of(node)
+        if name in PRODUCTS:
+            return unknown
+        value = example_value(node)
+        if is_tensor(node) and value.dim() >= 3 and compat.statically_true(value.numel() == scores.numel()) and node.op != "placeholder":
+            ways.extend((each, unknown if name in _SEEN else [*unknown, name]) for each in step(node))
+    return None
 
 
 def _way(softmax: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> list[fx.Node] | None:

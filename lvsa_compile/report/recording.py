@@ -68,6 +68,8 @@ def _site(decision: Decision) -> SiteReport:
             density=plan.call.pattern.density,
             lowering=plan.choice.lowering.name if plan.call.device.type != "meta" else ON_THE_REAL_DEVICE,
             passed_over=plan.choice.passed_over if plan.call.device.type != "meta" else (),
+            faster=plan.choice.faster if plan.call.device.type != "meta" else (),
+            fell_back=plan.choice.fell_back and plan.call.device.type != "meta",
             seconds=dict(plan.choice.seconds),
             query_shape=shapes[0],
             key_shape=shapes[1],

@@ -39,10 +39,10 @@ class SiteReport:
     what a call took by each that was measured, and ``expected`` how many times faster than dense it should be, 0 where that is not
     known; shapes are ``[batch, heads, tokens, head_dim]``; ``worst_error`` is what
     ``options={"verify": True}`` has seen so far, and ``tolerance`` what rounding explains in the site's dtype; ``flops`` are those of
-    dense attention; ``fell_back`` says that a faster lowering failed on this machine, ``mendable`` that attention over the generated
-    video is dense for a reason that the user can mend; ``segments`` are kind, label and tokens of each part of the query sequence,
-    ``key_segments`` those of the key sequence where it is another; ``trail`` is the way of the query from the input that shows the
-    video, up to where it was lost if it was.
+    dense attention; ``faster`` are the lowerings of ``passed_over`` that are expected to be faster, ``fell_back`` says that one of them
+    failed on this machine; ``mendable`` says that attention over the generated video is dense for a reason that the user can mend;
+    ``segments`` are kind, label and tokens of each part of the query sequence, ``key_segments`` those of the key sequence where it is
+    another; ``trail`` is the way of the query from the input that shows the video, up to where it was lost if it was.
     """
 
     name: str
@@ -67,6 +67,7 @@ class SiteReport:
     key_segments: Segments = ()
     trail: tuple[TrailStep, ...] = ()
     call: AttentionCall | None = field(default=None, repr=False)
+    faster: tuple[tuple[str, str], ...] = ()
     fell_back: bool = False
     mendable: bool = False
 
@@ -79,6 +80,15 @@ class SiteReport:
         return self.seconds[DENSE] / self.seconds[self.lowering] if {DENSE, self.lowering} <= self.seconds.keys() else 0.0
 
     @property
+    def slower(self) -> str:
+        """How much slower than dense attention the lowering is, and what was passed over for it, in words; "" where it is not."""
+        times = self.measured or self.expected
+        if not self.faster or times >= 1.0:
+            return ""
+        speed = f"{'measured' if self.measured else 'expected'} at {times:.2g}× the speed of dense attention" if times else "right and slow"
+        return f"{speed}, since {'; '.join(f'{name}: {why}' for name, why in self.faster)}"
+
+    @property
     def said(self) -> str:
         """All but the name, in a line."""
         layout = f"  [{self.layout}]" if self.layout and self.layout not in self.detail else ""
@@ -88,7 +98,8 @@ class SiteReport:
                 error += f", ABOVE the tolerance {self.tolerance:.0e}"
             times = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in sorted(self.seconds.items(), key=lambda found: found[1]))
             measured = f" (measured: {times}{f'; {self.measured:.2g}×' if self.measured else ''})" if times else ""
-            return f"sparse, density {self.density:.3f}, lowering {self.lowering}{measured}{error}{layout}"
+            slower = f" ({self.slower})" if self.slower else ""
+            return f"sparse, density {self.density:.3f}, lowering {self.lowering}{slower}{measured}{error}{layout}"
         remedy = f"  Remedy: {self.remedy}" if self.remedy else ""
         return f"{self.decision}, {self.reason}: {self.detail}{layout}{remedy}"
 
@@ -186,6 +197,11 @@ class Report:
         if self.sparse_sites or not self.sites:
             return None
         return max(self.sites, key=lambda site: _CLOSENESS[site.reason])
+
+    @property
+    def mendable_miss(self) -> SiteReport | None:
+        """Of the dense sites that the user can mend the one that came closest to being sparse; None where there is none."""
+        return max((site for site in self.sites if site.mendable), key=lambda site: _CLOSENESS[site.reason], default=None)
 
     @property
     def summary(self) -> str:

@@ -21,8 +21,8 @@ _kept: list[_Kept] = []
 _lock = threading.Lock()
 
 
-def keep(report: Report, compiled: object, forward: compat.Parent | None = None) -> None:
-    """Adds the report of a graph; ``compiled`` is the compiled function the user called, None if unknown.
+def keep(report: Report, compiled: object, forward: compat.Parent | None = None) -> Report:
+    """Adds the report of a graph and returns that of its forward so far; ``compiled`` is what the user called, None if unknown.
 
     A graph joins the last report of the same ``forward`` of a model whose blocks are compiled one by one; else that of the same function
     and thread whose code was not compiled there before: those are the pieces of one forward.  The same code again is a new forward, with
@@ -32,16 +32,15 @@ def keep(report: Report, compiled: object, forward: compat.Parent | None = None)
     with _lock:
         if forward is not None:
             last = next((kept for kept in _kept if kept.forward is forward.token), None)
-            if last is None:
-                _kept.append(_Kept(report, entry, forward.token))
-            else:
-                last.report = merged([last.report, report])
-            return
-        last = next((kept for kept in reversed(_kept) if kept.entry == entry), None) if compiled is not None else None
-        if last is not None and not _codes(last.report) & _codes(report):
-            last.report = merged([last.report, report])
         else:
-            _kept.append(_Kept(report, entry))
+            last = next((kept for kept in reversed(_kept) if kept.entry == entry), None) if compiled is not None else None
+            last = last if last is not None and not _codes(last.report) & _codes(report) else None
+        if last is None:
+            last = _Kept(report, entry, None if forward is None else forward.token)
+            _kept.append(last)
+        else:
+            last.report = merged([last.report, report])
+        return last.report
 
 
 def _codes(report: Report) -> set[str]:
@@ -53,6 +52,12 @@ def merged(parts: list[Report]) -> Report:
     """The reports of several graphs of one forward as one."""
     known = [part for part in parts if part.model and part.sites] or parts
     return dataclasses.replace(known[0], graphs=tuple(graph for part in parts for graph in part.graphs))
+
+
+def report_with(compile_id: str) -> Report | None:
+    """The report of the forward that the graph of a compile is part of."""
+    with _lock:
+        return next((kept.report for kept in reversed(_kept) if any(graph.compile_id == compile_id for graph in kept.report.graphs)), None)
 
 
 def reports() -> list[Report]:

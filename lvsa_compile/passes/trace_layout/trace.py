@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, fx
 
 from lvsa_compile import compat
-from lvsa_compile.axes.algebra import INPUT, LOST, Axis, leaves, origins
+from lvsa_compile.axes.algebra import INPUT, LOST, Axis, Source, axis_size, leaves, origins
 from lvsa_compile.axes.call import Axes
-from lvsa_compile.axes.labels import said_of
+from lvsa_compile.axes.labels import is_told, said_of, shows_generated
 from lvsa_compile.axes.pieces import expanded
 from lvsa_compile.clock import explicit_step
 from lvsa_compile.passes.compilation import Compilation
@@ -47,7 +47,8 @@ def trace_layout(compilation: Compilation) -> Compilation:
             pairs[site.node] = (query, key)
     tokens = [axes[-2] for pair in pairs.values() for axes in pair]
     seen, untold = witnessed(tokens, traced.output_axes, traced.reader), _untold(compilation, brought)
-    seen = dataclasses.replace(seen, targets={place: axes for place, axes in seen.targets.items() if place not in untold})
+    guessed = untold - _witnessed_elsewhere([*tokens, *(axis for axes in seen.outputs.values() for axis in axes)])
+    seen = dataclasses.replace(seen, targets={place: axes for place, axes in seen.targets.items() if place not in guessed})
     outputs = None if compilation.place.breaks else _outputs(compilation.graph_module.graph)
     not_denoiser = why_no_denoiser(seen.targets, [*map(expanded, tokens)], outputs, _has_time(compilation), traced.tracker.convolved)
     if not_denoiser:
@@ -66,12 +67,35 @@ def trace_layout(compilation: Compilation) -> Compilation:
         layouts=layouts,
         masks=masks,
         has_video=bool(seen.targets),
-        cut_off=frozenset(node for node, (query, _) in pairs.items() if origins(query) & untold),
+        cut_off=_cut_off(compilation, pairs, brought, untold),
         output_lost=_output_lost(seen, compilation.graph_module.graph),
         not_denoiser=not_denoiser,
         reader=traced.reader,
         outgoing=outgoing,
     )
+
+
+def _cut_off(
+    compilation: Compilation, pairs: Mapping[fx.Node, tuple[Axes, Axes]], brought: Mapping[str, Axes], untold: Collection[str]
+) -> frozenset[fx.Node]:
+    """Sites whose query may be the video, since it comes from an earlier graph that told nothing of it and is not too short."""
+    told = [axis_size(axis) for axes in brought.values() if shows_generated(axes) for axis in axes]
+    least = max([size for size in told if isinstance(size, int)] + [compilation.forward.least_tokens])
+
+    def long_enough(tokens: Axis) -> bool:
+        size = axis_size(tokens)
+        return not isinstance(size, int) or size >= least
+
+    return frozenset(node for node, (query, _) in pairs.items() if origins(query) & set(untold) and long_enough(query[-2]))
+
+
+def _witnessed_elsewhere(axes: Iterable[Axis]) -> frozenset[str]:
+    """Places of inputs along which a grid of three counts, as a rope table's, or a grid that an earlier graph told of runs, too."""
+    others: dict[str, set[Source]] = {}
+    for sources in ({digit.source for digit in factor.digits} for axis in axes for factor in leaves(axis)):
+        for source in sources:
+            others.setdefault(source.place, set()).update(other for other in sources if other.place != source.place)
+    return frozenset(place for place, found in others.items() if len(found) >= 3 or any(is_told(other.place) for other in found))
 
 
 def _untold(compilation: Compilation, brought: Collection[str]) -> frozenset[str]:

@@ -1,0 +1,93 @@
+"""How fast each lowering is on a kind of CPU beside torch's dense attention there: what ``lowering/rates.py`` is made of.
+
+    python benchmarks/cpu_rates.py [--rounds 5] [--output benchmarks/results/cpu_rates.json]
+
+Every kind of CPU that this machine can play is measured in a process of its own, torch's kernels and ours held to its instructions.
+A kind that the machine has not keeps the rows that another machine measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+CAPABILITY = {"plain": "default", "avx2": "avx2", "avx512": "avx512", "amx": "avx512"}
+LONGEST = {"plain": 4e9, "avx2": 3e10, "avx512": 4e10, "amx": 4e10}  # FLOP of the largest dense attention, for a second or so
+SHAPES = (
+    (9, 16, 1, 64, 4), (25, 16, 2, 64, 9), (25, 60, 1, 64, 9), (41, 32, 2, 64, 21), (25, 120, 2, 128, 9), (41, 60, 2, 128, 21),
+    (81, 32, 4, 64, 21), (41, 120, 4, 128, 21), (81, 60, 4, 128, 21), (121, 60, 4, 128, 21), (65, 120, 4, 128, 33),
+)  # fmt: skip
+"""Frames, tokens per frame, heads, head dim, horizon."""
+
+
+def measured_here(kind: str, rounds: int) -> list[dict[str, Any]]:
+    import torch
+
+    from lvsa_compile.bench.attention_sites import Measured, Site
+    from lvsa_compile.bench.measuring import in_turn
+    from lvsa_compile.lowering.contract import AttentionCall
+    from lvsa_compile.lowering.cpu_kind import cpu_kind
+    from lvsa_compile.lowering.select import lowerings
+    from lvsa_compile.sparsity.key_ranges import key_range_table
+
+    assert cpu_kind() == kind, f"this is {cpu_kind()}"
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for frames, tokens, heads, width, reference in SHAPES:
+            site = Site(frames, tokens, heads, width, reference, dtype)
+            if site.flops > LONGEST[kind] / (1 if dtype == "float32" else 2):
+                continue
+            here = Measured(site, torch.device("cpu"))
+            call = AttentionCall(
+                torch.device("cpu"), here.query.dtype, 1, heads, heads, width, width, site.span, site.span, site.pattern
+            )
+            table = key_range_table(site.pattern, site.span, site.span)
+            phase = torch.tensor(here.phase, dtype=torch.int32)
+            runs = {"dense": lambda here=here: torch.nn.functional.scaled_dot_product_attention(here.query, here.key, here.value)}
+            for lowering in lowerings():
+                if lowering.name in ("cpu", "dense_merge", "reference") and lowering.refusal(call) is None:
+                    run = lowering.on_device(call, table)
+                    runs[lowering.name] = lambda run=run, here=here, phase=phase: run(here.query, here.key, here.value, phase)
+            seconds = in_turn(runs, rounds, torch.device("cpu"), least_seconds=0.3)
+            rows += [
+                {"kind": kind, "dtype": dtype, "lowering": name, "frames": frames, "tokens": tokens, "heads": heads, "head_dim": width,
+                 "reference": reference, "dense_seconds": seconds["dense"].median, "seconds": found.median, "spread": found.spread}
+                for name, found in seconds.items() if name != "dense"
+            ]  # fmt: skip
+            print(kind, dtype, site.frames, site.tokens_per_frame, site.heads, {n: f"{seconds['dense'].median / s.median:.2f}" for n, s in seconds.items()}, file=sys.stderr, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_rates.json"))
+    parser.add_argument("--kind", help="measure this kind in this process and print its rows")
+    asked = parser.parse_args()
+    if asked.kind:
+        print(json.dumps(measured_here(asked.kind, asked.rounds)))
+        return
+    import torch
+
+    from lvsa_compile.bench.results import machine
+    from lvsa_compile.lowering.cpu_kind import KINDS, cpu_kind
+    from lvsa_compile.report.records import versions
+
+    kinds = KINDS[: KINDS.index(cpu_kind()) + 1]
+    before = json.loads(asked.output.read_text())["kinds"] if asked.output.exists() else {}
+    facts = {"machine": machine(torch.device("cpu")), "versions": versions(), "command": " ".join(["python", *sys.argv])}
+    for kind in kinds:
+        play = {"LVSA_CPU": kind, "ATEN_CPU_CAPABILITY": CAPABILITY[kind]}
+        run = [sys.executable, __file__, "--kind", kind, "--rounds", str(asked.rounds)]
+        done = subprocess.run(run, env={**os.environ, **play}, stdout=subprocess.PIPE, text=True, check=True)
+        before[kind] = {**facts, "rows": json.loads(done.stdout)}
+    asked.output.write_text(json.dumps({"kinds": before}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
