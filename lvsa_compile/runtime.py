@@ -38,7 +38,8 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
         return compiled
     own_clock, calls = Clock(), calls_of(compilation.compile_id)
     size = next(((d.plan.call.query.frames, d.plan.call.query.tokens_per_frame) for d in compilation.sparse if d.plan is not None), None)
-    device = next((value.device for value in compilation.example_inputs if isinstance(value, Tensor)), torch.device("cpu"))
+    tensors = [(position, value) for position, value in enumerate(compilation.example_inputs) if isinstance(value, Tensor)]
+    first, device = (tensors[0][0], tensors[0][1].device) if tensors else (None, torch.device("cpu"))
 
     def clock_for(args: Sequence[Any]) -> Clock:
         if owner is None or compat.parent.get() is not None:
@@ -51,6 +52,8 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
         return clock.phase(extra.phases, extra.value.device, extra.dense_steps) if extra.phases else extra.value
 
     def run(*args: Any) -> Any:
+        if first is not None and compat.is_fake(args[first]):  # as where Dynamo's DDP optimizer asks for shapes
+            return compiled(*args, *(extra.value for extra in extra_inputs))
         if not extra_inputs and not ticks:
             calls.note(device)
             return compiled(*args)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import pickle
@@ -375,3 +376,56 @@ def test_the_number_of_steps_is_known_within_its_context():
         assert explicit_steps() == 8
         with lvsa_compile.step(3):
             assert explicit_steps() is None
+
+
+# --- whose clock it is ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["module", "function", "closure"])
+def test_parameters_replaced_inside_a_video_leave_the_step(how):
+    """As ``load_state_dict(assign=True)`` does for an adapter that is merged between two steps."""
+    model = randomise(VideoDiT())
+    if how == "module":
+        run = torch.compile(model, backend="lvsa", options=EXACT)
+    elif how == "function":
+        compiled = torch.compile(lambda called, *inputs: called(*inputs), backend="lvsa", options=EXACT)
+        run = functools.partial(compiled, model)
+    else:
+        run = torch.compile(lambda *inputs: model(*inputs), backend="lvsa", options=EXACT)
+    for step, value in enumerate((900.0, 800.0, 700.0, 600.0)):
+        if step == 2:
+            model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+        with torch.no_grad():
+            output = run(*dit_inputs(timestep=value))
+            with oracle.MaskedAttention(oracle.token_mask(9, 12, step, reference=4, window=1)):
+                answer = model(*dit_inputs(timestep=value))
+        assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max()), step
+
+
+def test_two_models_of_one_compiled_function_keep_their_own_steps():
+    models = [randomise(VideoDiT(), seed) for seed in (1, 2)]
+    compiled = torch.compile(lambda called, *inputs: called(*inputs), backend="lvsa", options=EXACT)
+    for step, value in enumerate((900.0, 800.0, 700.0)):
+        for model in models[: 1 + (step < 2)]:
+            with torch.no_grad():
+                output = compiled(model, *dit_inputs(timestep=value))
+                with oracle.MaskedAttention(oracle.token_mask(9, 12, step, reference=4, window=1)):
+                    answer = model(*dit_inputs(timestep=value))
+            assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max()), step
+
+
+def test_the_report_says_what_the_clock_saw():
+    model = randomise(VideoDiT())
+    compiled = torch.compile(model, backend="lvsa", options=EXACT)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for value in (900.0, 900.0, 800.0, 850.0, 700.0, 900.0):
+            compiled(*dit_inputs(timestep=value))
+        with lvsa_compile.step(1, of=2):
+            compiled(*dit_inputs(timestep=800.0))
+    (graph,) = lvsa_compile.reports()[0].graphs
+    assert graph.clock_saw == (
+        "7 calls, timesteps from 700 to 900, 5 moves, 2 videos begun, 1 moves that do not tell the step; "
+        "in 1 calls lvsa_compile.step(i) said the step",
+    )
+    assert f"denoising step: value of input 'timestep'; {graph.clock_saw[0]}" in str(lvsa_compile.reports()[0])

@@ -3,7 +3,16 @@
 Each function says what it stands for, so that a change in torch is mended here and nowhere else.
 """
 
-from lvsa_compile.compat.breaks import GraphBreak, break_of, callables_at_break, calls_in_progress, given_tensors, given_up, is_disabled
+from lvsa_compile.compat.breaks import (
+    GraphBreak,
+    break_of,
+    callables_at_break,
+    calls_in_progress,
+    given_tensors,
+    given_up,
+    is_disabled,
+    was_given_up,
+)
 from lvsa_compile.compat.calls import (
     EagerAttention,
     hooks_of_all_modules,
@@ -38,6 +47,7 @@ from lvsa_compile.compat.fakes import (
     fake_like,
     fake_mode_of,
     fake_mode_of_graph,
+    is_fake,
     new_fake_mode,
     tracing_fake_mode,
     tracing_on_fakes,
@@ -157,6 +167,7 @@ __all__ = [
     "inductor_options",
     "is_disabled",
     "is_dynamos",
+    "is_fake",
     "is_whole_of_compiled",
     "load_cpp",
     "local_part",
@@ -204,6 +215,7 @@ __all__ = [
     "tree_unflatten",
     "trial_run",
     "uncompiled",
+    "was_given_up",
     "with_cache_stamp",
     "written_by",
 ]

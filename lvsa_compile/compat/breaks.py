@@ -97,6 +97,14 @@ def given_up() -> list[tuple[types.CodeType, Mapping[str, Any]]]:
     return [(frame.f_code, collections.ChainMap(frame.f_locals, frame.f_globals)) for frame in eager]
 
 
+def was_given_up(code: types.CodeType) -> bool:
+    """Whether Dynamo tried a function's code and compiled nothing of it, so that it ran eagerly."""
+    from torch._dynamo.convert_frame import input_codes
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    return code in input_codes and not _debug_get_cache_entry_list(code)
+
+
 def calls_in_progress() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """What is being called, with its arguments, outermost first: modules, and the functions that ``torch.compile`` returned."""
     found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []

@@ -41,6 +41,13 @@ def tracing_fake_mode() -> Any:
     return context.fake_mode if context is not None else None
 
 
+def is_fake(value: object) -> bool:
+    """Whether a tensor has no memory and stands for one that has."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
 def fake_mode_of(tensor: Tensor) -> Any:
     """The fake mode a fake tensor belongs to, or None for a real one."""
     from torch._subclasses.fake_tensor import FakeTensor

@@ -29,8 +29,13 @@ def attention_in(code: types.CodeType) -> str:
 
 def attention_below(called: Any) -> str:
     """File and line where a function, method or module, or what it calls by name, calls attention; "" where none is seen."""
+    return next((attention_in(code) for code in codes_with_attention(called)), "")
+
+
+def codes_with_attention(called: Any) -> list[types.CodeType]:
+    """Code of what is called, or of what it calls by name, that calls attention itself."""
     codes = (getattr(function, "__code__", None) for function in _below(called, _DEEPEST, set()))
-    return next((line for code in codes if code is not None and (line := attention_in(code))), "")
+    return [code for code in codes if code is not None and attention_in(code)]
 
 
 def disabled_below(called: Any) -> list[Any]:

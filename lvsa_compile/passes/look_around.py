@@ -15,10 +15,11 @@ from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.horizons import rows_of_class
 from lvsa_compile.passes.compilation import Compilation, Forward, Outside
-from lvsa_compile.passes.eager_attention import attention_below, attention_in, disabled_among, disabled_below
+from lvsa_compile.passes.eager_attention import attention_below, attention_in, codes_with_attention, disabled_among, disabled_below
 
 _FIND = "TORCH_LOGS=graph_breaks names all graph breaks."
 _MEND = "Mend that line; where it stands between blocks, lvsa_compile.compile_repeated_blocks(model) does without. " + _FIND
+_GIVEN_UP = "Dynamo gave up its function"
 _FROM_DEVICE = (
     "Take torch.set_default_device out, under which torch breaks graphs, and give the device where tensors are made "
     '(`with torch.device("cuda"):` around what makes the model).'
@@ -32,6 +33,8 @@ _broken: dict[tuple[int, int], tuple[str, str]] = dropped_on_reset({})
 """By thread and compiled function: the first break of the forward in progress, and what mends it."""
 _told: dict[tuple[int, int], set[Outside]] = dropped_on_reset({})
 """By thread and compiled function: attention outside of graphs that an earlier graph of the forward told."""
+_called_at_breaks: dict[tuple[int, int], list[types.CodeType]] = dropped_on_reset({})
+"""By thread and compiled function: code with attention that was called where earlier graphs of the forward ended."""
 
 
 def look_around(compilation: Compilation) -> Compilation:
@@ -42,15 +45,21 @@ def look_around(compilation: Compilation) -> Compilation:
     if not place.continues:
         _broken.pop(entry, None)
         _told.pop(entry, None)
+        _called_at_breaks.pop(entry, None)
     before = _broken.get(entry, ("", ""))
     if not before[0] and given_up:
         before = (_said_of(given_up[-1][0]), _MEND)
     if not before[0] and _is_cut(compilation):
         before = ("something cut it before it reached lvsa, as DistributedDataParallel does by buckets", _FROM_CUT)
-    outside = [found for code, scope in given_up for found in _in_given_up(code, scope)]
+    outside = [found for code, scope in given_up for found in _in_given_up(code, scope, before[1])]
+    outside += [
+        Outside(attention_in(code), _GIVEN_UP, before[1] or _MEND) for code in _called_at_breaks.get(entry, ()) if compat.was_given_up(code)
+    ]
     if ends is not None:
         _broken.setdefault(entry, (f"{ends.line} ({ends.why})", _remedy(ends)))
         outside += _disabled_at(ends)
+        called = [code for each in compat.callables_at_break() for code in codes_with_attention(each)]
+        _called_at_breaks[entry] = [*_called_at_breaks.get(entry, ()), *called]
     told = _told.setdefault(entry, set())
     forward = Forward(*_video(), *before, tuple(found for found in outside if found not in told))
     told.update(outside)
@@ -61,10 +70,10 @@ def _said_of(code: types.CodeType) -> str:
     return f'File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name} (Dynamo gave up the function)'
 
 
-def _in_given_up(code: types.CodeType, scope: Mapping[str, Any]) -> list[Outside]:
+def _in_given_up(code: types.CodeType, scope: Mapping[str, Any], remedy: str) -> list[Outside]:
     """Attention that a function which runs eagerly calls, itself or by a disabled function."""
     own = attention_in(code)
-    found = [Outside(own, "Dynamo gave up its function", _MEND)] if own else []
+    found = [Outside(own, _GIVEN_UP, remedy)] if own else []
     lines = dict.fromkeys(line for each in disabled_among(code, scope) if (line := attention_below(each)))
     return found + [Outside(line, f"under torch.compiler.disable, called by {code.co_name}", _FROM_DISABLE) for line in lines]
 
