@@ -21,7 +21,7 @@ and with as many threads as you mean to use.
 * The **FLOP bound** is the speed-up that counting kept pairs of tokens allows, if each took as long as in dense attention.
 * The **share** is the speed-up over the bound. More than 100 % means that a kept pair takes less time than in dense attention.
 * Contenders run in turn within one process, in reversed order every other round. Times are medians, ± is the distance of the quartiles
-  over the median, speed-ups are medians of the ratios of neighbouring runs.
+  over the median, a speed-up is the ratio of the medians of its row.
 * **Temporaries** are the most memory held at once beside inputs and output, over that of query, key, value and output together. On the CPU
   they are counted by the operating system.
 * The **worst error** is the largest difference from float64 relative to the largest value, over 512 rows of each head for a site and over

@@ -100,9 +100,9 @@ class Clock:
         self._rows: dict[Caller, int] = {}
         self._last_caller: dict[Hashable, int] = {}  # by size of video
         self._steps: dict[int, Tensor] = {}  # by thread
-        self._phases: dict[tuple[int, int, torch.device, int], Tensor] = {}
+        self._phases: dict[tuple[int, int, torch.device, int, int], Tensor] = {}
         self._moves = 0  # how often the step may have changed
-        self._filled: dict[tuple[int, int, torch.device, int], tuple[int, int | None]] = {}  # what it was when a phase was filled
+        self._filled: dict[tuple[int, int, torch.device, int, int], tuple[int, int | None]] = {}  # what it was when a phase was filled
         self._doubts = Doubts()
         self._saw: Tensor | None = None  # float64 [6]: see ClockSaw
         self._said = 0
@@ -179,13 +179,13 @@ class Clock:
             self._video_of[row] = torch.where(_goes_on(theirs, value), self._video_of[last], self._video_of[row])
         return row
 
-    def phase(self, phases: int, device: torch.device, dense_steps: int = 0) -> Tensor:
+    def phase(self, phases: int, device: torch.device, dense_steps: int = 0, place: int = 0) -> Tensor:
         """The current step modulo ``phases`` as an int32 scalar on ``device``; ``phases`` itself in the first ``dense_steps`` steps.
 
-        Always the same tensor for the same thread, as CUDA graphs need it.
+        Always the same tensor for the same thread and ``place``, the number of the step in a graph of several, as CUDA graphs need it.
         """
         thread = threading.get_ident()
-        key = (phases, dense_steps, device, thread)
+        key = (phases, dense_steps, device, thread, place)
         explicit = explicit_step()
         with self._lock, torch.inference_mode(False), torch.no_grad():
             phase = self._phases.get(key)

@@ -14,7 +14,7 @@ from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.labels import begin_forward, in_numbers, say
 from lvsa_compile.clock import Clock, clock_of
 from lvsa_compile.counting import calls_of
-from lvsa_compile.passes.compilation import Compilation, ExtraInput
+from lvsa_compile.passes.compilation import Compilation, TimestepInput
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
     ticks = turning and timestep is not None
     if not extra_inputs and not ticks and (not compilation.sites or compat.compiling_ahead()):
         return compiled
+    steps = 1 + max((extra.step for extra in extra_inputs), default=0)
     own_clock, calls = Clock(), calls_of(compilation.compile_id)
     size = next(((d.plan.call.query.frames, d.plan.call.query.tokens_per_frame) for d in compilation.sparse if d.plan is not None), None)
     tensors = [(position, value) for position, value in enumerate(compilation.example_inputs) if isinstance(value, Tensor)]
@@ -48,8 +49,13 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
         parameter = args[owner.position]
         return clock_of(parameter, lambda: compat.root_module() or compat.model_holding(parameter, owner.source))
 
-    def appended(clock: Clock, extra: ExtraInput) -> Any:
-        return clock.phase(extra.phases, extra.value.device, extra.dense_steps) if extra.phases else extra.value
+    def appended(clock: Clock, step: int) -> dict[str, Any]:
+        """The appended inputs of one of the graph's denoising steps, the clock standing there."""
+        return {
+            extra.name: clock.phase(extra.phases, extra.value.device, extra.dense_steps, step) if extra.phases else extra.value
+            for extra in extra_inputs
+            if extra.step == step
+        }
 
     def run(*args: Any) -> Any:
         if first is not None and compat.is_fake(args[first]):  # as where Dynamo's DDP optimizer asks for shapes
@@ -59,15 +65,26 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
             return compiled(*args)
         clock = clock_for(args)
         calls.clocks.add(clock)
-        if ticks and timestep is not None:
-            value = args[timestep.position] if timestep.value is None else timestep.value
-            clock.tick(value if isinstance(value, Tensor) else torch.tensor(float(value)), size)
-        more = [appended(clock, extra) for extra in extra_inputs]
-        dense = next((phase == extra.phases for phase, extra in zip(more, extra_inputs, strict=True) if extra.dense_steps), None)
+        more: dict[str, Any] = {}
+        timesteps = _timesteps(timestep, args) if ticks else []
+        for step in range(steps):
+            if step < len(timesteps):
+                clock.tick(timesteps[step], size)
+            more |= appended(clock, step)
+        dense = next((more[extra.name] == extra.phases for extra in extra_inputs if extra.dense_steps), None)
         calls.note(device, dense)
-        return compiled(*args, *more)
+        return compiled(*args, *(more[extra.name] for extra in extra_inputs))
 
     return run
+
+
+def _timesteps(timestep: TimestepInput | None, args: Sequence[Any]) -> list[Tensor]:
+    """The timesteps of a call: of each denoising step of the graph one."""
+    if timestep is None:
+        return []
+    value = args[timestep.position] if timestep.value is None else timestep.value
+    value = value if isinstance(value, Tensor) else torch.tensor(float(value))
+    return [value.select(0, element) for element in timestep.elements] or [value]
 
 
 def with_labels(compiled: Callable[..., Any], compilation: Compilation) -> Callable[..., Any]:

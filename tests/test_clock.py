@@ -350,7 +350,41 @@ def test_the_size_of_a_batch_is_no_timestep():
     assert lvsa_compile.reports()[0].graphs[0].clock == "value of input 'timestep'"
 
 
-def test_several_steps_in_one_graph_are_a_warning():
+@pytest.mark.parametrize("calls", [1, 2], ids=["once", "with guidance"])
+@pytest.mark.parametrize("taken", ["loop", "index", "unbind"])
+@pytest.mark.parametrize("options", [{}, {"dense_steps": 1}, {"rotate": False}], ids=["", "dense first", "still"])
+def test_each_of_several_steps_in_one_graph_has_its_own_anchors(calls, taken, options):
+    """A loop over a few denoising steps, compiled as one function, and a second video."""
+    model, (latents, _, text) = randomise(VideoDiT()), dit_inputs()
+    times = torch.tensor([900.0, 700.0, 500.0])
+
+    def sample(latents, times):
+        steps = times if taken == "loop" else times.unbind() if taken == "unbind" else [times[0], times[1], times[2]]
+        for time in steps:
+            for _ in range(calls):
+                latents = latents - 0.1 * model(latents, time.expand(1), text)
+        return latents
+
+    compiled = torch.compile(sample, backend="lvsa", options={**EXACT, "inner": "eager", **options})
+    for _ in range(2):
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            output = compiled(latents, times)
+            answer = latents
+            for step, time in enumerate(times):
+                for _ in range(calls):
+                    if step < options.get("dense_steps", 0):
+                        answer = answer - 0.1 * model(answer, time.expand(1), text)
+                        continue
+                    mask = oracle.token_mask(9, 12, 0 if options.get("rotate") is False else step, reference=4, window=1)
+                    with oracle.MaskedAttention(mask):
+                        answer = answer - 0.1 * model(answer, time.expand(1), text)
+        assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max())
+    (graph,) = lvsa_compile.reports()[0].graphs
+    assert options.get("rotate") is False or "6 calls, timesteps from 500 to 900, 5 moves, 2 videos begun" in graph.clock_saw
+
+
+def test_a_step_said_around_several_is_a_warning():
     model, (latents, _, text) = randomise(VideoDiT()), dit_inputs()
 
     def sample(latents, times):
@@ -358,8 +392,25 @@ def test_several_steps_in_one_graph_are_a_warning():
             latents = latents - 0.1 * model(latents, time.expand(1), text)
         return latents
 
-    with torch.no_grad(), pytest.warns(lvsa_compile.LvsaWarning, match="several denoising steps in one graph"):
+    with lvsa_compile.step(0), torch.no_grad(), pytest.warns(lvsa_compile.LvsaWarning, match="several denoising steps in one graph"):
         torch.compile(sample, backend="lvsa", options={**EXACT, "inner": "eager"})(latents, torch.tensor([900.0, 700.0, 500.0]))
+
+
+def test_two_elements_of_a_timestep_that_are_no_steps():
+    """A model that embeds the timesteps of video and sound, of which it gets two in one tensor."""
+
+    class Two(VideoDiT):
+        def forward(self, latents, timestep, text):
+            return super().forward(latents, timestep[0:1], text * timestep[1].sin())
+
+    model, (latents, _, text) = randomise(Two()), dit_inputs()
+    compiled = torch.compile(model, backend="lvsa", options={**EXACT, "inner": "eager"})
+    for step, value in enumerate((900.0, 800.0)):
+        with torch.no_grad():
+            output = compiled(latents, torch.tensor([value, value / 2]), text)
+            with oracle.MaskedAttention(oracle.token_mask(9, 12, step, reference=4, window=1)):
+                answer = model(latents, torch.tensor([value, value / 2]), text)
+        assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max())
 
 
 @pytest.mark.parametrize("of", [5, 0, 2.5, True])

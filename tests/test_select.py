@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,3 +199,20 @@ def test_max_autotune_measures_on_the_real_shapes_and_the_report_shows_it(monkey
         assert f"measured: {site.lowering} " in str(site)
         assert dict(site.passed_over)["flex"] == "it runs on cuda, not on cpu"
     assert measuring.to_dict()["graphs"][0]["sites"][0]["seconds"] == dict(measuring.sparse_sites[0].seconds)
+
+
+def test_no_estimate_is_contradicted_by_what_was_measured():
+    """By more than half as much again, on any kind of CPU, in any dtype, by any lowering meant for speed."""
+    kinds = json.loads((Path(__file__).parent.parent / "benchmarks/results/cpu_rates.json").read_text())["kinds"]
+    assert {"plain", "avx2", "avx512"} <= kinds.keys()
+    for kind, measured_there in kinds.items():
+        threads, rows = measured_there["machine"]["threads"], [row for row in measured_there["rows"] if row["lowering"] != "reference"]
+        assert {row["lowering"] for row in rows} == {"cpu", "dense_merge"} or kind == "amx"
+        for row in rows:
+            pattern = FramePattern(row["frames"], reference_frames=row["reference"])
+            flops = 4.0 * row["heads"] * (row["frames"] * row["tokens"]) ** 2 * row["head_dim"]
+            parts = 2 * (pattern.interval or 1) if row["lowering"] == "dense_merge" else 1
+            here = rates.CPU[kind, row["dtype"]]
+            expected = rates.cpu_speedup(row["lowering"], here, flops, pattern.density, parts, threads)
+            found = row["dense_seconds"] / row["seconds"]
+            assert 1 / 1.5 < expected / found < 1.5, (kind, row, expected, found)

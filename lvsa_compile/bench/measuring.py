@@ -37,8 +37,8 @@ class Seconds:
         return (high - low) / self.median
 
     def times_faster_than(self, other: Seconds) -> float:
-        """The median over the rounds of the other's seconds over these."""
-        return statistics.median(theirs / mine for theirs, mine in zip(other.rounds, self.rounds, strict=True))
+        """The other's median over this one."""
+        return other.median / self.median
 
 
 def in_turn(contenders: Mapping[str, Run], rounds: int, device: torch.device, least_seconds: float = 0.0) -> dict[str, Seconds]:

@@ -88,6 +88,7 @@ _PAIR: tuple[_Column, ...] = (
     ("frames × tokens, heads×head_dim", _site),
     ("density", lambda r: f"{r['density']:.3f}"),
     ("time", lambda r: seconds(r["seconds"])),
+    ("±", lambda r: _percent(r["spread"])),
     ("over dense", lambda r: f"{1 / r['speedup']:.3f}"),
     ("share", lambda r: _percent(r["share"])),
 )
@@ -96,7 +97,9 @@ _MODEL: tuple[_Column, ...] = (
     ("latent frames", lambda r: str(r["frames"])),
     ("tokens", lambda r: str(r["tokens"])),
     ("inductor", lambda r: seconds(r.get("inductor"))),
+    ("±", lambda r: _percent(r.get("inductor_spread"))),
     ("lvsa", lambda r: seconds(r["lvsa"])),
+    ("±", lambda r: _percent(r["lvsa_spread"])),
     ("speed-up", lambda r: _times(r.get("speedup"))),
     ("FLOP bound", lambda r: _times(r["bound"])),
     ("share", lambda r: _percent(r.get("share"))),

@@ -25,12 +25,10 @@ from lvsa_compile.lowering.attention_op import (
 )
 from lvsa_compile.lowering.contract import AttentionCall, Failure, Lowering
 from lvsa_compile.lowering.cpu_kind import compiler_flags, cpu_kind
-from lvsa_compile.lowering.rates import share_of_dense
+from lvsa_compile.lowering.rates import on_cpu
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LARGEST_HEAD_DIM = 256
-_FLOPS = 1.5e11  # of dense attention, measured on 2 cores
-_SECONDS_PER_CALL = 40e-6
 
 _Pointer, _Integer, _Strides = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64 * 4
 
@@ -134,11 +132,7 @@ def _refuses(call: AttentionCall) -> str | None:
 
 
 def _speedup(call: AttentionCall) -> float:
-    """Dense seconds over sparse seconds, from counted FLOPs and the cost of a call."""
-    if call.device.type != "cpu":
-        return 0.0
-    dense = call.flops / _FLOPS
-    return dense / (dense * call.density / share_of_dense("cpu", call.device) + _SECONDS_PER_CALL)
+    return on_cpu("cpu", call) if call.device.type == "cpu" else 0.0
 
 
 LOWERING = Lowering(

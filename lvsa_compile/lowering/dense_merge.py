@@ -22,12 +22,10 @@ from lvsa_compile.lowering.attention_op import accumulation_dtype, define_attent
 from lvsa_compile.lowering.contract import AttentionCall, Lowering
 from lvsa_compile.lowering.dense_kernels import dense_attention, merge_into, why_not_dense_kernel
 from lvsa_compile.lowering.gpu import why_no_gpu
-from lvsa_compile.lowering.rates import share_of_dense
+from lvsa_compile.lowering.rates import on_cpu, share_of_dense
 from lvsa_compile.sparsity.key_ranges import Range, join_ranges
 
 Mask = numpy.typing.NDArray[numpy.bool_]
-_SECONDS_PER_CALL = 60e-6  # of the kernel and its merge, measured on 2 cores
-_FLOPS = 1.5e11
 _FARTHEST = 64  # how many blocks apart the next of a batch is looked for
 
 
@@ -232,12 +230,10 @@ def _unavailable(device: torch.device) -> str | None:
 
 
 def _speedup(call: AttentionCall) -> float:
-    """Dense time over sparse time, from counted FLOPs and, on the CPU, what a call of the kernel costs."""
-    share = share_of_dense("dense_merge", call.device)
+    """By rate; on the CPU each window is an attention by itself."""
     if call.device.type != "cpu":
-        return share / call.density
-    dense = call.flops / _FLOPS
-    return dense / (dense * call.density / share + 2 * (call.pattern.interval or 1) * call.batch * _SECONDS_PER_CALL)
+        return share_of_dense("dense_merge", call.device) / call.density
+    return on_cpu("dense_merge", call, parts=2 * (call.pattern.interval or 1) * call.batch)
 
 
 LOWERING = Lowering(

@@ -88,26 +88,28 @@ class Horizon:
 class ExtraInput:
     """An input appended to the graph: a constant ``value``, or the phase of a pattern with ``phases`` rows.
 
-    For a phase, the row after the last serves the first ``dense_steps`` steps, and ``value`` only shows dtype and device.
+    For a phase, the row after the last serves the first ``dense_steps`` steps, ``value`` only shows dtype and device, and ``step`` tells
+    which of the denoising steps of one graph it is.
     """
 
     name: str
     value: Tensor
     phases: int = 0
     dense_steps: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True)
 class TimestepInput:
     """What tells the denoising step: an input of the graph at ``position``, or the number ``value`` that Dynamo made a constant.
 
-    ``taken_apart`` says that the graph uses its elements one by one, as a loop over denoising steps does.
+    ``elements`` are those of it that a graph of several denoising steps uses one by one, in order.
     """
 
     position: int
     name: str
     value: float | None = None
-    taken_apart: bool = False
+    elements: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ class Compilation:
     be looked at.  ``has_video`` is whether an input shows a video grid that is generated; ``not_denoiser`` says why a video that is
     attended is not generated; ``cut_off`` are sites whose query comes from an earlier graph that told nothing of it; ``output_lost``
     says where the way of a video to the outputs was lost; ``reader`` knows which inputs' values were read. ``clock_before`` is the
-    input that moved the clock before this graph runs. ``flops`` are those of the whole graph, dense, 0 where a size is not a number.
+    input that moved the clock before this graph runs. ``step_of`` tells which of several denoising
+    steps of the graph a site belongs to.  ``flops`` are those of the whole graph, dense, 0 where a size is not a number.
     ``outgoing`` is what to say of outputs, by position, for the next graph of the same forward. A pass that changes what the graph
     computes sets ``changed``; without it the graph is compiled as it came.
     """
@@ -181,6 +184,7 @@ class Compilation:
     horizon: Horizon | None = None
     horizon_missing: str = ""
     timestep: TimestepInput | None = None
+    step_of: dict[fx.Node, int] = field(default_factory=dict)
     clock_before: str = ""
     decisions: tuple[Decision, ...] = ()
     specialised: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ from lvsa_compile.clock import told_before
 from lvsa_compile.compat import example_value
 from lvsa_compile.passes.compilation import Compilation, TimestepInput
 from lvsa_compile.passes.trace_layout.interpreter import input_kind
+from lvsa_compile.patterns.site import AttentionSite
 
 _NAMES = tuple(
     re.compile(pattern) for pattern in (r"timesteps?", r"t|time|times|ts", r"\w*timesteps?\w*", r"sigmas?|noise_levels?", r"\w*sigma\w*")
@@ -56,13 +57,29 @@ def find_timestep(compilation: Compilation) -> Compilation:
     if not ranked or ranked[0][0] >= _UNLIKELY:
         return compilation if compilation.place.continues else dataclasses.replace(compilation, timestep=_constant())
     _, position, name = ranked[0]
-    return dataclasses.replace(compilation, timestep=TimestepInput(position, name, taken_apart=_is_taken_apart(placeholders[position])))
+    elements, step_of = _several_steps(placeholders[position], compilation)
+    return dataclasses.replace(compilation, timestep=TimestepInput(position, name, elements=elements), step_of=step_of)
 
 
-def _is_taken_apart(node: fx.Node) -> bool:
-    """Whether two elements of an input or more are used, each by itself."""
-    taken = [user for user in _reached(node, frozenset(("unbind", "iter"))) if _op(user) in ("getitem", "select")]
-    return len({str(user.args[1:]) for user in taken}) > 1
+def _several_steps(timesteps: fx.Node, compilation: Compilation) -> tuple[tuple[int, ...], dict[fx.Node, int]]:
+    """The elements of ``timesteps`` that a loop over denoising steps uses, in order, and the step that each site is in.
+
+    Nothing where the elements are no steps: in a loop the sites of a module come again, each time after a further element.
+    """
+    taken = [user for user in _reached(timesteps, frozenset(("unbind", "iter"))) if _op(user) in ("getitem", "select")]
+    index_of = {user: user.args[-1] for user in taken if isinstance(user.args[-1], int) and len(user.args) <= 3}
+    order = {node: place for place, node in enumerate(compilation.graph_module.graph.nodes)}
+    elements = tuple(dict.fromkeys(index_of[user] for user in sorted(index_of, key=lambda user: order[user])))
+    latest: dict[fx.Node, int] = {}
+    for node in order:
+        own = [elements.index(index_of[node])] if node in index_of else []
+        latest[node] = max([*own, *(latest[source] for source in node.all_input_nodes)], default=-1)
+    step_of = {site.node: max(0, latest[site.query]) for site in compilation.sites if isinstance(site, AttentionSite)}
+    named: dict[str, list[int]] = {}
+    for node, step in step_of.items():
+        named.setdefault(compat.module_path(node) or node.name.rpartition("_")[0], []).append(step)
+    come_again = any(len(set(steps)) > 1 for steps in named.values())
+    return (elements, step_of) if come_again else ((), {})
 
 
 def _may_be_timestep(node: fx.Node) -> bool:

@@ -103,20 +103,20 @@ class _ExtraInputs:
                 self._nodes[key] = called(graph, torch.add, base, called(graph, torch.mul, slope, more))
         return self._nodes[key]
 
-    def phase(self, phases: int, dense_steps: int, device: torch.device) -> fx.Node:
-        """Node of the phase of all patterns with ``phases`` rows, after ``dense_steps`` dense ones."""
-        return self._node("phase", 0, device, phases, dense_steps)
+    def phase(self, phases: int, dense_steps: int, device: torch.device, step: int) -> fx.Node:
+        """Node of the phase of all patterns with ``phases`` rows, after ``dense_steps`` dense ones, at one of the graph's steps."""
+        return self._node("phase", 0, device, phases, dense_steps, step)
 
-    def _node(self, kind: str, content: Any, device: torch.device, phases: int = 0, dense_steps: int = 0) -> fx.Node:
-        key = (kind, content, device, phases)
+    def _node(self, kind: str, content: Any, device: torch.device, phases: int = 0, dense_steps: int = 0, step: int = 0) -> fx.Node:
+        key = (kind, content, device, phases, step)
         if key not in self._nodes:
-            self._nodes[key] = self._input(kind, content, device, phases, dense_steps)
+            self._nodes[key] = self._input(kind, content, device, phases, dense_steps, step)
         return self._nodes[key]
 
-    def _input(self, kind: str, content: Any, device: torch.device, phases: int = 0, dense_steps: int = 0) -> fx.Node:
+    def _input(self, kind: str, content: Any, device: torch.device, phases: int = 0, dense_steps: int = 0, step: int = 0) -> fx.Node:
         value = torch.tensor(content, dtype=torch.int32, device=device)
         assert self._last is not None, "attention has inputs"
-        extra = ExtraInput(f"lvsa_{kind}_{next(self._numbers)}", value, phases, dense_steps)
+        extra = ExtraInput(f"lvsa_{kind}_{next(self._numbers)}", value, phases, dense_steps, step)
         node = compat.add_tensor_input(self._graph_module, self._last, extra.name, extra.value, self._fake_mode)
         self.made.append(extra)
         self._last = node
@@ -137,7 +137,8 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
         grown = inputs.tables(slopes(call.pattern, call.query, call.key, options.rotate, options.dense_steps > 0), where)
         bounds = inputs.moved(bounds, grown[0], site.query, call.query, node)
         ranges = inputs.moved(ranges, grown[1], site.key, call.key, node)
-    phase = inputs.phase(call.pattern.phases if options.rotate else 1, options.dense_steps, where)
+    phases = call.pattern.phases if options.rotate else 1
+    phase = inputs.phase(phases, options.dense_steps, where, compilation.step_of.get(site.node, 0))
     result = example_value(node)
     with node.graph.inserting_before(node):
         key_mask = _key_mask(node.graph, plan.mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lvsa_compile import compat
+from lvsa_compile.clock import explicit_step
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.reasons import TRAINING
 from lvsa_compile.report.records import Report
@@ -42,11 +43,10 @@ def _no_timestep(report: Report, compilation: Compilation) -> Iterator[str]:
 
 
 def _several_steps(report: Report, compilation: Compilation) -> Iterator[str]:
-    names = [site.name for site in report.sparse_sites]
-    if compilation.timestep is not None and compilation.timestep.taken_apart and len(set(names)) < len(names):
+    if explicit_step() is not None and compilation.timestep is not None and compilation.timestep.elements:
         yield (
-            f"lvsa found several denoising steps in one graph of {report.model or 'a function'}: all of them attend to the anchors of the "
-            "first. Compile the model instead of the loop around it, so that each step is a call."
+            f"lvsa found several denoising steps in one graph of {report.model or 'a function'}, and lvsa_compile.step(i) around it says "
+            "one for all. Take it away: the graph's own timesteps tell them apart."
         )
 
 
