@@ -287,4 +287,4 @@ def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, LvsaWarning, stacklevel=2)
-        log.warning("%s", message)
+        log.info("%s", message)

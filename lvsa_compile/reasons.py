@@ -156,7 +156,12 @@ PIXEL_FRAMES: Final = Reason(
     "Give latent frames: of a video codec that keeps one frame and then one of four, 81 pixel frames are 21.",
     mendable=True,
 )
-NO_LOWERING: Final = Reason("no_lowering", "No lowering can serve the site.", "Set options={'lowering': 'auto'}.", mendable=True)
+NO_LOWERING: Final = Reason(
+    "no_lowering",
+    "No lowering can serve the site, not even plain PyTorch, as where a compiler knows no ops of this package.",
+    "The detail says what each lacks; options={'inner': 'aot_eager'} lets plain PyTorch serve.",
+    mendable=True,
+)
 DENSE_LAYER: Final = Reason("dense_layer", "The option dense_layers names this site.", "Take its index out of dense_layers.")
 MAX_SITES: Final = Reason("max_sites", "The option max_sites allows no more sites.", "Raise max_sites, or leave it out.")
 NOT_FASTER: Final = Reason(

@@ -172,6 +172,14 @@ def test_where_nothing_fast_serves_a_warning_says_why(monkeypatch):
     )
 
 
+def test_where_nothing_at_all_serves_the_site_is_dense_and_says_what_each_lacks(monkeypatch):
+    monkeypatch.setattr(select, "lowerings", lambda: [lowering("broken", 2.0, refuses=lambda call: "it does not like the call")])
+    with pytest.warns(LvsaWarning, match="no_lowering: .*broken: it does not like the call.*Remedy: The detail says"), torch.no_grad():
+        torch.compile(randomise(VideoDiT()), backend="lvsa", options=EXACT)(*dit_inputs())
+    (site,) = lvsa_compile.reports()[0].sites
+    assert (site.decision, site.reason) == ("dense", "no_lowering")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"facts": "other", "seconds": 1.0}', '{"seconds": "x", "facts": ""}'])
 def test_a_cache_file_that_is_not_ours_is_measured_again(monkeypatch, tmp_path, text):
     monkeypatch.setattr(compat, "cache_folder", lambda name: tmp_path)

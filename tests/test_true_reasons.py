@@ -286,3 +286,25 @@ def routed(model, tokens, grid, text):
 @pytest.mark.parametrize("function", [gated, routed])
 def test_what_is_no_attention_is_no_site(function):
     assert run(block(function)) == ([], [])
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------------------
+
+
+class Shortened(VideoDiT):
+    """How many frames there are is read from a tensor."""
+
+    def forward(self, latents, timestep, text):
+        frames = int((text[0, :, 0] != 0).sum().item()) + 2
+        return super().forward(latents[:, :, :frames], timestep, text)
+
+
+def test_a_number_of_frames_that_only_run_time_knows():
+    model = randomise(Shortened())
+    with torch._dynamo.config.patch(capture_scalar_outputs=True), torch.no_grad(), pytest.warns(lvsa_compile.LvsaWarning, match="size_not"):
+        torch.compile(model, backend="lvsa", options=EXACT, fullgraph=True)(*dit_inputs())
+    (site,) = lvsa_compile.reports()[0].sites
+    assert (site.reason, site.remedy) == ("size_not_known", "Compile without dynamic=True, or without fullgraph=True.")
+    torch._dynamo.reset()
+    sites, _ = run(model)
+    assert [site.decision for site in sites] == ["sparse"]

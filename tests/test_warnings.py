@@ -74,7 +74,8 @@ def test_blocks_compiled_alone_are_one_warning():
         block.compile(backend="lvsa", options=EXACT)
     (said,) = heard(lambda: model(**wan_inputs()))
     assert said.startswith("lvsa left attention of WanTransformerBlock dense: no_grid: ")
-    assert "Remedy: For a part of a video model: lvsa_compile.compile_repeated_blocks(model)" in said
+    assert "no input of this graph shows a video grid, and WanTransformer3DModel around it gets a video. Remedy: " in said
+    assert said.endswith("Use lvsa_compile.compile_repeated_blocks(model), lvsa's own and not diffusers', or compile the model as a whole.")
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,49 @@ def test_a_horizon_in_pixel_frames(model, inputs, given, meant):
     torch._dynamo.reset()
     assert heard(compiled(model(), inputs(), {"inner": "eager", "reference_frames": meant})) == []
     assert lvsa_compile.reports()[0].sparse_sites
+
+
+def clones_out_of_sight(model, tokens, grid, text):
+    return model.attention(_cloned(tokens))
+
+
+@torch.compiler.disable
+def _cloned(tokens):
+    return tokens.clone()
+
+
+@torch.compiler.disable
+def _attended(query, key, value):
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+
+def attends_out_of_sight(model, tokens, grid, text):
+    heads = tokens.unflatten(-1, (2, -1)).transpose(1, 2)
+    return _attended(heads, heads, heads).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("function", [clones_out_of_sight, attends_out_of_sight])
+def test_where_mending_a_break_would_change_nothing_nothing_is_said(function):
+    """At the horizon and below it, and for images."""
+    for frames, words in ((9, 1), (4, 0), (1, 0)):
+        torch._dynamo.reset()
+        run = compiled(randomise(VideoDiT(function)), dit_inputs(frames), {**EXACT, "require": "sparse"} if words == 0 else EXACT)
+        assert len(heard(run, calls=3)) == words, frames
+
+
+def test_hooks_that_break_the_graph_around_attention_that_is_sparse_all_the_same():
+    model = randomise(VideoDiT())
+    model.attention.out.register_forward_hook(lambda module, inputs, output: print(end=""))
+    assert heard(compiled(model, dit_inputs(), {**EXACT, "require": "sparse"}), calls=3) == []
+    report = lvsa_compile.reports()[0]
+    assert [site.decision for site in report.sites] == ["sparse"]
+    assert [site.calls for site in report.receipt().sites] == [3]
+
+
+def test_attention_between_graphs_is_in_the_receipt_and_not_counted():
+    heard(compiled(randomise(VideoDiT(attends_out_of_sight)), dit_inputs(), EXACT))
+    receipt = lvsa_compile.reports()[0].receipt()
+    assert str(receipt).splitlines()[0] == "between graphs: dense, runs eagerly and is not counted"
 
 
 # --- require ----------------------------------------------------------------------------------------------------------------------

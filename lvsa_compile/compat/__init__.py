@@ -105,6 +105,7 @@ from lvsa_compile.compat.ops import (
     written_by,
 )
 from lvsa_compile.compat.sizes import (
+    known_only_at_run_time,
     marked_dynamic,
     number_of,
     settle_slice,
@@ -169,6 +170,7 @@ __all__ = [
     "is_dynamos",
     "is_fake",
     "is_whole_of_compiled",
+    "known_only_at_run_time",
     "load_cpp",
     "local_part",
     "lookup_backend",

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from lvsa_compile.compat.calls import tree_leaves
+from lvsa_compile.compat.graphs import LIBRARIES
 from lvsa_compile.compat.modules import parent
 
 _TORCH = f"{next(iter(torch.__path__))}/"
@@ -50,7 +51,8 @@ def break_of(graph_module: fx.GraphModule) -> GraphBreak | None:
     if not getattr(reason, "graph_break", False):
         return None
     stack = list(reason.user_stack or ())
-    own = [frame for frame in stack if not frame.filename.startswith(_TORCH)] or stack
+    own = [frame for frame in stack if not f'File "{frame.filename}'.startswith(LIBRARIES)]
+    own = own or [frame for frame in stack if not frame.filename.startswith(_TORCH)] or stack
     line = _line(own[-1].filename, own[-1].lineno, own[-1].name) if own else "an unknown line"
     by_device = any(frame.filename.endswith("torch/utils/_device.py") for frame in stack)
     return GraphBreak(line, str(reason.reason).strip(), by_device)
@@ -98,11 +100,16 @@ def given_up() -> list[tuple[types.CodeType, Mapping[str, Any]]]:
 
 
 def was_given_up(code: types.CodeType) -> bool:
-    """Whether Dynamo tried a function's code and compiled nothing of it, so that it ran eagerly."""
+    """Whether Dynamo tried a function's code and compiled nothing of it, so that it ran eagerly; False of what it compiles just now."""
     from torch._dynamo.convert_frame import input_codes
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    return code in input_codes and not _debug_get_cache_entry_list(code)
+    try:
+        now = InstructionTranslator.current_tx().output.root_tx.f_code
+    except AttributeError:
+        now = None
+    return code is not now and code in input_codes and not _debug_get_cache_entry_list(code)
 
 
 def calls_in_progress() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:

@@ -39,6 +39,14 @@ def size_expression(size: Any) -> Any:
     return int(expression) if expression.is_number else expression
 
 
+def known_only_at_run_time(size: Any) -> bool:
+    """Whether a size comes from a value that was read, so that no input shows it (an unbacked symbol)."""
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+    expression = sympy.sympify(size_expression(size))
+    return any(symbol_is_type(symbol, SymT.UNBACKED_INT) for symbol in expression.free_symbols)
+
+
 def symbol_positions(graph_module: fx.GraphModule) -> dict[Any, int]:
     """Symbols of sizes that are inputs of a graph by themselves, and their positions."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]

@@ -137,12 +137,15 @@ class Outside:
 class Forward:
     """What is around a graph in its forward.
 
-    Whether a video goes in (``shows_video``), of at least ``least_tokens``; where and why the forward was ``broken`` before this graph,
+    Whether a video goes in (``shows_video``), of at least ``least_tokens`` and, as far as its shape tells,
+    of one of these numbers of ``frames``, and the ``model`` that gets it; where and why the forward was ``broken`` before this graph,
     "" where it was not, and the ``remedy``; attention ``outside`` of all graphs.
     """
 
     shows_video: bool = False
     least_tokens: int = 0
+    frames: tuple[int, ...] = ()
+    model: str = ""
     broken: str = ""
     remedy: str = ""
     outside: tuple[Outside, ...] = ()

@@ -79,7 +79,15 @@ def _is_mendable(miss: Miss, compilation: Compilation) -> bool:
     known = compilation.has_video or compilation.forward.shows_video or miss.reason is reasons.FORWARD_NOT_CALLED
     if miss.reason is reasons.NO_GRID and compilation.timestep is not None:
         return False  # a whole model, of images or of text
-    return known and miss.reason.mendable
+    return known and miss.reason.mendable and may_be_sparse(compilation)
+
+
+def may_be_sparse(compilation: Compilation) -> bool:
+    """Whether the video that goes into the forward may be long enough for a pattern that skips something, as far as its shape tells."""
+    frames, horizon = compilation.forward.frames, compilation.horizon
+    if horizon is None or not frames:
+        return not frames or max(frames) > 1
+    return _if_pixels(horizon) > 0 or any(not compilation.options.frame_pattern(each, horizon.frames).is_full for each in frames)
 
 
 def _segments(layout: TokenLayout) -> Segments:

@@ -38,7 +38,7 @@ def find_horizon(compilation: Compilation) -> Compilation:
     if row is not None:
         return dataclasses.replace(compilation, horizon=Horizon(row.frames, f"table: {row.class_name}, {row.seed}"))
     missing = "is not in the table of training horizons"
-    wholes = [] if compilation.has_video else _wholes([kind for kind, _ in around])
+    wholes = [] if compilation.has_video or compilation.timestep is not None else _wholes([kind for kind, _ in around])
     if wholes:
         missing = f"is a part of {' or '.join(wholes)}, and only the whole model tells its horizon"
     return dataclasses.replace(compilation, horizon_missing=f"{compilation.model or 'this model'} {missing}")

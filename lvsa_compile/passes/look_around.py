@@ -9,7 +9,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
@@ -97,14 +97,22 @@ def _is_cut(compilation: Compilation) -> bool:
     return any(compat.placeholder_source(node) is None and isinstance(compat.example_value(node), Tensor) for node in placeholders)
 
 
-def _video() -> tuple[bool, int]:
-    """Whether a video goes in, and the least number of its tokens: a known model, or latents, of five axes or of four in a list."""
-    known, latents = False, []
+def _video() -> tuple[bool, int, tuple[int, ...], str]:
+    """Whether a video goes in, the least number of its tokens, the numbers of frames it may have, and the model that gets it.
+
+    It goes into a known model, or as latents, of five axes or of four in a list.
+    """
+    model, latents = "", []
     for called, args, kwargs in compat.calls_in_progress():
-        known = known or any(rows_of_class(type(each)) for each in (called, getattr(called, "_orig_mod", None)))
+        kind = type(getattr(called, "_orig_mod", called))
+        found = []
         for value in (*args, *kwargs.values()):
             axes = 4 if isinstance(value, (list, tuple)) else 5
             leaves = [leaf for leaf in compat.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-            latents += [tuple(map(int, leaf.shape[-4:])) for leaf in leaves if leaf.dim() == axes]
+            found += [tuple(map(int, leaf.shape[-4:])) for leaf in leaves if leaf.dim() == axes]
+        if (found or rows_of_class(kind)) and issubclass(kind, nn.Module):
+            model = model or kind.__name__
+        latents += found
     places = [math.prod(shape) // max(1, *shape[:2]) // _LARGEST_PATCH for shape in latents]  # channels and frames come in either order
-    return known or bool(latents), max(places, default=0)
+    frames = tuple(dict.fromkeys(size for shape in latents for size in shape[:2]))
+    return bool(model or latents), max(places, default=0), frames, model

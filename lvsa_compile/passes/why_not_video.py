@@ -25,6 +25,9 @@ _OF_A_PART = (
 """What a part of a forward may look like that was cut off from the inputs."""
 
 
+_FOR_A_BLOCK = "Use lvsa_compile.compile_repeated_blocks(model), lvsa's own and not diffusers', or compile the model as a whole."
+
+
 def why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout, compilation: Compilation) -> Miss | None:
     """Why the site is not self-attention over the generated video, or None."""
     miss = _miss(node, query, key, compilation)
@@ -33,6 +36,8 @@ def why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout, compilati
     if node in compilation.cut_off and miss.reason in _OF_A_PART:
         forward = compilation.forward
         return reasons.GRAPH_BREAK.because(f"query {query}, key {key}; the graph was broken at {forward.broken}", forward.remedy)
+    if miss.reason is reasons.NO_GRID and compilation.place.continues and compat.parent.get() is None:
+        return reasons.GRAPH_BREAK.because(f"query {query}, key {key}; an earlier part of the forward ran eagerly")
     if miss.reason is reasons.OTHER_VIDEO and compilation.not_denoiser:
         return reasons.NOT_DENOISER.because(compilation.not_denoiser)
     return miss
@@ -44,6 +49,8 @@ def _miss(node: fx.Node, query: TokenLayout, key: TokenLayout, compilation: Comp
     pictured = [layout.shows_pictures or bool(layout.of_kind(SCRAMBLED)) for layout in (query, key)]
     for segment in (*query.segments, *key.segments):
         if segment.kind == UNKNOWN and (has_video or _may_be_video(node.graph, segment)):
+            if compat.known_only_at_run_time(segment.size):
+                return reasons.SIZE_NOT_KNOWN.because(f"there are {segment.size} tokens; {_lost(node, segment)}")
             cached = query_videos and _holds_more(segment, query_videos)
             return reasons.CACHED_KEYS.because(_lost(node, segment)) if cached else reasons.LAYOUT_UNKNOWN.because(_lost(node, segment))
         if segment.kind == CONTRADICTED:
@@ -70,6 +77,9 @@ def _miss(node: fx.Node, query: TokenLayout, key: TokenLayout, compilation: Comp
             return reasons.FORWARD_NOT_CALLED.because(f"{parent.block} of {type(parent.model).__name__} is called, its forward is not")
         if not has_video and (parent is None or parent.problem):
             why = "no input of this graph shows a video grid" if parent is None else parent.problem
+            if parent is None and compilation.forward.model and compilation.timestep is None:
+                around = f"query {query}, key {key}; {why}, and {compilation.forward.model} around it gets a video"
+                return reasons.NO_GRID.because(around, _FOR_A_BLOCK)
             return reasons.NO_GRID.because(f"query {query}, key {key}; {why}")
         return reasons.NOT_VIDEO.because(f"query {query}, key {key}")
     if len(query_videos) > 1 or len(key_videos) > 1:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lvsa_compile.reasons import OUTSIDE_GRAPHS
 from lvsa_compile.report.names import together
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ class SiteReceipt:
 
     ``calls`` are those of its graph, ``dense_step_calls`` those of them in the first steps that ``dense_steps`` leaves dense,
     ``fallbacks`` those that a faster lowering would have computed, had it not failed on this machine.  A block that is compiled once for
-    all of its kind counts the calls of all.
+    all of its kind counts the calls of all.  Attention between graphs is not counted: its ``calls`` are -1.
     """
 
     name: str
@@ -30,6 +31,8 @@ class SiteReceipt:
     @property
     def ran(self) -> str:
         """All but the name, in a line."""
+        if self.calls < 0:
+            return f"{self.lowering}, runs eagerly and is not counted"
         dense = f", {self.dense_step_calls} of them at dense steps" if self.dense_step_calls else ""
         fell = f", {self.fallbacks} in place of a faster lowering that failed" if self.fallbacks else ""
         return f"{self.lowering}, {self.calls} calls{dense}{fell}"
@@ -67,6 +70,8 @@ def receipt_of(graphs: Iterable[GraphReport], clear: bool) -> Receipt:
 
 
 def _site(site: SiteReport, calls: int, dense: int) -> SiteReceipt:
+    if site.reason == OUTSIDE_GRAPHS.code:
+        return SiteReceipt(site.name, site.decision, -1)
     if not site.lowering:
         return SiteReceipt(site.name, site.decision, calls)
     return SiteReceipt(site.name, site.lowering, calls, dense, calls if site.fell_back else 0)

@@ -10,6 +10,7 @@ from lvsa_compile import compat
 from lvsa_compile.clock import explicit_step
 from lvsa_compile.compat import example_value
 from lvsa_compile.passes.compilation import Compilation, Decision, sizes_of
+from lvsa_compile.passes.decide import may_be_sparse
 from lvsa_compile.reasons import OUTSIDE_GRAPHS
 from lvsa_compile.report.records import DENSE, MASKED, ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, Report, SiteReport
 
@@ -27,9 +28,9 @@ def report_of(compilation: Compilation) -> Report:
         clock = f"value of input {compilation.clock_before!r}, where the forward began"
     else:
         clock = "no timestep input found; step 0 unless lvsa_compile.step(i) says otherwise"
-    outside = [
-        outside_graphs(found.line, found.why, found.remedy, compilation.forward.shows_video) for found in compilation.forward.outside
-    ]
+    forward = compilation.forward
+    mendable = forward.shows_video and may_be_sparse(compilation)
+    outside = [outside_graphs(found.line, found.why, found.remedy, mendable) for found in forward.outside]
     graph = GraphReport(
         compilation.compile_id,
         (*(_site(decision) for decision in compilation.decisions), *outside),

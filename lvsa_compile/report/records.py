@@ -187,7 +187,7 @@ class Report:
     def also_missing(self) -> str:
         """What stands in the way beside the nearest miss, in words; "" where nothing is known to."""
         miss = self.nearest_miss
-        if miss is None or not self.horizon.startswith(UNKNOWN_HORIZON) or miss.reason == HORIZON_UNKNOWN.code or not miss.remedy:
+        if miss is None or not self.horizon.startswith(UNKNOWN_HORIZON) or miss.reason == HORIZON_UNKNOWN.code or not miss.mendable:
             return ""
         return f"{HORIZON_UNKNOWN.code}: {self.horizon.removeprefix(UNKNOWN_HORIZON + ': ')}.  Remedy: {HORIZON_UNKNOWN.remedy}"
 
