@@ -82,9 +82,13 @@ def _timesteps(timestep: TimestepInput | None, args: Sequence[Any]) -> list[Tens
     """The timesteps of a call: of each denoising step of the graph one."""
     if timestep is None:
         return []
-    value = args[timestep.position] if timestep.value is None else timestep.value
-    value = value if isinstance(value, Tensor) else torch.tensor(float(value))
-    return [value.select(0, element) for element in timestep.elements] or [value]
+    if timestep.value is not None:
+        return [torch.tensor(timestep.value)]
+    found = []
+    for position, element in timestep.steps or ((timestep.position, None),):
+        value = args[position] if isinstance(args[position], Tensor) else torch.tensor(float(args[position]))
+        found.append(value if element is None else value.select(0, element))
+    return found
 
 
 def with_labels(compiled: Callable[..., Any], compilation: Compilation) -> Callable[..., Any]:

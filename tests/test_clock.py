@@ -384,6 +384,24 @@ def test_each_of_several_steps_in_one_graph_has_its_own_anchors(calls, taken, op
     assert options.get("rotate") is False or "6 calls, timesteps from 500 to 900, 5 moves, 2 videos begun" in graph.clock_saw
 
 
+def test_several_steps_in_one_graph_whose_timesteps_are_arguments():
+    model, (latents, _, text) = randomise(VideoDiT()), dit_inputs()
+
+    def sample(latents, last, first):
+        latents = latents - 0.1 * model(latents, first, text)
+        return latents - 0.1 * model(latents, last, text)
+
+    with torch.no_grad():
+        output = torch.compile(sample, backend="lvsa", options={**EXACT, "inner": "eager"})(
+            latents, torch.tensor([500.0]), torch.tensor([900.0])
+        )
+        answer = latents
+        for step, value in enumerate((900.0, 500.0)):
+            with oracle.MaskedAttention(oracle.token_mask(9, 12, step, reference=4, window=1)):
+                answer = answer - 0.1 * model(answer, torch.tensor([value]), text)
+    assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max())
+
+
 def test_a_step_said_around_several_is_a_warning():
     model, (latents, _, text) = randomise(VideoDiT()), dit_inputs()
 

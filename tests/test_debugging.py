@@ -176,7 +176,7 @@ def test_the_version():
     (["a.10.x", "a.9.x"], "a.9-10.x (2 sites)"),
     (["a.0.x", "b.0.x", "c.0.x"], "a.0.x and 2 more"),
     (["a.0.b.1", "a.1.b.0"], "a.0.b.1 and 1 more"),
-    (["a.0.attn", "a.0.attn"], "a.0.attn and 1 more"),
+    (["a.0.attn", "a.0.attn"], "a.0.attn (2 sites)"),
     (["a.0", "a.0.x"], "a.0 and 1 more"),
 ])  # fmt: skip
 def test_paths_that_differ_in_a_number_get_one_name(names, one):

@@ -99,17 +99,21 @@ class ExtraInput:
     step: int = 0
 
 
+Piece = tuple[int, int | None]
+"""An input by position, and which element of it along the first axis; None for all of it."""
+
+
 @dataclass(frozen=True)
 class TimestepInput:
     """What tells the denoising step: an input of the graph at ``position``, or the number ``value`` that Dynamo made a constant.
 
-    ``elements`` are those of it that a graph of several denoising steps uses one by one, in order.
+    ``steps`` are the pieces that tell each of several denoising steps of one graph, in order.
     """
 
     position: int
     name: str
     value: float | None = None
-    elements: tuple[int, ...] = ()
+    steps: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True)

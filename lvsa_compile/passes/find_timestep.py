@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT
 from lvsa_compile.clock import told_before
 from lvsa_compile.compat import example_value
-from lvsa_compile.passes.compilation import Compilation, TimestepInput
+from lvsa_compile.passes.compilation import Compilation, Piece, TimestepInput
 from lvsa_compile.passes.trace_layout.interpreter import input_kind
 from lvsa_compile.patterns.site import AttentionSite
 
@@ -56,30 +56,43 @@ def find_timestep(compilation: Compilation) -> Compilation:
     ranked = sorted((_rank(node, name), position, name) for position, node, name in candidates)
     if not ranked or ranked[0][0] >= _UNLIKELY:
         return compilation if compilation.place.continues else dataclasses.replace(compilation, timestep=_constant())
-    _, position, name = ranked[0]
-    elements, step_of = _several_steps(placeholders[position], compilation)
-    return dataclasses.replace(compilation, timestep=TimestepInput(position, name, elements=elements), step_of=step_of)
+    best, position, name = ranked[0]
+    alike = [place for rank, place, _ in ranked if rank == best]
+    steps, step_of = _several_steps({place: placeholders[place] for place in alike}, compilation)
+    return dataclasses.replace(compilation, timestep=TimestepInput(position, name, steps=steps), step_of=step_of)
 
 
-def _several_steps(timesteps: fx.Node, compilation: Compilation) -> tuple[tuple[int, ...], dict[fx.Node, int]]:
-    """The elements of ``timesteps`` that a loop over denoising steps uses, in order, and the step that each site is in.
+def _several_steps(timesteps: Mapping[int, fx.Node], compilation: Compilation) -> tuple[tuple[Piece, ...], dict[fx.Node, int]]:
+    """The pieces of ``timesteps``, inputs by position, that a loop over denoising steps uses, in order, and the step that each site is in.
 
-    Nothing where the elements are no steps: in a loop the sites of a module come again, each time after a further element.
+    Nothing where the pieces are no steps: in a loop the sites of a module come again, each time after a further piece.
     """
-    taken = [user for user in _reached(timesteps, frozenset(("unbind", "iter"))) if _op(user) in ("getitem", "select")]
-    index_of = {user: user.args[-1] for user in taken if isinstance(user.args[-1], int) and len(user.args) <= 3}
+    pieces: dict[fx.Node, Piece] = {}
+    for position, node in timesteps.items():
+        taken = {user: at for user in _reached(node, frozenset(("unbind", "iter"))) if (at := _index(user)) is not None}
+        whole: dict[fx.Node, Piece] = {node: (position, None)}
+        pieces |= {user: (position, at) for user, at in taken.items()} or whole
     order = {node: place for place, node in enumerate(compilation.graph_module.graph.nodes)}
-    elements = tuple(dict.fromkeys(index_of[user] for user in sorted(index_of, key=lambda user: order[user])))
+    uses = {node: [order[each] for each in (node.users if node in timesteps.values() else (node,))] for node in pieces}
+    steps = tuple(dict.fromkeys(pieces[node] for node in sorted(pieces, key=lambda node: min(uses[node], default=0))))
     latest: dict[fx.Node, int] = {}
     for node in order:
-        own = [elements.index(index_of[node])] if node in index_of else []
+        own = [steps.index(pieces[node])] if node in pieces else []
         latest[node] = max([*own, *(latest[source] for source in node.all_input_nodes)], default=-1)
     step_of = {site.node: max(0, latest[site.query]) for site in compilation.sites if isinstance(site, AttentionSite)}
     named: dict[str, list[int]] = {}
     for node, step in step_of.items():
         named.setdefault(compat.module_path(node) or node.name.rpartition("_")[0], []).append(step)
-    come_again = any(len(set(steps)) > 1 for steps in named.values())
-    return (elements, step_of) if come_again else ((), {})
+    come_again = any(len(set(places)) > 1 for places in named.values())
+    return (steps, step_of) if come_again else ((), {})
+
+
+def _index(node: fx.Node) -> int | None:
+    """Which element along the first axis a node takes; None where it does anything else."""
+    op, *arguments = _op(node), *node.args[1:]
+    if op == "getitem" and len(arguments) == 1 and isinstance(arguments[0], int):
+        return arguments[0]
+    return arguments[1] if op == "select" and len(arguments) == 2 and arguments[0] == 0 and isinstance(arguments[1], int) else None
 
 
 def _may_be_timestep(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ from lvsa_compile.lowering.contract import AttentionCall
 from lvsa_compile.lowering.measured import seconds_of, seconds_of_dense
 from lvsa_compile.lowering.select import lowerings
 from lvsa_compile.passes.compilation import Segments, TrailStep
-from lvsa_compile.reasons import HORIZON_UNKNOWN, PATTERN_FULL, REASONS
+from lvsa_compile.reasons import HORIZON_UNKNOWN, NO_GRID, PATTERN_FULL, REASONS
 from lvsa_compile.report.names import together
 from lvsa_compile.report.receipt import Receipt, receipt_of
 from lvsa_compile.sparsity.frame_pattern import FramePattern
@@ -187,8 +187,10 @@ class Report:
     def also_missing(self) -> str:
         """What stands in the way beside the nearest miss, in words; "" where nothing is known to."""
         miss = self.nearest_miss
-        if miss is None or not self.horizon.startswith(UNKNOWN_HORIZON) or miss.reason == HORIZON_UNKNOWN.code or not miss.mendable:
+        if miss is None or not self.horizon.startswith(UNKNOWN_HORIZON) or miss.reason == HORIZON_UNKNOWN.code or not miss.remedy:
             return ""
+        if miss.reason == NO_GRID.code and not miss.mendable:
+            return ""  # most likely text or images
         return f"{HORIZON_UNKNOWN.code}: {self.horizon.removeprefix(UNKNOWN_HORIZON + ': ')}.  Remedy: {HORIZON_UNKNOWN.remedy}"
 
     @property

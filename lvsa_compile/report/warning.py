@@ -43,7 +43,7 @@ def _no_timestep(report: Report, compilation: Compilation) -> Iterator[str]:
 
 
 def _several_steps(report: Report, compilation: Compilation) -> Iterator[str]:
-    if explicit_step() is not None and compilation.timestep is not None and compilation.timestep.elements:
+    if explicit_step() is not None and compilation.timestep is not None and compilation.timestep.steps:
         yield (
             f"lvsa found several denoising steps in one graph of {report.model or 'a function'}, and lvsa_compile.step(i) around it says "
             "one for all. Take it away: the graph's own timesteps tell them apart."
