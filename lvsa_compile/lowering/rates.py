@@ -24,6 +24,7 @@ from lvsa_compile.lowering.cpu_kind import cpu_kind
 from lvsa_compile.lowering.gpu import device_target
 
 _SHARES: dict[str, dict[str, float]] = {
+    "cpu": {},  # by ``on_cpu``
     "cuda:80": {"triton": 0.85, "dense_merge": 0.80, "flashinfer": 0.80, "flex": 0.70},
     "cuda:90": {"triton": 0.62, "dense_merge": 0.85, "flashinfer": 0.60, "flex": 0.55},
     "cuda:100": {"triton": 0.55, "dense_merge": 0.85, "flashinfer": 0.40, "flex": 0.45},
@@ -57,7 +58,12 @@ CPU: dict[tuple[str, str], CpuRates] = {
 
 
 def on_cpu(lowering: str, call: AttentionCall, parts: int = 1) -> float:
-    """The estimate of a lowering on the CPU, dense time over sparse time; ``parts`` are the attentions that it computes by themselves."""
+    """The estimate of a lowering on the CPU, dense time over sparse time; ``parts`` are the attentions that it computes by themselves.
+
+    Nothing elsewhere.
+    """
+    if call.device.type != "cpu":
+        return 0.0
     dtype = "float32" if call.dtype in (torch.float32, torch.float64) else "bfloat16"
     return cpu_speedup(lowering, CPU[cpu_kind(), dtype], call.flops, call.density, parts, torch.get_num_threads())
 
@@ -73,7 +79,7 @@ def cpu_speedup(lowering: str, rates: CpuRates, flops: float, density: float, pa
 
 def share_of_dense(lowering: str, device: torch.device) -> float:
     """Its FLOP/s over those of the device's best dense kernel; nothing where it is not meant to run, as in Triton's interpreter."""
-    return 0.0 if device.type == "cpu" else _SHARES[_class_of(device)].get(lowering, 0.0)
+    return _SHARES[_class_of(device)].get(lowering, 0.0)
 
 
 def by_rate(lowering: str) -> Callable[[AttentionCall], float]:

@@ -27,15 +27,10 @@ def attention_in(code: types.CodeType) -> str:
     return ""
 
 
-def attention_below(called: Any) -> str:
-    """File and line where a function, method or module, or what it calls by name, calls attention; "" where none is seen."""
-    return next((attention_in(code) for code in codes_with_attention(called)), "")
-
-
-def codes_with_attention(called: Any) -> list[types.CodeType]:
-    """Code of what is called, or of what it calls by name, that calls attention itself."""
+def attention_below(called: Any) -> dict[types.CodeType, str]:
+    """Code of what is called, or of what it calls by name, that calls attention itself, each with file and line of that."""
     codes = (getattr(function, "__code__", None) for function in _below(called, _DEEPEST, set()))
-    return [code for code in codes if code is not None and attention_in(code)]
+    return {code: line for code in codes if code is not None and (line := attention_in(code))}
 
 
 def disabled_below(called: Any) -> list[Any]:
@@ -76,9 +71,10 @@ def _below(called: Any, depth: int, seen: set[int]) -> Iterator[Any]:
             yield from _below(types.MethodType(inner, called), depth, seen)
     elif not str(function.__module__).startswith("torch."):
         yield called
+        by_argument = getattr(compat.root_module(), "_modules", {})
         held = [getattr(function, "__globals__", {}).get(name) for name in code.co_names]
         held += [_held_by(owner, name) for name in code.co_names if owner is not None]
-        held += [compat.root_module()._modules.get(name) for name in code.co_names if compat.root_module() is not None]  # by an argument
+        held += [by_argument.get(name) for name in code.co_names]
         held += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
         for value in held:
             yield from _below(value, depth - 1, seen)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import threading
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.horizons import rows_of_class
 from lvsa_compile.passes.compilation import Compilation, Forward, Outside
-from lvsa_compile.passes.eager_attention import attention_below, attention_in, codes_with_attention, disabled_among, disabled_below
+from lvsa_compile.passes.eager_attention import attention_below, attention_in, disabled_among, disabled_below
 
 _FIND = "TORCH_LOGS=graph_breaks names all graph breaks."
 _MEND = "Mend that line; where it stands between blocks, lvsa_compile.compile_repeated_blocks(model) does without. " + _FIND
@@ -29,41 +29,46 @@ _FROM_CUT = "Set torch._dynamo.config.optimize_ddp = False, or compile the model
 
 _LARGEST_PATCH = 64  # places of a latent that one token may stand for
 
-_broken: dict[tuple[int, int], tuple[str, str]] = dropped_on_reset({})
-"""By thread and compiled function: the first break of the forward in progress, and what mends it."""
-_told: dict[tuple[int, int], set[Outside]] = dropped_on_reset({})
-"""By thread and compiled function: attention outside of graphs that an earlier graph of the forward told."""
-_called_at_breaks: dict[tuple[int, int], list[types.CodeType]] = dropped_on_reset({})
-"""By thread and compiled function: code with attention that was called where earlier graphs of the forward ended."""
+
+@dataclasses.dataclass
+class _InProgress:
+    """A forward of which graphs are compiled: its first break and what mends it, the attention outside of graphs that was told, and code
+    with attention, by its line, that was called where graphs ended.
+    """
+
+    broken: tuple[str, str] = ("", "")
+    told: set[Outside] = dataclasses.field(default_factory=set)
+    called: dict[types.CodeType, str] = dataclasses.field(default_factory=dict)
+
+
+_in_progress: dict[tuple[int, int], _InProgress] = dropped_on_reset({})
+"""By thread and compiled function."""
 
 
 def look_around(compilation: Compilation) -> Compilation:
     """Fills in ``forward``."""
-    graph_module, place = compilation.graph_module, compilation.place
-    ends, given_up = compat.break_of(graph_module), compat.given_up()
+    ends, given_up = compat.break_of(compilation.graph_module), compat.given_up()
     entry = (threading.get_ident(), id(compat.compiled_entry()))
-    if not place.continues:
-        _broken.pop(entry, None)
-        _told.pop(entry, None)
-        _called_at_breaks.pop(entry, None)
-    before = _broken.get(entry, ("", ""))
-    if not before[0] and given_up:
-        before = (_said_of(given_up[-1][0]), _MEND)
-    if not before[0] and _is_cut(compilation):
-        before = ("something cut it before it reached lvsa, as DistributedDataParallel does by buckets", _FROM_CUT)
-    outside = [found for code, scope in given_up for found in _in_given_up(code, scope, before[1])]
-    outside += [
-        Outside(attention_in(code), _GIVEN_UP, before[1] or _MEND) for code in _called_at_breaks.get(entry, ()) if compat.was_given_up(code)
-    ]
+    if not compilation.place.continues:
+        _in_progress.pop(entry, None)
+    so_far = _in_progress.setdefault(entry, _InProgress())
+    broken, remedy = so_far.broken
+    if not broken and given_up:
+        broken, remedy = _said_of(given_up[-1][0]), _MEND
+    if not broken and _is_cut(compilation):
+        broken, remedy = "something cut it before it reached lvsa, as DistributedDataParallel does by buckets", _FROM_CUT
+    outside = [found for code, scope in given_up for found in _in_given_up(code, scope, remedy)]
+    outside += [Outside(line, _GIVEN_UP, remedy or _MEND) for code, line in so_far.called.items() if compat.was_given_up(code)]
     if ends is not None:
-        _broken.setdefault(entry, (f"{ends.line} ({ends.why})", _remedy(ends)))
-        outside += _disabled_at(ends)
-        called = [code for each in compat.callables_at_break() for code in codes_with_attention(each)]
-        _called_at_breaks[entry] = [*_called_at_breaks.get(entry, ()), *called]
-    told = _told.setdefault(entry, set())
-    forward = Forward(*_video(), *before, tuple(found for found in outside if found not in told))
-    told.update(outside)
-    return dataclasses.replace(compilation, forward=forward)
+        called = compat.callables_at_break()
+        if not so_far.broken[0]:
+            so_far.broken = (f"{ends.line} ({ends.why})", _remedy(ends))
+        outside += _disabled_at(ends, called)
+        for each in called:
+            so_far.called |= attention_below(each)
+    untold = tuple(found for found in outside if found not in so_far.told)
+    so_far.told.update(outside)
+    return dataclasses.replace(compilation, forward=dataclasses.replace(_video(), broken=broken, remedy=remedy, outside=untold))
 
 
 def _said_of(code: types.CodeType) -> str:
@@ -74,15 +79,19 @@ def _in_given_up(code: types.CodeType, scope: Mapping[str, Any], remedy: str) ->
     """Attention that a function which runs eagerly calls, itself or by a disabled function."""
     own = attention_in(code)
     found = [Outside(own, _GIVEN_UP, remedy)] if own else []
-    lines = dict.fromkeys(line for each in disabled_among(code, scope) if (line := attention_below(each)))
+    lines = _first_lines(disabled_among(code, scope))
     return found + [Outside(line, f"under torch.compiler.disable, called by {code.co_name}", _FROM_DISABLE) for line in lines]
 
 
-def _disabled_at(ends: compat.GraphBreak) -> list[Outside]:
-    """Attention in the function under ``torch.compiler.disable`` at which a graph ends."""
-    disabled = [each for called in compat.callables_at_break() for each in disabled_below(called)] if ends.by_disable else []
-    lines = dict.fromkeys(line for each in disabled if ends.names(each) and (line := attention_below(each)))
-    return [Outside(line, f"under torch.compiler.disable, called at {ends.line}", _FROM_DISABLE) for line in lines]
+def _disabled_at(ends: compat.GraphBreak, called: Sequence[Any]) -> list[Outside]:
+    """Attention in the function under ``torch.compiler.disable`` at which a graph ends; ``called`` is what was about to be called."""
+    disabled = [each for function in called for each in disabled_below(function) if ends.names(each)] if ends.by_disable else []
+    return [Outside(line, f"under torch.compiler.disable, called at {ends.line}", _FROM_DISABLE) for line in _first_lines(disabled)]
+
+
+def _first_lines(functions: Sequence[Any]) -> list[str]:
+    """The line at which each function first calls attention, each once; nothing of those that call none."""
+    return list(dict.fromkeys(line for each in functions for line in list(attention_below(each).values())[:1]))
 
 
 def _remedy(ends: compat.GraphBreak) -> str:
@@ -97,11 +106,8 @@ def _is_cut(compilation: Compilation) -> bool:
     return any(compat.placeholder_source(node) is None and isinstance(compat.example_value(node), Tensor) for node in placeholders)
 
 
-def _video() -> tuple[bool, int, tuple[int, ...], str]:
-    """Whether a video goes in, the least number of its tokens, the numbers of frames it may have, and the model that gets it.
-
-    It goes into a known model, or as latents, of five axes or of four in a list.
-    """
+def _video() -> Forward:
+    """The video that goes in, if any: into a known model, or as latents, of five axes or of four in a list."""
     model, latents = "", []
     for called, args, kwargs in compat.calls_in_progress():
         kind = type(getattr(called, "_orig_mod", called))
@@ -115,4 +121,4 @@ def _video() -> tuple[bool, int, tuple[int, ...], str]:
         latents += found
     places = [math.prod(shape) // max(1, *shape[:2]) // _LARGEST_PATCH for shape in latents]  # channels and frames come in either order
     frames = tuple(dict.fromkeys(size for shape in latents for size in shape[:2]))
-    return bool(model or latents), max(places, default=0), frames, model
+    return Forward(bool(model or latents), max(places, default=0), frames, model)

@@ -69,11 +69,10 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
 def _with_something_unknown(softmax: fx.Node) -> DenseSite | None:
     """The site of a softmax between two products where an unknown op that keeps the shape stands on the way; None where there is none."""
     before, after = (_unknown(softmax, step) for step in (lambda n: n.all_input_nodes, lambda n: n.users))
-    unknown = (before or ()) if before else (after or ())
-    if before is None or after is None or not unknown:
+    if before is None or after is None or not (before or after):
         return None
     where = "its product and the softmax" if before else "the softmax and its product"
-    return DenseSite(softmax, FORM_NOT_REWRITTEN.because(f"written-out softmax: {', '.join(unknown)} stands between {where}"))
+    return DenseSite(softmax, FORM_NOT_REWRITTEN.because(f"written-out softmax: {', '.join(before or after)} stands between {where}"))
 
 
 def _unknown(softmax: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> list[str] | None:
