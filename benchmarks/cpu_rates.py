@@ -30,10 +30,10 @@ def measured_here(kind: str, rounds: int) -> list[dict[str, Any]]:
 
     from lvsa_compile.bench.attention_sites import Measured, Site
     from lvsa_compile.bench.measuring import in_turn
-    from lvsa_compile.lowering.contract import AttentionCall
-    from lvsa_compile.lowering.cpu_kind import cpu_kind
-    from lvsa_compile.lowering.select import lowerings
-    from lvsa_compile.sparsity.key_ranges import key_range_table
+    from lvsa_compile.policies.tables import key_range_table
+    from lvsa_compile.selection.contract import AttentionCall
+    from lvsa_compile.selection.cpu_kind import cpu_kind
+    from lvsa_compile.selection.select import lowerings
 
     assert cpu_kind() == kind, f"this is {cpu_kind()}"
     rows = []
@@ -74,8 +74,8 @@ def main() -> None:
     import torch
 
     from lvsa_compile.bench.results import machine
-    from lvsa_compile.lowering.cpu_kind import KINDS, cpu_kind
-    from lvsa_compile.report.records import versions
+    from lvsa_compile.report.report import versions
+    from lvsa_compile.selection.cpu_kind import KINDS, cpu_kind
 
     kinds = KINDS[: KINDS.index(cpu_kind()) + 1]
     before = json.loads(asked.output.read_text())["kinds"] if asked.output.exists() else {}

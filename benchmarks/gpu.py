@@ -37,10 +37,10 @@ from lvsa_compile.bench.measuring import Seconds, in_turn, peak_bytes
 from lvsa_compile.bench.results import machine
 from lvsa_compile.errors import in_a_line
 from lvsa_compile.kernels.inspection import inspect
-from lvsa_compile.lowering.gpu import device_target
-from lvsa_compile.lowering.select import lowerings
-from lvsa_compile.lowering.verification import TOLERANCE
-from lvsa_compile.report.records import versions
+from lvsa_compile.ops.verified import TOLERANCE
+from lvsa_compile.report.report import versions
+from lvsa_compile.selection.accelerator import device_target
+from lvsa_compile.selection.select import lowerings
 
 Row = dict[str, Any]
 say = functools.partial(Console(stderr=True).print, style="dim", highlight=False)

@@ -72,7 +72,7 @@ def seconds_of_steps(model: WanTransformer3DModel, backend: Any, options: dict[s
 def dense_backend(inner: str) -> Any:
     """The same compiler without this package."""
     if inner in ("torchair", "npugraph_ex"):
-        from lvsa_compile.integrations.torchair import npu_backend
+        from lvsa_compile.compilers.torchair import npu_backend
 
         return npu_backend(inner)
     return inner

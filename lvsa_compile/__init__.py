@@ -9,32 +9,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lvsa_compile.clock import reset, step
     from lvsa_compile.errors import LvsaError, LvsaWarning, OptionError
     from lvsa_compile.explaining import explain
+    from lvsa_compile.forward.clock import reset, step
     from lvsa_compile.functional import sparse_attention
     from lvsa_compile.options import make_options, set_default_options
+    from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
     from lvsa_compile.regional import compile_repeated_blocks
-    from lvsa_compile.report.records import Report
+    from lvsa_compile.report.report import Report
     from lvsa_compile.report.store import reports
-    from lvsa_compile.sparsity.frame_pattern import FramePattern
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "FramePattern": "sparsity.frame_pattern",
+    "FramePattern": "policies.lvsa.frame_pattern",
     "LvsaError": "errors",
     "LvsaWarning": "errors",
     "OptionError": "errors",
-    "Report": "report.records",
+    "Report": "report.report",
     "compile_repeated_blocks": "regional",
     "explain": "explaining",
     "make_options": "options",
     "reports": "report.store",
-    "reset": "clock",
+    "reset": "forward.clock",
     "set_default_options": "options",
     "sparse_attention": "functional",
-    "step": "clock",
+    "step": "forward.clock",
 }
 
 __all__ = [

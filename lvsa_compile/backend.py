@@ -15,15 +15,18 @@ import torch
 from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lvsa_compile import clock, compat
+from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT, PARAMETER
-from lvsa_compile.axes.labels import SameAxes, said_of
 from lvsa_compile.caches import drop_all, dropped_on_reset
 from lvsa_compile.compat import example_value
+from lvsa_compile.compilers import torchair
 from lvsa_compile.errors import AheadOfTimeError, LvsaWarning, RequireError
-from lvsa_compile.integrations import torchair
+from lvsa_compile.forward import clock, context
+from lvsa_compile.forward.labels import SameAxes, said_of
+from lvsa_compile.layout.graph_trace import input_kind
+from lvsa_compile.layout.guarded_values import SameValue
 from lvsa_compile.options import Options, parse_options
-from lvsa_compile.passes.compilation import Compilation, Pass, Place
+from lvsa_compile.passes.compilation import Compilation, Pass
 from lvsa_compile.passes.count_work import count_work
 from lvsa_compile.passes.decide import decide
 from lvsa_compile.passes.find_attention import find_attention
@@ -33,12 +36,10 @@ from lvsa_compile.passes.follow_trails import follow_trails
 from lvsa_compile.passes.internal_error import is_internal, left_as_it_came, where
 from lvsa_compile.passes.look_around import look_around
 from lvsa_compile.passes.rewrite import lower, rewrite
-from lvsa_compile.passes.trace_layout.interpreter import input_kind
-from lvsa_compile.passes.trace_layout.reading import SameValue
-from lvsa_compile.passes.trace_layout.trace import trace_layout
+from lvsa_compile.passes.trace_layout import trace_layout
 from lvsa_compile.passes.verify import verify
 from lvsa_compile.report.recording import report_of
-from lvsa_compile.report.records import Report
+from lvsa_compile.report.report import Report
 from lvsa_compile.report.store import keep, report_with
 from lvsa_compile.report.warning import left_dense, warnings_of
 from lvsa_compile.runtime import Owner, with_clock, with_labels
@@ -110,8 +111,8 @@ def _with_requirement(run: Callable[..., Any], compile_id: str, owner: Owner | N
 def _beginning(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options, device: torch.device | None = None
 ) -> Compilation:
-    place = Place(*compat.place_in_forward(graph_module))
-    return Compilation(compat.copy_graph(graph_module), options, example_inputs, device, compile_id=compat.compile_id(), place=place)
+    position = context.position_of(graph_module)
+    return Compilation(compat.copy_graph(graph_module), options, example_inputs, device, compile_id=compat.compile_id(), position=position)
 
 
 def _decided(
@@ -152,8 +153,8 @@ def _settle(compilation: Compilation) -> None:
 
 def _leave_the_clock_to_this_graph(compilation: Compilation) -> None:
     """Where a forward is several graphs, the first that sees a timestep moves the clock for all."""
-    root = compat.root_module()
-    if compilation.place.leads_on and compilation.timestep is not None and root is not None:
+    root = context.root_module()
+    if compilation.position.leads_on and compilation.timestep is not None and root is not None:
         clock.tells(root, compilation.timestep.name, compilation.compile_id.split("/")[0])
 
 
@@ -168,12 +169,12 @@ def _guard(compilation: Compilation) -> None:
     for place, held in (compilation.reader.relied_on if compilation.reader is not None else {}).items():
         node = next(node for node in placeholders if node.name == place)
         compat.guard_input(node, SameValue(held), "holds the values that the token layout was read from")
-    around = compat.parent.get()
+    around = context.parent.get()
     if around is not None and placeholders:
         hooks = around.hooks
-        compat.guard_input(placeholders[-1], lambda _: compat.hooks_around() == hooks, "goes to a block with the same hooks")
+        compat.guard_input(placeholders[-1], lambda _: context.hooks_around() == hooks, "goes to a block with the same hooks")
     shows_nothing = bool(compilation.sites) and not compilation.has_video
-    if shows_nothing or (compilation.place.continues and (compilation.sites or compilation.outgoing)):
+    if shows_nothing or (compilation.position.continues and (compilation.sites or compilation.outgoing)):
         for node, value in zip(placeholders, compilation.example_inputs, strict=False):
             if isinstance(value, torch.Tensor) and value.dim() >= 2 and input_kind(node)[0] == INPUT:
                 compat.guard_input(node, SameAxes(said_of(value)), "carries the token layout it was compiled for")
@@ -262,7 +263,7 @@ _models_warned_of: WeakIdKeyDictionary = dropped_on_reset(WeakIdKeyDictionary())
 def _publish(report: Report) -> Report:
     """Keeps the report, logs its line and counts; returns the report of the forward so far."""
     compat.trace_artifact("lvsa_report", lambda: json.dumps(report.to_dict(), indent=1))
-    forward = keep(report, compat.compiled_entry(), compat.parent.get())
+    forward = keep(report, compat.compiled_entry(), context.parent.get())
     log.info("%s", report.summary)
     log.debug("%s", report)
     counts = compat.counters()
@@ -276,7 +277,7 @@ def _publish(report: Report) -> Report:
 
 def _warn_of_model(message: str) -> None:
     """Warns once for each model, whatever differs between its graphs and sizes; for each message where the model is not known."""
-    model = compat.root_module()
+    model = context.root_module()
     if message and (model is None or model not in _models_warned_of):
         if model is not None:
             _models_warned_of[model] = True

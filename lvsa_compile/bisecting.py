@@ -12,7 +12,7 @@ from torch import Tensor
 from lvsa_compile import compat
 from lvsa_compile.backend import lvsa
 from lvsa_compile.errors import BisectError
-from lvsa_compile.report.records import Report
+from lvsa_compile.report.report import Report
 from lvsa_compile.report.store import reports
 
 

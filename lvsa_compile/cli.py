@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lvsa_compile.errors import LvsaError
-from lvsa_compile.sparsity.frame_pattern import FramePattern
+from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
 from lvsa_compile.vqeval.command import vqeval
 
 app = typer.Typer(help="Long Video Sparse Attention for torch.compile.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -139,8 +139,8 @@ def doctor() -> None:
     """Versions, devices, and each lowering: usable, or why not."""
     import torch
 
-    from lvsa_compile.lowering.select import lowerings
-    from lvsa_compile.report.records import versions
+    from lvsa_compile.report.report import versions
+    from lvsa_compile.selection.select import lowerings
 
     console = Console()
     facts = Table("what", "found")
@@ -211,7 +211,7 @@ def bench(
     from lvsa_compile.bench import plot as picture
     from lvsa_compile.bench.results import PARTS, added_to, machine, run
     from lvsa_compile.bench.tables import tables
-    from lvsa_compile.report.records import versions
+    from lvsa_compile.report.report import versions
 
     for path in (output, plot):
         if path is not None and not path.parent.is_dir():

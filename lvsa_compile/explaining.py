@@ -19,7 +19,8 @@ from lvsa_compile.backend import analyse
 from lvsa_compile.errors import ExplainError, in_a_line
 from lvsa_compile.options import parse_options
 from lvsa_compile.report.recording import outside_graphs, report_of
-from lvsa_compile.report.records import GraphReport, Report
+from lvsa_compile.report.records import GraphReport
+from lvsa_compile.report.report import Report
 from lvsa_compile.report.store import merged
 from lvsa_compile.runtime import with_labels
 
@@ -58,7 +59,7 @@ def explain(
     home = next((tensor.device for tensor in _tensors((model, args, kwargs))), None)
     if device is not None:
         model, args, kwargs = _moved((model, args, kwargs), torch.device(device))
-    function = model._call_impl if isinstance(model, nn.Module) else model  # past a compiled call that the module may have
+    function = compat.plain_call(model) if isinstance(model, nn.Module) else model
     args, kwargs = _by_name(model, args, kwargs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:

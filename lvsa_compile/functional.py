@@ -13,11 +13,11 @@ from torch import Tensor
 from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import GradientError, ShapeError, StepError, UnknownOptionError
-from lvsa_compile.lowering.attention_op import accumulation_dtype, library, output_like
-from lvsa_compile.lowering.contract import AttentionCall, Lowering
-from lvsa_compile.lowering.select import select
-from lvsa_compile.sparsity.frame_pattern import FramePattern
-from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
+from lvsa_compile.ops.attention import accumulation_dtype, library, output_like
+from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
+from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.selection.contract import AttentionCall, Lowering
+from lvsa_compile.selection.select import select
 
 _PATTERN_DEFAULTS = {field.name: field.default for field in fields(FramePattern) if field.name != "frames"}
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from lvsa_compile.errors import OptionError, OptionsVariableError, UnknownOptionError
-from lvsa_compile.sparsity.frame_pattern import FramePattern
+from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ def _indices(value: Any) -> tuple[str, str] | None:
 
 
 def _lowering(value: Any) -> tuple[str, str] | None:
-    from lvsa_compile.lowering.select import lowering_names
+    from lvsa_compile.selection.select import lowering_names
 
     return _one_of("auto", *lowering_names())(value)
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvsa_compile import clock, compat
-from lvsa_compile.axes.labels import begin_forward, say
+from lvsa_compile import compat
 from lvsa_compile.errors import RegionError
+from lvsa_compile.forward import clock, context
+from lvsa_compile.forward.labels import begin_forward, say
+from lvsa_compile.forward.timestep_names import timestep_among
+from lvsa_compile.layout.guarded_values import SameValue
+from lvsa_compile.layout.model_trace import NOT_COPIED, ForwardInputs, ParentTrace, hooks_of_users, trace_parent
 from lvsa_compile.options import make_options
-from lvsa_compile.passes.find_timestep import timestep_among
-from lvsa_compile.passes.trace_layout.parent import NOT_COPIED, ForwardInputs, ParentTrace, forward_hooks, hooks_of_users, trace_parent
-from lvsa_compile.passes.trace_layout.reading import SameValue
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class _Running:
 
     region: _Region
     trace: ParentTrace
-    parent: compat.Parent
+    parent: context.Parent
     calls: dict[str, int] = field(default_factory=dict)
 
 
@@ -120,13 +121,11 @@ class _Region:
         """Puts the region around its model and blocks, in place of an earlier one."""
         model = self._model()
         assert model is not None
-        for hooks in (model._forward_pre_hooks, model._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Region)]:
-                del hooks[key]
+        compat.remove_forward_hooks(model, lambda hook: isinstance(getattr(hook, "__self__", None), _Region))
         model.register_forward_pre_hook(self.begin, with_kwargs=True)
         model.register_forward_hook(self.end, always_call=True)
         for path, block in self._blocks.items():
-            block._compiled_call_impl = self._block(path, block, self._as_whole(block, compiled))
+            compat.set_compiled_call(block, self._block(path, block, self._as_whole(block, compiled)))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -141,15 +140,15 @@ class _Region:
             value = inputs.leaves[timestep]
             clock.tells(model, inputs.names[timestep], "")
             clock.clock_of(model).tick(value if isinstance(value, Tensor) else torch.tensor(float(value)))
-        running = _Running(self, trace, compat.Parent(model))
+        running = _Running(self, trace, context.Parent(model))
         _running.set((*_running.get(), running))
-        compat.parent.set(running.parent)
+        context.parent.set(running.parent)
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """After a forward, also one that failed."""
         before = tuple(running for running in _running.get() if running.region is not self)
         _running.set(before)
-        compat.parent.set(before[-1].parent if before else None)
+        context.parent.set(before[-1].parent if before else None)
 
     def _trace(self, model: nn.Module, inputs: ForwardInputs) -> ParentTrace:
         """What is known of forwards of this kind; a kind that was not seen is traced."""
@@ -173,7 +172,9 @@ class _Region:
         """What may decide which way a forward takes: modes of torch, what modules hold, and what is put around them."""
         blocks = {id(inner) for block in self._blocks.values() for inner in block.modules()} - set(map(id, self._blocks.values()))
         modules = list(model.modules())
-        around = tuple((type(m), id(type(m).forward), id(vars(m).get("forward")), *map(id, forward_hooks(m)), m.training) for m in modules)
+        around = tuple(
+            (type(m), id(type(m).forward), id(vars(m).get("forward")), *map(id, compat.forward_hooks(m)), m.training) for m in modules
+        )
         outer = [vars(module) for module in modules if id(module) not in blocks]
         held = tuple(_held(value) for attributes in outer for name, value in attributes.items() if name not in _INTERNAL)
         return around, held, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
@@ -183,7 +184,7 @@ class _Region:
 
         Under ``fullgraph=True`` Dynamo captures lengths that only run time knows, and attention over them, instead of breaking there.
         """
-        whole, pieces = compiled(block._call_impl, True), compiled(block._call_impl, False)
+        whole, pieces = compiled(compat.plain_call(block), True), compiled(compat.plain_call(block), False)
         failures = compat.capture_failures()
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -208,11 +209,11 @@ class _Region:
                 running[-1].parent.hooks = tuple(id(hook) for module in inside for hook in hooks_of_users(module))
                 running[-1].parent.problem = _say_what_is_known(running[-1], path, (args, kwargs))
                 return compiled(*args, **kwargs)
-            token = compat.parent.set(compat.Parent(self._model(), path, token=self, called_by_others=True))
+            token = context.parent.set(context.Parent(self._model(), path, token=self, called_by_others=True))
             try:
                 return compiled(*args, **kwargs)
             finally:
-                compat.parent.reset(token)
+                context.parent.reset(token)
 
         return call
 

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from lvsa_compile import compat
 from lvsa_compile.axes.call import Axes
-from lvsa_compile.axes.labels import begin_forward, in_numbers, say
-from lvsa_compile.clock import Clock, clock_of
-from lvsa_compile.counting import calls_of
+from lvsa_compile.axes.carried import in_numbers
+from lvsa_compile.forward import context
+from lvsa_compile.forward.calls import calls_of
+from lvsa_compile.forward.clock import Clock, clock_of
+from lvsa_compile.forward.labels import begin_forward, say
 from lvsa_compile.passes.compilation import Compilation, TimestepInput
 
 
@@ -32,7 +34,7 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
     model itself where its blocks are compiled one by one or a graph has no parameters; and to the graph itself where there is no model.
     """
     extra_inputs, timestep = compilation.extra_inputs, compilation.timestep
-    turning = any(extra.phases > 1 or extra.dense_steps for extra in extra_inputs) or compilation.place.leads_on
+    turning = any(extra.phases > 1 or extra.dense_steps for extra in extra_inputs) or compilation.position.leads_on
     ticks = turning and timestep is not None
     if not extra_inputs and not ticks and (not compilation.sites or compat.compiling_ahead()):
         return compiled
@@ -43,11 +45,11 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
     first, device = (tensors[0][0], tensors[0][1].device) if tensors else (None, torch.device("cpu"))
 
     def clock_for(args: Sequence[Any]) -> Clock:
-        if owner is None or compat.parent.get() is not None:
-            model = compat.root_module()
-            return own_clock if model is None else clock_of(model, compat.root_module)
+        if owner is None or context.parent.get() is not None:
+            model = context.root_module()
+            return own_clock if model is None else clock_of(model, context.root_module)
         parameter = args[owner.position]
-        return clock_of(parameter, lambda: compat.root_module() or compat.model_holding(parameter, owner.source))
+        return clock_of(parameter, lambda: context.root_module() or context.model_holding(parameter, owner.source))
 
     def appended(clock: Clock, step: int) -> dict[str, Any]:
         """The appended inputs of one of the graph's denoising steps, the clock standing there."""
@@ -93,7 +95,7 @@ def _timesteps(timestep: TimestepInput | None, args: Sequence[Any]) -> list[Tens
 
 def with_labels(compiled: Callable[..., Any], compilation: Compilation) -> Callable[..., Any]:
     """Wraps a compiled graph so that what is known of its outputs' axes is said of the tensors, for the next graph."""
-    outgoing, begins = compilation.outgoing, compilation.place.leads_on and not compilation.place.continues
+    outgoing, begins = compilation.outgoing, compilation.position.leads_on and not compilation.position.continues
     if not outgoing and not begins:
         return compiled
     symbols = compat.symbol_positions(compilation.graph_module)

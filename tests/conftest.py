@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from lvsa_compile.lowering.cpu_kind import KINDS, VARIABLE, cpu_kind
+from lvsa_compile.selection.cpu_kind import KINDS, VARIABLE, cpu_kind
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")

@@ -10,7 +10,7 @@ from torch import Tensor
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import Axis, Concat, Digit
 from lvsa_compile.axes.call import Axes
-from lvsa_compile.passes.trace_layout.interpreter import run_on_fakes
+from lvsa_compile.layout.graph_trace import run_on_fakes
 
 
 def traced_output(function: Any, *inputs: Tensor, dynamic: bool = False) -> Axes:

@@ -16,11 +16,16 @@ from tiny_models import PATTERN, VideoDiT, dit_inputs, randomise, timesteps, wan
 import lvsa_compile
 from lvsa_compile import FramePattern
 from lvsa_compile.errors import OptionError
-from lvsa_compile.lowering import ascend_block_sparse, ascend_gather, ascend_ops, ascend_paged, select, trial
-from lvsa_compile.lowering.contract import AttentionCall
+from lvsa_compile.lowering.ascend import block_sparse as ascend_block_sparse
+from lvsa_compile.lowering.ascend import gather as ascend_gather
+from lvsa_compile.lowering.ascend import ops as ascend_ops
+from lvsa_compile.lowering.ascend import paged as ascend_paged
+from lvsa_compile.lowering.ascend.pages import PAGE, PageLayout, frame_slots
 from lvsa_compile.options import parse_options
-from lvsa_compile.sparsity.frame_slots import PAGE, PageLayout, frame_slots
-from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
+from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.selection import select
+from lvsa_compile.selection import smoke_test as trial
+from lvsa_compile.selection.contract import AttentionCall
 
 sys.path.insert(0, str(Path(__file__).parent / "ascend"))
 import kernels

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lvsa_compile import FramePattern
 from lvsa_compile.lowering.dense_merge import plan_of
-from lvsa_compile.lowering.select import lowerings
-from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
+from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.selection.select import lowerings
 
 ELSEWHERE = ("triton", "flex")  # are tested: an interpreter is slow, and FlexAttention tells no log-sum-exp on the CPU
 OPERATORS = {found.name: found.operator for found in lowerings() if found.operator is not None and found.name not in ELSEWHERE}

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
 
 import lvsa_compile
-from lvsa_compile.clock import Clock, clock_of, explicit_steps
 from lvsa_compile.errors import StepError
+from lvsa_compile.forward.clock import Clock, clock_of, explicit_steps
 
 CPU = torch.device("cpu")
 

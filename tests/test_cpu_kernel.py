@@ -17,10 +17,10 @@ import lvsa_compile
 from lvsa_compile import FramePattern, compat
 from lvsa_compile.errors import CpuKindError
 from lvsa_compile.lowering import cpu
-from lvsa_compile.lowering.contract import AttentionCall
-from lvsa_compile.lowering.cpu_kind import KINDS, compiler_flags, cpu_kind, of_machine
-from lvsa_compile.lowering.select import select
-from lvsa_compile.sparsity.key_ranges import VideoSpan
+from lvsa_compile.policies.tables import VideoSpan
+from lvsa_compile.selection.contract import AttentionCall
+from lvsa_compile.selection.cpu_kind import KINDS, compiler_flags, cpu_kind, of_machine
+from lvsa_compile.selection.select import select
 
 pytestmark = pytest.mark.kernel
 PHASE = torch.tensor(0, dtype=torch.int32)
@@ -235,7 +235,7 @@ def test_it_holds_no_more_than_keys_and_values_beside_its_answer():
 import ctypes, re, torch
 from lvsa_compile import FramePattern
 from lvsa_compile.lowering import cpu
-from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
+from lvsa_compile.policies.tables import VideoSpan, key_range_table
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 pattern, span = FramePattern(41), VideoSpan(0, 41, 96, 0)

@@ -11,7 +11,7 @@ import synthetic_videos
 from typer.testing import CliRunner
 
 from lvsa_compile.cli import app
-from lvsa_compile.lowering.select import lowerings
+from lvsa_compile.selection.select import lowerings
 
 ROOT = Path(__file__).parent.parent
 

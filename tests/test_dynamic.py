@@ -18,8 +18,8 @@ import lvsa_compile
 from lvsa_compile import backend
 from lvsa_compile.axes import rules
 from lvsa_compile.errors import AheadOfTimeError
-from lvsa_compile.sparsity.frame_pattern import FramePattern
-from lvsa_compile.sparsity.key_ranges import OPEN_END, VideoSpan, key_range_table, slopes
+from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
+from lvsa_compile.policies.tables import OPEN_END, VideoSpan, key_range_table, slopes
 
 
 def text_last(model, tokens, grid, text):

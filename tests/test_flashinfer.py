@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from lvsa_compile import FramePattern
 from lvsa_compile.lowering import flashinfer as lowering
-from lvsa_compile.lowering.contract import AttentionCall
-from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
+from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.selection.contract import AttentionCall
 
 
 @pytest.fixture

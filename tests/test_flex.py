@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from lvsa_compile import FramePattern
 from lvsa_compile.lowering import flex
-from lvsa_compile.lowering.attention_op import score_mask
-from lvsa_compile.lowering.contract import AttentionCall
-from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
+from lvsa_compile.ops.attention import score_mask
+from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.selection.contract import AttentionCall
 
 
 def tables(pattern: FramePattern, span: VideoSpan, step: int) -> tuple[torch.Tensor, torch.Tensor]:

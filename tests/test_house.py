@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import networkx
 import pytest
 
 import lvsa_compile
 from lvsa_compile import reasons
 
 PACKAGE = Path(lvsa_compile.__file__).parent
-MAY_IMPORT = {  # folder of the package -> the other folders it may import; modules beside the folders are in LEAVES or on top
-    "kernels": set(),
-    "sparsity": set(),
-    "axes": set(),
-    "lowering": {"kernels", "sparsity"},
-    "patterns": {"sparsity", "axes"},
-    "passes": {"axes", "patterns", "sparsity", "lowering"},
-    "report": {"axes", "passes", "patterns", "sparsity", "lowering"},
-    "vqeval": set(),
-    "integrations": {"axes", "report", "passes", "patterns", "sparsity", "lowering", "kernels"},
-}
-LEAVES = {"caches", "errors", "compat", "reasons", "options", "horizons", "clock", "counting", "source_stamp"}
-NOT_IN_FOLDERS = {"backend", "bisecting", "functional", "runtime", "cli"}
+FLOORS = (  # rooms of the package, folders and modules alike; a room imports only rooms of the floors above it in this list
+    {"errors", "reasons", "caches", "horizons"},
+    {"registry", "compat", "kernels", "vqeval"},
+    {"source_stamp", "axes", "graph", "policies"},
+    {"forward", "ops", "patterns"},
+    {"layout", "selection"},
+    {"options", "lowering", "compilers"},
+    {"passes"},
+    {"report"},
+    {"runtime", "functional", "regional", "integrations"},
+    {"backend"},
+    {"explaining", "bisecting", "bench"},
+    {"cli", "__init__"},
+)
 
 
 def imports(path: Path):
@@ -34,29 +37,57 @@ def imports(path: Path):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [f"lvsa_compile.{alias.name}" for alias in node.names] if node.module == "lvsa_compile" else [node.module or ""]
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if (node.module or "").startswith("lvsa_compile") else []
         else:
             continue
-        yield from (name.split(".")[1] for name in names if name.startswith("lvsa_compile."))
+        yield from (name.removeprefix("lvsa_compile.") for name in names if name.startswith("lvsa_compile."))
 
 
-def test_imports_run_one_way():
-    for folder, allowed in MAY_IMPORT.items():
-        for path in (PACKAGE / folder).rglob("*.py"):
-            for name in imports(path):
-                assert name == folder or name in allowed | LEAVES, f"{path.relative_to(PACKAGE)} imports {name}"
-                assert name not in NOT_IN_FOLDERS
+def room(module: str) -> str:
+    return module.split(".")[0]
 
 
-def test_sparsity_knows_nothing_of_torch_and_kernels_nothing_of_graphs():
-    for folder, banned in (("sparsity", "torch"), ("kernels", "torch.fx")):
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def test_imports_run_down():
+    floor = {name: number for number, rooms in enumerate(FLOORS) for name in rooms}
+    for path in PACKAGE.rglob("*.py"):
+        here = room(module_name(path))
+        for name in map(room, imports(path)):
+            assert name == here or floor[name] < floor[here], f"{path.relative_to(PACKAGE)} imports {name}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    modules = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    arrows = networkx.DiGraph()
+    for name, path in modules.items():
+        for imported in imports(path):
+            target = next((each for each in (imported, imported.rpartition(".")[0]) if each in modules), None)
+            if target is not None:
+                arrows.add_edge(name, target)
+    assert list(networkx.simple_cycles(arrows)) == []
+
+
+def test_patterns_of_frames_know_nothing_of_torch_and_kernels_nothing_of_graphs():
+    for folder, banned in (("policies/lvsa", "torch"), ("kernels", "torch.fx")):
         for path in (PACKAGE / folder).rglob("*.py"):
             assert banned not in path.read_text().replace("__future__", ""), path
 
 
+OF_DIFFUSERS = {"_parallel_config"}
+
+
 def private_torch(path: Path):
-    """Names of torch with a leading underscore that a file touches in code."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Names of torch with a leading underscore that a file touches in code: of its modules, and attributes of any object but ``self``."""
+    tree = ast.parse(path.read_text())
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    own = {node.attr for node in attributes if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"}
+    own |= OF_DIFFUSERS | {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr) and node.attr not in own:
+            yield node.attr
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch") and "._" in f"{node.module}.{node.names[0].name}":
             yield node.module
         chain = ast.unparse(node) if isinstance(node, ast.Attribute) else ""

@@ -14,8 +14,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import lvsa_compile
-from lvsa_compile.sparsity.frame_pattern import FramePattern
-from lvsa_compile.sparsity.key_ranges import VideoSpan, intersection, key_range_table, query_blocks
+from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
+from lvsa_compile.policies.tables import VideoSpan, intersection, key_range_table, query_blocks
 
 OPTIONS = {**EXACT, "inner": "eager"}
 VIDEO, TEXT = 108, 7

@@ -9,7 +9,7 @@ from tiny_models import EXACT, VideoDiT, dit_inputs, randomise, timesteps, wan, 
 
 import lvsa_compile
 from lvsa_compile.errors import OptionError
-from lvsa_compile.lowering import verification
+from lvsa_compile.ops import verified as verification
 
 
 @pytest.fixture(autouse=True)
@@ -115,9 +115,9 @@ def test_blocks_compiled_by_themselves_are_dense_and_say_what_to_do():
 
 def test_a_lowering_asked_for_by_name_that_cannot_serve_is_an_error():
     from lvsa_compile.errors import LoweringUnavailableError
-    from lvsa_compile.lowering.contract import AttentionCall
-    from lvsa_compile.lowering.select import select
-    from lvsa_compile.sparsity.key_ranges import VideoSpan
+    from lvsa_compile.policies.tables import VideoSpan
+    from lvsa_compile.selection.contract import AttentionCall
+    from lvsa_compile.selection.select import select
 
     span = VideoSpan(0, 30, 12, 0)
     call = AttentionCall(torch.device("cuda"), torch.bfloat16, 1, 2, 2, 64, 64, span, span, lvsa_compile.FramePattern(30))

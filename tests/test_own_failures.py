@@ -13,8 +13,9 @@ import lvsa_compile
 from lvsa_compile import backend, functional, source_stamp
 from lvsa_compile.axes import rules
 from lvsa_compile.errors import LvsaWarning, RateError
-from lvsa_compile.lowering import cpu, rates
+from lvsa_compile.lowering import cpu
 from lvsa_compile.passes import find_attention
+from lvsa_compile.selection import rates
 
 OPTIONS = {**EXACT, "inner": "eager"}
 
@@ -41,7 +42,7 @@ def break_form(monkeypatch):
 
 def break_predicate(monkeypatch):
     monkeypatch.setattr(cpu, "_refuses", broken)
-    from lvsa_compile.lowering import select
+    from lvsa_compile.selection import select
 
     changed = tuple(dataclasses.replace(found, refuses=broken) if found.name == "cpu" else found for found in select.lowerings())
     monkeypatch.setattr(select, "lowerings", lambda: changed)

@@ -12,9 +12,9 @@ from tiny_models import EXACT, Attention, randomise
 from torch import nn
 
 import lvsa_compile
-from lvsa_compile.passes.trace_layout import reading
-from lvsa_compile.passes.trace_layout.packed import stretches_of
-from lvsa_compile.passes.trace_layout.reading import SameValue
+from lvsa_compile.layout import guarded_values as reading
+from lvsa_compile.layout.guarded_values import SameValue
+from lvsa_compile.layout.packed_grid import stretches_of
 
 OPTIONS = {**EXACT, "inner": "eager"}
 

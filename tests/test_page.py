@@ -17,7 +17,8 @@ import lvsa_compile
 from lvsa_compile import FramePattern
 from lvsa_compile.passes.compilation import TrailStep
 from lvsa_compile.report.page import page
-from lvsa_compile.report.records import GraphReport, Report, SiteReport
+from lvsa_compile.report.records import GraphReport, SiteReport
+from lvsa_compile.report.report import Report
 
 LINE = 'File "/a/long/path/to/some/models/transformer_of_video.py", line 310'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

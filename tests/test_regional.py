@@ -15,7 +15,7 @@ from tiny_models import EXACT, Attention, VideoDiT, dit_inputs, randomise, times
 from torch import nn
 
 import lvsa_compile
-from lvsa_compile import compat
+from lvsa_compile.forward import context
 from lvsa_compile.regional import repeated_blocks
 
 
@@ -344,7 +344,7 @@ def test_a_forward_that_fails_leaves_nothing_behind():
     latents, timestep, text = dit_inputs()
     with torch.no_grad(), pytest.raises(RuntimeError):
         model(latents[:, :3], timestep, text)
-    assert compat.parent.get() is None
+    assert context.parent.get() is None
     with torch.no_grad():
         assert close(model(latents, timestep, text), masked(randomise(Stack()), (latents, timestep, text)))
 

@@ -14,9 +14,11 @@ from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
 import lvsa_compile
 from lvsa_compile import FramePattern, compat
 from lvsa_compile.errors import LoweringUnavailableError, LvsaWarning
-from lvsa_compile.lowering import measured, rates, select, trial
-from lvsa_compile.lowering.contract import AttentionCall, Lowering
-from lvsa_compile.sparsity.key_ranges import VideoSpan
+from lvsa_compile.policies.tables import VideoSpan
+from lvsa_compile.selection import measure as measured
+from lvsa_compile.selection import rates, select
+from lvsa_compile.selection import smoke_test as trial
+from lvsa_compile.selection.contract import AttentionCall, Lowering
 
 CPU = torch.device("cpu")
 LOWERINGS = {lowering.name: lowering for lowering in select.lowerings()}

@@ -21,10 +21,10 @@ from lvsa_compile.cli import app
 from lvsa_compile.errors import TargetError
 from lvsa_compile.kernels import inspection
 from lvsa_compile.kernels.configurations import Configuration, column_widths
-from lvsa_compile.lowering import dense_kernels
 from lvsa_compile.lowering import triton as lowering
-from lvsa_compile.lowering.contract import AttentionCall
-from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
+from lvsa_compile.lowering.shared import dense_kernels
+from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.selection.contract import AttentionCall
 
 pytest.importorskip("triton")
 

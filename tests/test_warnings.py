@@ -13,7 +13,8 @@ from tiny_models import EXACT, PATTERN, VideoDiT, dit_inputs, randomise, wan, wa
 import lvsa_compile
 from lvsa_compile import LvsaWarning
 from lvsa_compile.errors import RequireError
-from lvsa_compile.lowering import cpu, select
+from lvsa_compile.lowering import cpu
+from lvsa_compile.selection import select
 
 NO_HORIZON = {"inner": "eager"}
 

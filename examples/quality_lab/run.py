@@ -34,7 +34,7 @@ from scenes import CAPTIONS, random_scene
 from summary import difference, mean_of
 
 import lvsa_compile
-from lvsa_compile.report.records import versions
+from lvsa_compile.report.report import versions
 from lvsa_compile.source_stamp import source_stamp
 
 MULTIPLES = (2, 3, 4, 6)

@@ -96,12 +96,12 @@ class AxisTracker(compat.TorchDispatchMode):
 
     def note(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Notes the axes of what a call returned or wrote."""
-        op = func._schema.name.split("::")[1]
+        op = compat.schema_of(func).name.split("::")[1]
         outputs = tuple(t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor))
-        if func._schema.is_mutable:
+        if compat.schema_of(func).is_mutable:
             for tensor in compat.written_by(func, args, kwargs):
                 self.last_written[compat.memory_of(tensor)] = self.moment
-        if func._schema.is_mutable and not (bool(args) and outputs and outputs[0] is args[0]):
+        if compat.schema_of(func).is_mutable and not (bool(args) and outputs and outputs[0] is args[0]):
             self._lose_written(func, args, kwargs)
         if not outputs:
             return
@@ -126,7 +126,7 @@ class AxisTracker(compat.TorchDispatchMode):
         """Marks what a call writes to beside its first argument: ``out=`` and the ``_foreach`` ops are not followed."""
         counted = [axis for tensor in tensors_in(args, kwargs.values()) for axis in self.axes_of(tensor)]
         for target in compat.written_by(func, args, kwargs):
-            self._write(target, lost_axes(func._schema.name.split("::")[1], self.place, sizes_of(target), counted))
+            self._write(target, lost_axes(compat.schema_of(func).name.split("::")[1], self.place, sizes_of(target), counted))
             self._set_value(self._root(target)[0], None)
 
     def _output_axes(self, func: compat.OpOverload, call: Call) -> list[Axes]:

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lvsa_compile.bench.measuring import in_turn, peak_bytes
-from lvsa_compile.lowering.contract import AttentionCall
-from lvsa_compile.lowering.select import lowerings, select
-from lvsa_compile.sparsity.frame_pattern import FramePattern
-from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table, query_blocks
+from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
+from lvsa_compile.policies.tables import VideoSpan, key_range_table, query_blocks
+from lvsa_compile.selection.contract import AttentionCall
+from lvsa_compile.selection.select import lowerings, select
 
 Row = dict[str, Any]
 Attention = Callable[[], Tensor]

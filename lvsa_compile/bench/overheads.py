@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from lvsa_compile.clock import Clock
-from lvsa_compile.sparsity.frame_pattern import FramePattern
-from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
+from lvsa_compile.forward.clock import Clock
+from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
+from lvsa_compile.policies.tables import VideoSpan, key_range_table
 
 Row = dict[str, Any]
 _BUILD = """

@@ -18,7 +18,7 @@ import torch
 from lvsa_compile.bench import attention_sites, overheads, video_model
 from lvsa_compile.bench.attention_sites import Site
 from lvsa_compile.errors import BenchError
-from lvsa_compile.report.records import versions
+from lvsa_compile.report.report import versions
 
 PARTS = ("sites", "variants", "sweep", "growth", "model", "overheads")
 Results = dict[str, Any]

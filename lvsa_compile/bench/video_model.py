@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lvsa_compile.bench.measuring import in_turn, peak_bytes
 from lvsa_compile.errors import BenchError
+from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
 from lvsa_compile.report.store import reports
-from lvsa_compile.sparsity.frame_pattern import FramePattern
 
 HORIZON = 21
 _HEADS, _LAYERS, _ROWS, _COLUMNS = 4, 2, 16, 24  # of 128 each; latent rows and columns, twice the patches

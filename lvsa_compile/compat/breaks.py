@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import sys
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,11 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lvsa_compile.compat.calls import tree_leaves
+from lvsa_compile.compat.frames import TORCH, frames, is_entry, line_of
 from lvsa_compile.compat.graphs import LIBRARIES
-from lvsa_compile.compat.modules import parent
-
-_TORCH = f"{next(iter(torch.__path__))}/"
 
 
 @dataclass(frozen=True)
@@ -52,14 +48,10 @@ def break_of(graph_module: fx.GraphModule) -> GraphBreak | None:
         return None
     stack = list(reason.user_stack or ())
     own = [frame for frame in stack if not f'File "{frame.filename}'.startswith(LIBRARIES)]
-    own = own or [frame for frame in stack if not frame.filename.startswith(_TORCH)] or stack
-    line = _line(own[-1].filename, own[-1].lineno, own[-1].name) if own else "an unknown line"
+    own = own or [frame for frame in stack if not frame.filename.startswith(TORCH)] or stack
+    line = line_of(own[-1].filename, own[-1].lineno, own[-1].name) if own else "an unknown line"
     by_device = any(frame.filename.endswith("torch/utils/_device.py") for frame in stack)
     return GraphBreak(line, str(reason.reason).strip(), by_device)
-
-
-def _line(file: str, number: int | None, function: str) -> str:
-    return f'File "{file}", line {number}, in {function.removeprefix("torch_dynamo_resume_in_").partition("_at_")[0]}'
 
 
 def callables_at_break() -> list[Any]:
@@ -94,7 +86,7 @@ def given_up() -> list[tuple[types.CodeType, Mapping[str, Any]]]:
     """Functions around the one being compiled that Dynamo gave up, so that they run eagerly: code and names, outermost first."""
     from torch._dynamo.convert_frame import input_codes, output_codes
 
-    frames = [frame for frame in reversed(_frames_up_to_entry()) if not frame.f_code.co_filename.startswith(_TORCH)]
+    frames = [frame for frame in reversed(_frames_up_to_entry()) if not frame.f_code.co_filename.startswith(TORCH)]
     eager = [frame for frame in frames if frame.f_code in input_codes and frame.f_code not in output_codes]
     return [(frame.f_code, collections.ChainMap(frame.f_locals, frame.f_globals)) for frame in eager]
 
@@ -115,32 +107,16 @@ def was_given_up(code: types.CodeType) -> bool:
 def calls_in_progress() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """What is being called, with its arguments, outermost first: modules, and the functions that ``torch.compile`` returned."""
     found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None:
-        name, scope = frame.f_code.co_name, frame.f_locals if frame.f_code.co_filename.startswith(_TORCH) else {}
+    for frame in frames():
+        name, scope = frame.f_code.co_name, frame.f_locals if frame.f_code.co_filename.startswith(TORCH) else {}
         if name in ("_call_impl", "_wrapped_call_impl", "compile_wrapper") and "args" in scope:
             called = scope.get("fn") if name == "compile_wrapper" else scope.get("self")
             found.append((called, tuple(scope["args"]), dict(scope.get("kwargs") or {})))
-        frame = frame.f_back
     return found[::-1]
-
-
-def given_tensors() -> set[int]:
-    """Identities of the tensors that the compiled function was called with, or the model whose blocks are compiled one by one."""
-    around, calls = parent.get(), calls_in_progress()
-    entry = next((place for place, (called, _, _) in enumerate(calls) if callable(called) and not isinstance(called, torch.nn.Module)), 0)
-    own = calls[: entry + 1] if around is None else [call for call in calls if call[0] is around.model]
-    return {id(leaf) for _, args, kwargs in own for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
 
 
 def _frames_up_to_entry() -> list[types.FrameType]:
     """Frames below the compiled function that the user called, innermost first."""
-    frames: list[types.FrameType] = []
-    frame: types.FrameType | None = sys._getframe()
-    entry = 0
-    while frame is not None:
-        frames.append(frame)
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.startswith(_TORCH):
-            entry = len(frames)
-        frame = frame.f_back
-    return frames[:entry]
+    found = list(frames())
+    entries = [number for number, frame in enumerate(found) if is_entry(frame)]
+    return found[: entries[-1] + 1] if entries else []

@@ -17,6 +17,8 @@ from torch._ops import HigherOrderOperator as HigherOrderOperator
 from torch._ops import OpOverload as OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
+from lvsa_compile.compat.frames import TORCH, line_of
+
 
 class EagerAttention:
     """Lines of Python, other than torch's own and graphs, that call ``scaled_dot_product_attention`` while it is active.
@@ -55,8 +57,8 @@ class EagerAttention:
     def _note(self, frame: types.FrameType, event: str, called: Any) -> None:
         if event == "c_call" and called is torch.nn.functional.scaled_dot_product_attention and not self._inside:
             code = frame.f_code
-            if not code.co_filename.startswith((_TORCH, "<")):
-                self.lines[f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'] += 1
+            if not code.co_filename.startswith((TORCH, "<")):
+                self.lines[line_of(code.co_filename, frame.f_lineno, code.co_name)] += 1
 
     def in_graph(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """A graph, whose calls are not counted."""
@@ -69,9 +71,6 @@ class EagerAttention:
                 self._inside -= 1
 
         return inside
-
-
-_TORCH = f"{next(iter(torch.__path__))}/"
 
 
 def uncompiled(function: Any) -> Any:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import collections
 import inspect
 import itertools
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,8 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator as HigherOrderOperator
 from torch._ops import OpOverload as OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+from lvsa_compile.compat.frames import frames
 
 
 def trace_artifact(name: str, content: Callable[[], str]) -> None:
@@ -102,10 +102,8 @@ def compiles_of_this_code() -> int:
 
 def recompile_reason() -> str:
     """What changed since the code being compiled was compiled last, in Dynamo's words; "" where it is compiled for the first time."""
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None and not (frame.f_code.co_name == "_compile" and "recompile_reason" in frame.f_locals):
-        frame = frame.f_back
-    said = frame.f_locals["recompile_reason"] if frame is not None else None
+    compiles = (frame.f_locals for frame in frames() if frame.f_code.co_name == "_compile" and "recompile_reason" in frame.f_locals)
+    said = next((scope["recompile_reason"] for scope in compiles), None)
     return " ".join(str(said or "").partition(": ")[2].split())
 
 
@@ -126,10 +124,7 @@ def counters() -> collections.Counter[str]:
 
 def compiling_ahead() -> bool:
     """Whether ``torch.compile(...).forward.aot_compile(...)`` is at work, which saves what a backend returns."""
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_name != "aot_compile_fullgraph":
-        frame = frame.f_back
-    return frame is not None
+    return any(frame.f_code.co_name == "aot_compile_fullgraph" for frame in frames())
 
 
 def root_scope() -> dict[str, Any]:

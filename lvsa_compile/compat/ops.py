@@ -41,6 +41,16 @@ def register_autocast(library: torch.library.Library, name: str, device: str, op
     library.impl(name, autocast, AUTOCAST_KEYS[device])
 
 
+def schema_of(operator: Any) -> Any:
+    """The schema of an op, of a packet of overloads that of the default one; None of what is no op."""
+    return getattr(getattr(operator, "default", operator), "_schema", None)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; -1 where torch does not count, as of tensors of inference mode."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def returns_views(operator: OpOverload) -> bool:
     """Whether an op's results share memory with an argument that it does not write to."""
     returned = operator._schema.returns

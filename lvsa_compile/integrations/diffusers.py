@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from lvsa_compile.clock import step
 from lvsa_compile.errors import AttachError
+from lvsa_compile.forward.clock import step
 
 _MARK = "_lvsa_attached"
 

@@ -15,17 +15,10 @@ from torch import Tensor
 
 from lvsa_compile import compat
 from lvsa_compile.errors import in_a_line
-from lvsa_compile.lowering.attention_op import (
-    accumulation_dtype,
-    broadcast_strides,
-    default_scale,
-    define_attention_op,
-    output_like,
-    score_mask,
-)
-from lvsa_compile.lowering.contract import AttentionCall, Failure, Lowering
-from lvsa_compile.lowering.cpu_kind import compiler_flags, cpu_kind
-from lvsa_compile.lowering.rates import on_cpu
+from lvsa_compile.ops.attention import accumulation_dtype, broadcast_strides, default_scale, define_attention_op, output_like, score_mask
+from lvsa_compile.selection.contract import AttentionCall, Failure, Lowering
+from lvsa_compile.selection.cpu_kind import compiler_flags, cpu_kind
+from lvsa_compile.selection.rates import on_cpu
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LARGEST_HEAD_DIM = 256

@@ -18,12 +18,12 @@ import numpy.typing
 import torch
 from torch import Tensor
 
-from lvsa_compile.lowering.attention_op import accumulation_dtype, define_attention_op, on_the_querys_device, output_like
-from lvsa_compile.lowering.contract import AttentionCall, Lowering
-from lvsa_compile.lowering.dense_kernels import dense_attention, merge_into, why_not_dense_kernel
-from lvsa_compile.lowering.gpu import why_no_gpu
-from lvsa_compile.lowering.rates import on_cpu, share_of_dense
-from lvsa_compile.sparsity.key_ranges import Range, join_ranges
+from lvsa_compile.lowering.shared.dense_kernels import dense_attention, merge_into, why_not_dense_kernel
+from lvsa_compile.ops.attention import accumulation_dtype, define_attention_op, on_the_querys_device, output_like
+from lvsa_compile.policies.tables import Range, join_ranges
+from lvsa_compile.selection.accelerator import why_no_gpu
+from lvsa_compile.selection.contract import AttentionCall, Lowering
+from lvsa_compile.selection.rates import on_cpu, share_of_dense
 
 Mask = numpy.typing.NDArray[numpy.bool_]
 _FARTHEST = 64  # how many blocks apart the next of a batch is looked for

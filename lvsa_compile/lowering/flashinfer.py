@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from lvsa_compile.caches import dropped_on_reset
-from lvsa_compile.lowering.attention_op import define_attention_op, on_the_querys_device, output_like
-from lvsa_compile.lowering.contract import AttentionCall, Lowering
-from lvsa_compile.lowering.dense_kernels import dense_attention, merge_into, why_not_dense_kernel
 from lvsa_compile.lowering.dense_merge import attention_dense_merge
-from lvsa_compile.lowering.gpu import why_no_gpu
-from lvsa_compile.lowering.rates import by_rate
-from lvsa_compile.sparsity.key_ranges import join_ranges
+from lvsa_compile.lowering.shared.dense_kernels import dense_attention, merge_into, why_not_dense_kernel
+from lvsa_compile.ops.attention import define_attention_op, on_the_querys_device, output_like
+from lvsa_compile.policies.tables import join_ranges
+from lvsa_compile.selection.accelerator import why_no_gpu
+from lvsa_compile.selection.contract import AttentionCall, Lowering
+from lvsa_compile.selection.rates import by_rate
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128, 256)

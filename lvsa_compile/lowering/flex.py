@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
-from lvsa_compile.lowering.attention_op import default_scale, define_attention_op, on_the_querys_device, output_like, score_mask
-from lvsa_compile.lowering.contract import AttentionCall, Lowering
-from lvsa_compile.lowering.gpu import why_no_gpu
-from lvsa_compile.lowering.rates import by_rate
+from lvsa_compile.ops.attention import default_scale, define_attention_op, on_the_querys_device, output_like, score_mask
+from lvsa_compile.selection.accelerator import why_no_gpu
+from lvsa_compile.selection.contract import AttentionCall, Lowering
+from lvsa_compile.selection.rates import by_rate
 
 log = logging.getLogger(__name__)
 _flex: Any = importlib.import_module("torch.nn.attention.flex_attention")  # the package has a function of this name, too

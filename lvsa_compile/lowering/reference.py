@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lvsa_compile.lowering.attention_op import ATTENTION, attention
-from lvsa_compile.lowering.contract import AttentionCall, Lowering
+from lvsa_compile.ops.attention import ATTENTION, attention
+from lvsa_compile.selection.contract import AttentionCall, Lowering
 
 
 def _unavailable(device: torch.device) -> str | None:

@@ -17,17 +17,10 @@ from torch import Tensor
 
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.kernels.configurations import INTERPRETED, Configuration, column_widths, configurations, power_of_two
-from lvsa_compile.lowering.attention_op import (
-    broadcast_strides,
-    default_scale,
-    define_attention_op,
-    on_the_querys_device,
-    output_like,
-    score_mask,
-)
-from lvsa_compile.lowering.contract import AttentionCall, Lowering
-from lvsa_compile.lowering.gpu import device_target, why_no_gpu
-from lvsa_compile.lowering.rates import by_rate
+from lvsa_compile.ops.attention import broadcast_strides, default_scale, define_attention_op, on_the_querys_device, output_like, score_mask
+from lvsa_compile.selection.accelerator import device_target, why_no_gpu
+from lvsa_compile.selection.contract import AttentionCall, Lowering
+from lvsa_compile.selection.rates import by_rate
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_HEAD_DIM = 256

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, fx
 
 from lvsa_compile.axes.call import Axes
-from lvsa_compile.lowering.contract import AttentionCall
-from lvsa_compile.lowering.select import Choice
+from lvsa_compile.forward.context import Position
+from lvsa_compile.layout.guarded_values import Reader
+from lvsa_compile.layout.mask_form import MaskForm
+from lvsa_compile.layout.token_layout import TokenLayout
 from lvsa_compile.options import Options
-from lvsa_compile.passes.trace_layout.mask_form import MaskForm
-from lvsa_compile.passes.trace_layout.reading import Reader
-from lvsa_compile.passes.trace_layout.token_layout import TokenLayout
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
+from lvsa_compile.policies.tables import Range
 from lvsa_compile.reasons import Miss
-from lvsa_compile.sparsity.key_ranges import Range
+from lvsa_compile.selection.contract import AttentionCall
+from lvsa_compile.selection.select import Choice
 
 Segments = tuple[tuple[str, str, int], ...]
 """Kind, label and tokens of each part of a sequence."""
@@ -117,18 +118,6 @@ class TimestepInput:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a graph stands in a forward.
-
-    Whether it ``continues`` an earlier graph, whether another one may follow (``leads_on``), and whether it ends in a graph break.
-    """
-
-    continues: bool = False
-    leads_on: bool = False
-    breaks: bool = False
-
-
-@dataclass(frozen=True)
 class Outside:
     """Attention in code that runs between graphs: its line, why it is in no graph, and what mends that."""
 
@@ -176,7 +165,7 @@ class Compilation:
     device: torch.device | None = None
     model: str = ""
     compile_id: str = "-"
-    place: Place = Place()
+    position: Position = Position()  # noqa: RUF009 - frozen
     forward: Forward = Forward()
     sites: tuple[AttentionSite | DenseSite, ...] = ()
     layouts: dict[fx.Node, tuple[TokenLayout, TokenLayout]] = field(default_factory=dict)

@@ -12,16 +12,17 @@ from lvsa_compile import compat, reasons
 from lvsa_compile.axes.values import Array
 from lvsa_compile.compat import example_value
 from lvsa_compile.errors import LoweringUnavailableError, OptionError
-from lvsa_compile.lowering.contract import AttentionCall
-from lvsa_compile.lowering.measured import seconds_of_dense
-from lvsa_compile.lowering.select import select
+from lvsa_compile.forward import context
+from lvsa_compile.layout.token_layout import VIDEO, TokenLayout
 from lvsa_compile.passes.compilation import Compilation, Decision, Horizon, Segments, SparsePlan, sizes_of
-from lvsa_compile.passes.trace_layout.token_layout import VIDEO, TokenLayout
 from lvsa_compile.passes.why_not_video import why_not_video
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
+from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
+from lvsa_compile.policies.tables import Range, VideoSpan, key_range_table, query_blocks
 from lvsa_compile.reasons import Miss
-from lvsa_compile.sparsity.frame_pattern import FramePattern
-from lvsa_compile.sparsity.key_ranges import Range, VideoSpan, key_range_table, query_blocks
+from lvsa_compile.selection.contract import AttentionCall
+from lvsa_compile.selection.measure import seconds_of_dense
+from lvsa_compile.selection.select import select
 
 _PIXELS_PER_LATENT = (4, 6, 8)  # of the video codecs that models have, the most frequent first; the first frame stands alone
 _LIKELY_PIXELS = 49  # one model of the table was trained on as many latent frames
@@ -30,7 +31,7 @@ _LIKELY_PIXELS = 49  # one model of the table was trained on as many latent fram
 def decide(compilation: Compilation) -> Compilation:
     """Fills in ``decisions``, one per site, and ``specialised``, the symbolic sizes that had to be fixed."""
     options = compilation.options
-    if options.dense_layers and compilation.sites and not compilation.has_video and compat.is_whole_of_compiled():
+    if options.dense_layers and compilation.sites and not compilation.has_video and context.is_whole_of_compiled():
         raise OptionError(
             "dense_layers", list(options.dense_layers), "what is compiled shows no video, so it is a block that serves many layers",
             "Compile the whole model to choose among its layers.",
@@ -62,7 +63,7 @@ def _not_mendable(decision: Decision) -> Decision:
 def _decision(
     site: AttentionSite | DenseSite, layouts: tuple[TokenLayout, TokenLayout] | None, outcome: SparsePlan | Miss, compilation: Compilation
 ) -> Decision:
-    name, shown = compat.module_path(site.node) or site.node.name, _shown(layouts)
+    name, shown = context.module_path(site.node) or site.node.name, _shown(layouts)
     attention = site if isinstance(site, AttentionSite) else None
     segments, key_segments = (_segments(layout) for layout in layouts) if layouts else ((), ())
     decision = Decision(name, site.node, attention, shown, segments=segments, key_segments=key_segments if key_segments != segments else ())

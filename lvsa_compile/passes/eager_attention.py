@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lvsa_compile import compat
+from lvsa_compile.forward import context
 
 _NAMES = re.compile(r"scaled_dot_product_attention|\w*flash_attn\w*|\w*sageattn\w*|memory_efficient_attention|flex_attention")
 """Functions that compute attention and that Dynamo does not enter."""
@@ -71,7 +72,7 @@ def _below(called: Any, depth: int, seen: set[int]) -> Iterator[Any]:
             yield from _below(types.MethodType(inner, called), depth, seen)
     elif not str(function.__module__).startswith("torch."):
         yield called
-        by_argument = getattr(compat.root_module(), "_modules", {})
+        by_argument = getattr(context.root_module(), "_modules", {})
         held = [getattr(function, "__globals__", {}).get(name) for name in code.co_names]
         held += [_held_by(owner, name) for name in code.co_names if owner is not None]
         held += [by_argument.get(name) for name in code.co_names]

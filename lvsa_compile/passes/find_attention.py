@@ -6,10 +6,11 @@ import dataclasses
 
 from torch import fx
 
+from lvsa_compile.graph.edit import thread_writes
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.patterns import library_ops, linear_attention, multihead, other_forms, own_sparse, sdpa, written_out
 from lvsa_compile.patterns.masks import parts_of
-from lvsa_compile.patterns.shadow import thread_writes, withdraw
+from lvsa_compile.patterns.shadow import withdraw
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import INSIDE_SUBGRAPH
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lvsa_compile import compat
+from lvsa_compile.forward import context
 from lvsa_compile.horizons import Unreadable, horizon_of, rows_of, rows_of_class
 from lvsa_compile.passes.compilation import Compilation, Horizon
 from lvsa_compile.passes.model_settings import reader
@@ -20,7 +20,7 @@ def find_horizon(compilation: Compilation) -> Compilation:
     """
     around = _around(compilation)
     kind, module, rows = next(((kind, module, rows) for kind, module in around if (rows := rows_of_class(kind))), (None, None, ()))
-    root = compat.root_module()
+    root = context.root_module()
     kind = kind or (type(root) if root is not None else next((kind for kind, _ in around), None))
     compilation = dataclasses.replace(compilation, model=kind.__name__ if kind is not None else "")
     given, unreadable = compilation.options.reference_frames, ""
@@ -46,14 +46,14 @@ def find_horizon(compilation: Compilation) -> Compilation:
 
 def _around(compilation: Compilation) -> list[tuple[type, Any]]:
     """Classes and modules around the sites, outermost first; then the model among a function's arguments that these are parts of."""
-    found = [each for site in compilation.sites for each in compat.modules_around(site.node)]
+    found = [each for site in compilation.sites for each in context.modules_around(site.node)]
     kinds, modules = {kind for kind, _ in found}, {id(module) for _, module in found if module is not None}
 
     def has_the_sites(model: Any) -> bool:
         parts = list(model.modules())
         return any(id(part) in modules for part in parts) if modules else not kinds or any(type(part) in kinds for part in parts)
 
-    holding = [model for model in compat.modules_among_arguments() if rows_of_class(type(model)) and has_the_sites(model)]
+    holding = [model for model in context.modules_among_arguments() if rows_of_class(type(model)) and has_the_sites(model)]
     if len({id(model) for model in holding}) == 1:  # of several nobody can tell whose pieces these are
         found.append((type(holding[0]), holding[0]))
     return list({(kind, id(module)): (kind, module) for kind, module in found}.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,16 +12,13 @@ from torch import Tensor, fx
 
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT
-from lvsa_compile.clock import told_before
 from lvsa_compile.compat import example_value
+from lvsa_compile.forward import context
+from lvsa_compile.forward.clock import told_before
+from lvsa_compile.forward.timestep_names import rank_of_name, timestep_among
+from lvsa_compile.layout.graph_trace import input_kind
 from lvsa_compile.passes.compilation import Compilation, Piece, TimestepInput
-from lvsa_compile.passes.trace_layout.interpreter import input_kind
 from lvsa_compile.patterns.site import AttentionSite
-
-_NAMES = tuple(
-    re.compile(pattern) for pattern in (r"timesteps?", r"t|time|times|ts", r"\w*timesteps?\w*", r"sigmas?|noise_levels?", r"\w*sigma\w*")
-)
-"""Names that say "timestep", the surest first."""
 
 _OTHERS = re.compile(r"fps|rate|guidance|scale|strength|shift|motion|size|crop|aesthetic")
 """Names of other numbers that models embed as sinusoids."""
@@ -42,8 +39,8 @@ def find_timestep(compilation: Compilation) -> Compilation:
 
     Of several graphs of one forward the first that sees a timestep moves the clock: what the others get may be made of it.
     """
-    root, code = compat.root_module(), compilation.compile_id.split("/")[0]
-    if compilation.place.continues and told_before(root, code):
+    root, code = context.root_module(), compilation.compile_id.split("/")[0]
+    if compilation.position.continues and told_before(root, code):
         return dataclasses.replace(compilation, clock_before=told_before(root, code))
     placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
     candidates = [
@@ -55,7 +52,7 @@ def find_timestep(compilation: Compilation) -> Compilation:
     ]
     ranked = sorted((_rank(node, name), position, name) for position, node, name in candidates)
     if not ranked or ranked[0][0] >= _UNLIKELY:
-        return compilation if compilation.place.continues else dataclasses.replace(compilation, timestep=_constant())
+        return compilation if compilation.position.continues else dataclasses.replace(compilation, timestep=_constant())
     best, position, name = ranked[0]
     alike = [place for rank, place, _ in ranked if rank == best]
     steps, step_of = _several_steps({place: placeholders[place] for place in alike}, compilation)
@@ -82,7 +79,7 @@ def _several_steps(timesteps: Mapping[int, fx.Node], compilation: Compilation) -
     step_of = {site.node: max(0, latest[site.query]) for site in compilation.sites if isinstance(site, AttentionSite)}
     named: dict[str, list[int]] = {}
     for node, step in step_of.items():
-        named.setdefault(compat.module_path(node) or node.name.rpartition("_")[0], []).append(step)
+        named.setdefault(context.module_path(node) or node.name.rpartition("_")[0], []).append(step)
     come_again = any(len(set(places)) > 1 for places in named.values())
     return (steps, step_of) if come_again else ((), {})
 
@@ -110,27 +107,10 @@ def _constant() -> TimestepInput | None:
     return None if at is None else TimestepInput(-1, list(numbers)[at], float(list(numbers.values())[at]))
 
 
-def says_timestep(name: str) -> bool:
-    """Whether a name can mean nothing else, as ``t`` and ``sigma`` can."""
-    return "timestep" in name.lower()
-
-
-def timestep_among(names: Sequence[str]) -> int | None:
-    """Which of the names of a model's inputs says most surely that it is the timestep; None where none does."""
-    ranked = [(_named(name), position) for position, name in enumerate(names)]
-    known = [(rank, position) for rank, position in ranked if rank is not None]
-    return min(known)[1] if known else None
-
-
-def _named(name: str) -> int | None:
-    short = name.split("[")[0].lower()
-    return next((rank for rank, pattern in enumerate(_NAMES) if pattern.fullmatch(short)), None)
-
-
 def _rank(node: fx.Node, name: str) -> int:
     """How likely an input is the timestep, the lowest rank first: by its name, among equals by what becomes of it."""
     short = name.split("[")[0].lower()
-    named = _named(name)
+    named = rank_of_name(name)
     if named == 0:
         return 0
     value = example_value(node)

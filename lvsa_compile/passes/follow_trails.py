@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
+from lvsa_compile.layout.graph_trace import input_kind
+from lvsa_compile.layout.token_layout import UNKNOWN, TokenLayout
 from lvsa_compile.passes.compilation import Compilation, Decision, TrailStep, sizes_of
-from lvsa_compile.passes.trace_layout.interpreter import input_kind
-from lvsa_compile.passes.trace_layout.token_layout import UNKNOWN, TokenLayout
 
 _MOST = 24  # steps of a trail; of a longer one the beginning and the end
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lvsa_compile import compat
 from lvsa_compile.errors import LvsaError, RewriteError, in_a_line
+from lvsa_compile.forward import context
 from lvsa_compile.options import Options
 from lvsa_compile.passes.compilation import Compilation, Decision
 from lvsa_compile.patterns import sdpa
@@ -35,5 +36,5 @@ def left_as_it_came(beginning: Compilation, error: Exception) -> Compilation:
     miss = INTERNAL_ERROR.because(where(error))
     nodes = list(beginning.graph_module.graph.nodes)
     attention = [node for node in nodes if node.op == "call_function" and node.target in sdpa.TARGETS]
-    decisions = [Decision(compat.module_path(node) or node.name, node, miss=miss) for node in attention]
+    decisions = [Decision(context.module_path(node) or node.name, node, miss=miss) for node in attention]
     return dataclasses.replace(beginning, decisions=tuple(decisions) or (Decision("the graph", nodes[-1], miss=miss),))

@@ -49,7 +49,7 @@ def look_around(compilation: Compilation) -> Compilation:
     """Fills in ``forward``."""
     ends, given_up = compat.break_of(compilation.graph_module), compat.given_up()
     entry = (threading.get_ident(), id(compat.compiled_entry()))
-    if not compilation.place.continues:
+    if not compilation.position.continues:
         _in_progress.pop(entry, None)
     so_far = _in_progress.setdefault(entry, _InProgress())
     broken, remedy = so_far.broken

@@ -13,14 +13,15 @@ from torch import Tensor, fx
 
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
-from lvsa_compile.lowering.attention_op import ATTENTION, accumulation_dtype
-from lvsa_compile.lowering.contract import AttentionCall, Prepared
-from lvsa_compile.lowering.verification import VERIFIED
+from lvsa_compile.graph.edit import called, provenance, writes
+from lvsa_compile.layout.mask_form import MaskForm
+from lvsa_compile.ops.attention import ATTENTION, accumulation_dtype
+from lvsa_compile.ops.verified import VERIFIED
 from lvsa_compile.options import Options
 from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput, SparsePlan
-from lvsa_compile.passes.trace_layout.mask_form import MaskForm
-from lvsa_compile.patterns.shadow import called, provenance, step_in, withdraw, writes
-from lvsa_compile.sparsity.key_ranges import KeyRangeTable, VideoSpan, key_range_table, slopes
+from lvsa_compile.patterns.shadow import step_in, withdraw
+from lvsa_compile.policies.tables import KeyRangeTable, VideoSpan, key_range_table, slopes
+from lvsa_compile.selection.contract import AttentionCall, Prepared
 
 
 def rewrite(compilation: Compilation) -> Compilation:

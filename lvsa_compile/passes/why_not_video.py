@@ -7,9 +7,10 @@ from torch import Tensor, fx
 from lvsa_compile import compat, reasons
 from lvsa_compile.axes.algebra import same
 from lvsa_compile.compat import example_value
+from lvsa_compile.forward import context
+from lvsa_compile.layout.lost import after
+from lvsa_compile.layout.token_layout import CONTRADICTED, IMAGE, SCRAMBLED, UNKNOWN, VIDEO, Segment, TokenLayout
 from lvsa_compile.passes.compilation import Compilation
-from lvsa_compile.passes.trace_layout.lost import after
-from lvsa_compile.passes.trace_layout.token_layout import CONTRADICTED, IMAGE, SCRAMBLED, UNKNOWN, VIDEO, Segment, TokenLayout
 from lvsa_compile.reasons import Miss
 
 _OF_A_PART = (
@@ -36,7 +37,7 @@ def why_not_video(node: fx.Node, query: TokenLayout, key: TokenLayout, compilati
     if node in compilation.cut_off and miss.reason in _OF_A_PART:
         forward = compilation.forward
         return reasons.GRAPH_BREAK.because(f"query {query}, key {key}; the graph was broken at {forward.broken}", forward.remedy)
-    if miss.reason is reasons.NO_GRID and compilation.place.continues and compat.parent.get() is None:
+    if miss.reason is reasons.NO_GRID and compilation.position.continues and context.parent.get() is None:
         return reasons.GRAPH_BREAK.because(f"query {query}, key {key}; an earlier part of the forward ran eagerly")
     if miss.reason is reasons.OTHER_VIDEO and compilation.not_denoiser:
         return reasons.NOT_DENOISER.because(compilation.not_denoiser)
@@ -72,7 +73,7 @@ def _miss(node: fx.Node, query: TokenLayout, key: TokenLayout, compilation: Comp
                     f"the way of the video to what the model returns is lost after {compilation.output_lost}"
                 )
             return reasons.OTHER_VIDEO.because(f"query {query}, key {key}; a conditioning video's grid does not reach the model's output")
-        parent = compat.parent.get()
+        parent = context.parent.get()
         if parent is not None and parent.called_by_others:
             return reasons.FORWARD_NOT_CALLED.because(f"{parent.block} of {type(parent.model).__name__} is called, its forward is not")
         if not has_video and (parent is None or parent.problem):

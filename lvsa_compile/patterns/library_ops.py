@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from lvsa_compile import compat
 from lvsa_compile.compat import example_value
-from lvsa_compile.patterns.shadow import Shadow, is_tensor, name_of
+from lvsa_compile.graph.edit import is_tensor, name_of
+from lvsa_compile.patterns.shadow import Shadow
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import DROPOUT, FORM_NOT_REWRITTEN, SHAPE_NOT_SUPPORTED
 
@@ -90,14 +92,14 @@ def _output(node: fx.Node) -> fx.Node | None:
 
 
 def _library_name(node: fx.Node) -> str:
-    if hasattr(node.target, "_schema") or hasattr(node.target, "overloads"):
+    if compat.schema_of(node.target) is not None or hasattr(node.target, "overloads"):
         return ".".join(str(node.target).split(".")[:2])
     return f"{(getattr(node.target, '__module__', None) or '').split('.')[0]}.{name_of(node)}"
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments by the names used here, defaults included."""
-    schema = getattr(getattr(node.target, "default", node.target), "_schema", None)
+    schema = compat.schema_of(node.target)
     if schema is not None:
         names = [argument.name for argument in schema.arguments]
         said = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}

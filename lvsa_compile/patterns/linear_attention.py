@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 from lvsa_compile.compat import example_value
+from lvsa_compile.graph.edit import is_tensor, name_of
 from lvsa_compile.patterns.contraction import PRODUCTS
-from lvsa_compile.patterns.shadow import is_tensor, name_of
 from lvsa_compile.patterns.site import DenseSite
 from lvsa_compile.reasons import ALREADY_SPARSE
 

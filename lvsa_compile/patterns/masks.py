@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from lvsa_compile.compat import example_value
-from lvsa_compile.patterns.shadow import Shadow, is_tensor, name_of
+from lvsa_compile.graph.edit import is_tensor, name_of
+from lvsa_compile.patterns.shadow import Shadow
 
 AS_GOOD_AS_MINUS_INFINITY = -9999.0
 """What is added to a score that is not to count; models write anything from here down."""

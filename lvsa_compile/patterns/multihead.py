@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from lvsa_compile.compat import example_value
-from lvsa_compile.patterns.shadow import Shadow, is_tensor
+from lvsa_compile.graph.edit import is_tensor
+from lvsa_compile.patterns.shadow import Shadow
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import DROPOUT, FORM_NOT_REWRITTEN, SHAPE_NOT_SUPPORTED
 

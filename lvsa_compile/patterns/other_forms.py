@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
-from lvsa_compile.patterns.shadow import is_tensor, name_of
+from lvsa_compile.graph.edit import is_tensor, name_of
 from lvsa_compile.patterns.site import DenseSite
 from lvsa_compile.reasons import FORM_NOT_REWRITTEN
 

@@ -15,6 +15,7 @@ from torch import fx
 from lvsa_compile import compat
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.compat import example_value
+from lvsa_compile.graph.edit import is_tensor, name_of, writes
 from lvsa_compile.patterns.contraction import (
     FIRST,
     PRODUCTS,
@@ -32,7 +33,7 @@ from lvsa_compile.patterns.contraction import (
     without,
 )
 from lvsa_compile.patterns.masks import AS_GOOD_AS_MINUS_INFINITY
-from lvsa_compile.patterns.shadow import Shadow, is_tensor, name_of, writes
+from lvsa_compile.patterns.shadow import Shadow
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import DROPOUT, FORM_NOT_REWRITTEN
 

@@ -5,28 +5,50 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jinja2
 
 from lvsa_compile.passes.compilation import Segments
+from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
 from lvsa_compile.reasons import NOTHING_TO_DO
 from lvsa_compile.report.names import together
-from lvsa_compile.sparsity.frame_pattern import FramePattern
+from lvsa_compile.report.records import GraphReport, SiteReport
 
-if TYPE_CHECKING:
-    from lvsa_compile.report.records import Report, SiteReport
+
+class Shown(Protocol):
+    """What the page takes of a report."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those that are not at their defaults."""
+
+    @property
+    def graphs(self) -> tuple[GraphReport, ...]:
+        """Those of a forward."""
+
+    @property
+    def sites(self) -> tuple[SiteReport, ...]:
+        """The sites of all graphs."""
+
+    @property
+    def sparse_sites(self) -> tuple[SiteReport, ...]:
+        """The sites that were rewritten."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+
 
 _COLOURS = {"video": "video", "conditioning": "video", "image": "video", "other": "text", "unknown": "unknown", "contradicted": "unknown"}
 _TRAILS_SHOWN = 12
 
 
-def write_page(report: Report, path: str) -> None:
+def write_page(report: Shown, path: str) -> None:
     """Writes ``report`` to ``path``; every value is escaped by the template engine."""
     Path(path).write_text(page(report), encoding="utf-8")
 
 
-def page(report: Report) -> str:
+def page(report: Shown) -> str:
     """The page's text."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     sites = report.sites

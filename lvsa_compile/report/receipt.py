@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lvsa_compile.reasons import OUTSIDE_GRAPHS
 from lvsa_compile.report.names import together
-
-if TYPE_CHECKING:
-    from lvsa_compile.report.records import GraphReport, SiteReport
+from lvsa_compile.report.records import GraphReport, SiteReport
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from lvsa_compile import compat
-from lvsa_compile.clock import explicit_step
 from lvsa_compile.compat import example_value
+from lvsa_compile.forward.clock import explicit_step
 from lvsa_compile.passes.compilation import Compilation, Decision, sizes_of
 from lvsa_compile.passes.decide import may_be_sparse
 from lvsa_compile.reasons import OUTSIDE_GRAPHS
-from lvsa_compile.report.records import DENSE, MASKED, ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, Report, SiteReport
+from lvsa_compile.report.records import DENSE, MASKED, ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, SiteReport
+from lvsa_compile.report.report import Report
 
 
 def report_of(compilation: Compilation) -> Report:
@@ -36,7 +37,7 @@ def report_of(compilation: Compilation) -> Report:
         (*(_site(decision) for decision in compilation.decisions), *outside),
         clock,
         compilation.specialised,
-        compilation.place.breaks,
+        compilation.position.breaks,
         compilation.flops,
     )
     return Report(

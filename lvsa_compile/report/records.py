@@ -1,32 +1,18 @@
-"""The report of a compile: a record per attention site, and where horizon and step came from."""
+"""What a report holds: a record per attention site, and one per graph."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
-import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-
-from lvsa_compile.counting import Calls, calls_of
-from lvsa_compile.lowering import verification
-from lvsa_compile.lowering.contract import AttentionCall
-from lvsa_compile.lowering.measured import seconds_of, seconds_of_dense
-from lvsa_compile.lowering.select import lowerings
+from lvsa_compile.forward.calls import Calls
 from lvsa_compile.passes.compilation import Segments, TrailStep
-from lvsa_compile.reasons import HORIZON_UNKNOWN, NO_GRID, PATTERN_FULL, REASONS
-from lvsa_compile.report.names import together
-from lvsa_compile.report.receipt import Receipt, receipt_of
-from lvsa_compile.sparsity.frame_pattern import FramePattern
+from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
+from lvsa_compile.selection.contract import AttentionCall
 
-_BETWEEN = "attention in the code between graphs runs eagerly; lvsa_compile.explain runs the model once and counts it"
 UNKNOWN_HORIZON = "unknown"
 SPARSE, MASKED, DENSE = "sparse", "masked", "dense"
 ON_THE_REAL_DEVICE = "(chosen on the real device)"
-_CLOSENESS = {reason.code: place for place, reason in enumerate(REASONS)}
 
 
 @dataclass(frozen=True)
@@ -119,219 +105,6 @@ class GraphReport:
     flops: float = 0.0
     clock_saw: tuple[str, ...] = ()
     calls: Calls | None = field(default=None, repr=False, compare=False)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was decided for the graphs of one forward.  ``print(report)`` gives a line per site.
-
-    ``options`` are those that are not at their defaults, ``option_sources`` where the ones come from that no call gave.
-    """
-
-    model: str
-    graphs: tuple[GraphReport, ...]
-    horizon: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    option_sources: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def sites(self) -> tuple[SiteReport, ...]:
-        """The sites of all graphs."""
-        return tuple(site for graph in self.graphs for site in graph.sites)
-
-    @property
-    def sparse_sites(self) -> tuple[SiteReport, ...]:
-        """The sites that were rewritten."""
-        return tuple(site for site in self.sites if site.decision == SPARSE)
-
-    @property
-    def work(self) -> str:
-        """What the sparse sites compute of what they would dense, in words; "" where none is sparse."""
-        dense, kept = sum(site.flops for site in self.sparse_sites), sum(site.flops * site.density for site in self.sparse_sites)
-        if not dense:
-            return ""
-        counted = f"{_flop(kept)} of {_flop(dense)} per forward"
-        return f"attention over the video computes {kept / dense:.0%} of what dense attention would ({counted})"
-
-    @property
-    def gain(self) -> str:
-        """How much of the forward the sparse sites are, and what they are worth to the whole, in words; "" where that is not known."""
-        whole, dense = sum(graph.flops for graph in self.graphs), sum(site.flops for site in self.sparse_sites)
-        compiled_once_for_many = any("*" in site.name for site in self.sites)
-        if not 0 < dense <= whole or compiled_once_for_many or not all(graph.flops for graph in self.graphs if graph.sites):
-            return ""
-        said = f"attention over the video is {dense / whole:.0%} of the forward's {_flop(whole)}"
-        if any(site.lowering == ON_THE_REAL_DEVICE for site in self.sparse_sites):
-            left = whole - sum(site.flops * (1.0 - site.density) for site in self.sparse_sites)
-            return f"{said}; by FLOPs the whole may become {whole / left:.2g}× as fast (asked on meta; its own device can say more)"
-        faster = [site.measured or site.expected for site in self.sparse_sites]
-        if not all(faster):
-            return said
-        left = whole - dense + sum(site.flops / times for site, times in zip(self.sparse_sites, faster, strict=True))
-        known = "its sites measured" if all(site.measured for site in self.sparse_sites) else "by what is expected of the lowering"
-        return f"{said}; {known} and the rest by its FLOPs, the whole may become {whole / left:.2g}× as fast"
-
-    @property
-    def why_none(self) -> str:
-        """What the nearest miss is called: where the video is simply no longer than the training length, nothing was missed."""
-        miss = self.nearest_miss
-        return "nothing is sparse at this length" if miss is not None and miss.reason == PATTERN_FULL.code else "nearest miss"
-
-    @property
-    def lengths(self) -> str:
-        """How long the videos of the sparse sites are, in words."""
-        found = dict.fromkeys((site.call.pattern.frames, site.call.pattern.reference_frames) for site in self.sparse_sites if site.call)
-        return ", ".join(f"{frames} latent frames, {frames / known:.2g}× the training horizon" for frames, known in found)
-
-    @property
-    def also_missing(self) -> str:
-        """What stands in the way beside the nearest miss, in words; "" where nothing is known to."""
-        miss = self.nearest_miss
-        if miss is None or not self.horizon.startswith(UNKNOWN_HORIZON) or miss.reason == HORIZON_UNKNOWN.code or not miss.remedy:
-            return ""
-        if miss.reason == NO_GRID.code and not miss.mendable:
-            return ""  # most likely text or images
-        return f"{HORIZON_UNKNOWN.code}: {self.horizon.removeprefix(UNKNOWN_HORIZON + ': ')}.  Remedy: {HORIZON_UNKNOWN.remedy}"
-
-    @property
-    def nearest_miss(self) -> SiteReport | None:
-        """Of the dense sites the one that came closest to being sparse; None where something is sparse or nothing was found."""
-        if self.sparse_sites or not self.sites:
-            return None
-        return max(self.sites, key=lambda site: _CLOSENESS[site.reason])
-
-    @property
-    def mendable_miss(self) -> SiteReport | None:
-        """Of the dense sites that the user can mend the one that came closest to being sparse; None where there is none."""
-        return max((site for site in self.sites if site.mendable), key=lambda site: _CLOSENESS[site.reason], default=None)
-
-    @property
-    def summary(self) -> str:
-        """One line: how many sites are sparse, and why the others are not."""
-        ids = ", ".join(graph.compile_id for graph in self.graphs)
-        start = f"lvsa {self.model or 'graph'} [{ids}]: "
-        if not self.sites:
-            return start + f"no attention in {'this graph' if len(self.graphs) == 1 else 'these graphs'}"
-        counts: dict[str, int] = {}
-        for site in self.sites:
-            if site.reason:
-                counts[site.reason] = counts.get(site.reason, 0) + 1
-        dense = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        return start + f"{len(self.sparse_sites)} of {len(self.sites)} attention sites sparse" + (f"; dense: {dense}" if dense else "")
-
-    @property
-    def head(self) -> list[str]:
-        """What is said of the forward as a whole, line by line."""
-        lines = [self.summary]
-        if miss := self.nearest_miss:
-            lines += [f"  {self.why_none}: {miss}", *([f"    attention at {miss.source}"] if miss.source else [])]
-        if self.also_missing:
-            lines.append(f"    after that there is also {self.also_missing}")
-        if self.sparse_sites:
-            lines += [f"  {name}: {said}" for name, said in (("work", self.work), ("forward", self.gain)) if said]
-            lines += [f"  video: {self.lengths}, so its attention is sparse", f"  horizon: {self.horizon}"]
-        turning = [graph for graph in self.graphs if any(site.decision == SPARSE for site in graph.sites)]
-        clocks = dict.fromkeys("; ".join((graph.clock, *graph.clock_saw)) for graph in turning)
-        lines += [f"  denoising step: {clock}" for clock in clocks]
-        lines += [f"  option: {name}={self.options.get(name)!r}, from {source}" for name, source in self.option_sources.items()]
-        lines += [f"  specialised: {what}" for what in dict.fromkeys(what for graph in self.graphs for what in graph.specialised)]
-        return lines
-
-    def __str__(self) -> str:
-        lines = self.head
-        for graph in self.graphs:
-            if len(self.graphs) > 1:
-                lines.append(f"  graph {graph.compile_id}: {len(graph.sites) or 'no'} attention sites")
-            told = self.nearest_miss.said if self.nearest_miss is not None else ""
-            for said, alike in alike_sites(graph.sites).items():
-                again = said == told and len(graph.sites) > 1
-                shown = f"{alike[0].decision}, {alike[0].reason}, see above" if again else said
-                lines.append(f"  {together([site.name for site in alike])}: {shown}")
-        if any(graph.breaks for graph in self.graphs):
-            lines.append(f"  graph breaks: {_BETWEEN}")
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, ready for JSON."""
-        plain = dataclasses.asdict(self)
-        for graph in plain["graphs"]:
-            del graph["calls"]
-            for site in graph["sites"]:
-                del site["call"]
-        return {**plain, "summary": self.summary, "work": self.work, "forward": self.gain, "versions": versions()}
-
-    def receipt(self, clear: bool = False) -> Receipt:
-        """What really ran since compiling: calls of each site and by what they were computed.  Waits for the device.
-
-        Args:
-            clear: whether the counts begin anew.
-
-        Example:
-            >>> print(lvsa_compile.reports()[-1].receipt())
-            blocks.0-29.attn1 (30 sites): cpu, 100 calls
-            denoising step: 100 calls, timesteps from 20 to 999, 49 moves, 1 videos begun
-        """
-        return receipt_of(self.graphs, clear)
-
-    def measured(self) -> Report:
-        """The report with the seconds of a call of each sparse site, by its lowering and dense, measured now on its shapes and device.
-
-        What was measured before on this machine is remembered.  Random tensors of the site's sizes are made; a site for which there is
-        no room, or whose device is not here, keeps no seconds.
-        """
-        return _with_sites(self, _measured)
-
-    def to_html(self, path: str) -> None:
-        """Writes the report as one self-contained page; everything printed is escaped."""
-        from lvsa_compile.report.page import write_page
-
-        write_page(self, path)
-
-
-def _flop(count: float) -> str:
-    """With three digits, in the unit that fits."""
-    for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e6:.3g} MFLOP"
-
-
-def versions() -> dict[str, str]:
-    """Versions a report is read with."""
-    return {"lvsa-compile": importlib.metadata.version("lvsa-compile"), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def with_what_ran(report: Report) -> Report:
-    """The report with what was seen at run time so far: timesteps, and at each site the worst error of verification."""
-    report = _with_sites(report, _with_error)
-    return dataclasses.replace(report, graphs=tuple(map(_with_calls, report.graphs)))
-
-
-def _with_calls(graph: GraphReport) -> GraphReport:
-    calls = calls_of(graph.compile_id)
-    saw = tuple(dict.fromkeys(text for clock in calls.clocks if (text := str(clock.saw()))))
-    return dataclasses.replace(graph, calls=calls, clock_saw=saw)
-
-
-def _with_sites(report: Report, changed: Callable[[SiteReport, str], SiteReport]) -> Report:
-    """The report with each site changed by a function of it and its graph's compile id."""
-    graphs = tuple(
-        dataclasses.replace(graph, sites=tuple(changed(site, graph.compile_id) for site in graph.sites)) for graph in report.graphs
-    )
-    return dataclasses.replace(report, graphs=graphs)
-
-
-def _with_error(site: SiteReport, compile_id: str) -> SiteReport:
-    seen = verification.seen(compile_id, site.name)
-    return site if seen is None else dataclasses.replace(site, worst_error=seen[0], tolerance=seen[1])
-
-
-def _measured(site: SiteReport, compile_id: str) -> SiteReport:
-    if site.call is None or site.call.device.type == "meta":
-        return site
-    lowering = next(found for found in lowerings() if found.name == site.lowering)
-    found = {site.lowering: seconds_of(lowering, site.call), DENSE: seconds_of_dense(site.call)}
-    return dataclasses.replace(site, seconds={**site.seconds, **{name: taken for name, taken in found.items() if isinstance(taken, float)}})
 
 
 def alike_sites(sites: Iterable[SiteReport]) -> dict[str, list[SiteReport]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import threading
 
-from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
-from lvsa_compile.report.records import Report, with_what_ran
+from lvsa_compile.forward import context
+from lvsa_compile.report.report import Report, with_what_ran
 
 
 @dataclasses.dataclass
@@ -21,7 +21,7 @@ _kept: list[_Kept] = []
 _lock = threading.Lock()
 
 
-def keep(report: Report, compiled: object, forward: compat.Parent | None = None) -> Report:
+def keep(report: Report, compiled: object, forward: context.Parent | None = None) -> Report:
     """Adds the report of a graph and returns that of its forward so far; ``compiled`` is what the user called, None if unknown.
 
     A graph joins the last report of the same ``forward`` of a model whose blocks are compiled one by one; else that of the same function

@@ -8,7 +8,8 @@ from rich.text import Text
 
 from lvsa_compile.reasons import NOTHING_TO_DO
 from lvsa_compile.report.names import together
-from lvsa_compile.report.records import Report, SiteReport, alike_sites
+from lvsa_compile.report.records import SiteReport, alike_sites
+from lvsa_compile.report.report import Report
 
 _HEADINGS = ("sites", "decision", "why", "density", "lowering", "faster", "query", "tokens")
 _NARROW = 120  # columns; below, a line per site reads better than a table

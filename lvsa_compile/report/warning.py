@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lvsa_compile import compat
-from lvsa_compile.clock import explicit_step
+from lvsa_compile.forward.clock import explicit_step
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.reasons import TRAINING
-from lvsa_compile.report.records import Report
+from lvsa_compile.report.report import Report
 
 
 def warnings_of(report: Report, compilation: Compilation) -> list[str]:

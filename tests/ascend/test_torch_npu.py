@@ -26,10 +26,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lvsa_compile
 from lvsa_compile import FramePattern
-from lvsa_compile.integrations import torchair as bridge
-from lvsa_compile.lowering import ascend_block_sparse, ascend_gather, ascend_ops, ascend_paged, select
-from lvsa_compile.lowering.contract import AttentionCall
-from lvsa_compile.sparsity.key_ranges import VideoSpan, key_range_table
+from lvsa_compile.compilers import torchair as bridge
+from lvsa_compile.lowering.ascend import block_sparse as ascend_block_sparse
+from lvsa_compile.lowering.ascend import gather as ascend_gather
+from lvsa_compile.lowering.ascend import ops as ascend_ops
+from lvsa_compile.lowering.ascend import paged as ascend_paged
+from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.selection import select
+from lvsa_compile.selection.contract import AttentionCall
 
 try:
     torch_npu = importlib.import_module("torch_npu")

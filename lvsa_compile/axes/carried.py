@@ -1,0 +1,112 @@
+"""Axis annotations across graph breaks: what of a tensor's axes the next graph of a forward is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Container, Sequence
+
+from lvsa_compile.axes.algebra import ARANGE, INPUT, LOST, Axis, Concat, Digit, Factor, Size, Source, axis_size, leaves
+from lvsa_compile.axes.call import Axes
+
+_GENERATED, _CONDITIONING = "^", "~"
+_OTHER = f"{_CONDITIONING}other"
+
+
+def is_conditioning(place: str) -> bool:
+    """Whether what comes from another graph is known not to be the generated video."""
+    return place.startswith(_CONDITIONING)
+
+
+def shows_generated(axes: Axes) -> bool:
+    """Whether axes that were handed on run along the generated video."""
+    return any(is_generated(digit.source.place) for axis in axes for factor in leaves(axis) for digit in factor.digits)
+
+
+def is_told(place: str) -> bool:
+    """Whether what comes from another graph is known to be a video, generated or not."""
+    return place.startswith((_GENERATED, _CONDITIONING)) and place != _OTHER
+
+
+def is_generated(place: str) -> bool:
+    """Whether what comes from another graph is known to be the generated video."""
+    return place.startswith(_GENERATED)
+
+
+LostAt = Callable[[Source], str]
+"""Says where the trail of a LOST source was lost, for a graph that does not hold the op."""
+
+
+def carried(axes: Axes, generated: Container[str], lost_at: LostAt) -> Axes | None:
+    """What the next graph should know of a tensor's axes; None where they show no picture, video or table of counts.
+
+    Blocks that pass the same video on get equal axes, whatever else they did to it: only the places of latents, counts of a rope table
+    and lost orders are kept.  ``generated`` are the places of inputs that hold the generated video.
+    """
+    kept = tuple(_kept(axis, position, generated, lost_at) for position, axis in enumerate(axes))
+    return kept if any(digit.source.place != _OTHER for axis in kept for factor in leaves(axis) for digit in factor.digits) else None
+
+
+def _kept(axis: Axis, position: int, generated: Container[str], lost_at: LostAt) -> Axis:
+    telling = _telling([digit.source for factor in axis if isinstance(factor, Factor) for digit in factor.digits], generated)
+    done: list[Factor | Concat] = []
+    for factor in axis:
+        if isinstance(factor, Concat):
+            done.append(Concat(tuple(_kept(part, position, generated, lost_at) for part in factor.parts)))
+        else:
+            told = {Digit(_renamed(d.source, generated, lost_at), d.size, d.stride, d.start) for d in factor.digits if d.source in telling}
+            done.append(Factor(factor.size, frozenset(told or {_other(position, factor.size)})))
+    whole = Factor(axis_size(axis), frozenset({_other(position, axis_size(axis))}))
+    return tuple(done) if not axis or any(d.source.place != _OTHER for f in leaves(tuple(done)) for d in f.digits) else (whole,)
+
+
+def _other(position: int, size: Size) -> Digit:
+    return Digit(Source(INPUT, "other tokens", position, size, _OTHER, 3), size)
+
+
+def _telling(sources: Sequence[Source], generated: Container[str]) -> frozenset[Source]:
+    """Which of the sources that the factors of one axis run along are worth keeping.
+
+    Latents; else the packed tokens, of all inputs that run along the one of the highest rank, and the counts that were witnessed; else
+    the counts of a rope table, and the generated video where they count it.
+    """
+    lost = [source for source in sources if source.kind == LOST and source.origins]
+    inputs = [source for source in sources if source.kind == INPUT and source.place != _OTHER]
+    packed = [source for source in inputs if source.made_of]
+    latents = packed or [source for source in inputs if source.rank >= 5 or (source.rank == 4 and source.place in generated)]
+    witnessed = [source for source in sources if source.kind == ARANGE and source.place == ""]
+    counts = {source for source in sources if source.kind == ARANGE}
+    if latents:
+        return frozenset((*lost, *latents))
+    by_rank = sorted(inputs, key=lambda source: (-source.rank, source.place))
+    if witnessed:
+        return frozenset((*lost, *witnessed, *by_rank[:1]))
+    video = [source for source in by_rank if source.place in generated or is_generated(source.place)]
+    return frozenset((*lost, *counts, *video[:1])) if len(counts) >= 3 else frozenset(lost)
+
+
+def _renamed(source: Source, generated: Container[str], lost_at: LostAt) -> Source:
+    """The source under a place that no node of another graph has."""
+
+    def marked(place: str) -> str:
+        if place[:1] in (_GENERATED, _CONDITIONING):
+            return place
+        return (_GENERATED if place in generated else _CONDITIONING) + place
+
+    if source.kind == LOST:
+        return Source(LOST, lost_at(source), 0, source.size, "", 1, frozenset(map(marked, source.origins)))
+    return dataclasses.replace(source, place=marked(source.place) if source.place else "")
+
+
+def in_numbers(axes: Axes, number: Callable[[Size], int]) -> Axes:
+    """The axes with every size as the int it has now."""
+
+    def factor_of(factor: Factor | Concat) -> Factor | Concat:
+        if isinstance(factor, Concat):
+            return Concat(tuple(tuple(map(factor_of, part)) for part in factor.parts))
+        digits = (
+            Digit(dataclasses.replace(d.source, size=number(d.source.size)), number(d.size), number(d.stride), number(d.start))
+            for d in factor.digits
+        )
+        return Factor(number(factor.size), frozenset(digits))
+
+    return tuple(tuple(map(factor_of, axis)) for axis in axes)

@@ -1,0 +1,1 @@
+"""Inner compilers beside those that torch registers."""

@@ -1,0 +1,131 @@
+"""Where the code that runs or is compiled stands in a forward: the model, the block that is called, the graphs before and after."""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lvsa_compile import compat
+
+
+@dataclasses.dataclass
+class Parent:
+    """The model around a block that is compiled by itself.
+
+    ``block`` is the path of the block that is called, ``problem`` says why nothing is known of what it gets, ``hooks`` are its
+    own (Dynamo does not look whether another block of its class has others), and ``token`` is one object per forward.
+    ``called_by_others`` says that the block is called while the model's forward is not.
+    """
+
+    model: Any
+    block: str = ""
+    hooks: tuple[int, ...] = ()
+    token: object = dataclasses.field(default_factory=object)
+    problem: str = ""
+    called_by_others: bool = False
+
+
+parent: contextvars.ContextVar[Parent | None] = contextvars.ContextVar("lvsa_parent", default=None)
+"""The model whose blocks are compiled one by one, while its forward runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a graph stands in a forward.
+
+    Whether it ``continues`` an earlier graph, whether another one may follow (``leads_on``), and whether it ends in a graph break.
+    """
+
+    continues: bool = False
+    leads_on: bool = False
+    breaks: bool = False
+
+
+def hooks_around() -> tuple[int, ...]:
+    """The hooks of the block that is called by itself."""
+    around = parent.get()
+    return around.hooks if around is not None else ()
+
+
+def root_module() -> Any:
+    """The module the user compiled, else the one whose forward is being compiled, or None."""
+    if (around := parent.get()) is not None:
+        return around.model
+    scope, entry = compat.root_scope(), compat.compiled_entry()
+    function = scope.get("function")  # what ``trace_apart`` calls
+    found = (entry, getattr(entry, "__self__", None), function, getattr(function, "__self__", None), scope.get("self"))
+    return next((module for module in found if isinstance(module, nn.Module)), None)
+
+
+def model_holding(parameter: Tensor, source: str) -> nn.Module | None:
+    """The outermost module on the way to a parameter, while compiled code is called: by names of the function that called it."""
+    for frame in compat.frames():
+        along = compat.modules_along(collections.ChainMap(frame.f_locals, frame.f_globals), source)
+        if along and compat.holds_parameter(along[-1], parameter):
+            return along[0]
+    return None
+
+
+def is_whole_of_compiled() -> bool:
+    """Whether the graph begins where the compiled module begins, rather than after a graph break."""
+    scope = compat.root_scope()
+    return scope.get("self") is not None and scope.get("self") is root_module() and not compat.resumes()
+
+
+def position_of(graph_module: fx.GraphModule) -> Position:
+    """Where the graph being compiled stands in its forward."""
+    scope, entry = compat.root_scope(), compat.compiled_entry()
+    root = root_module()
+    at_root = scope.get("self") is root if root is not None and "function" not in scope else True
+    continues = compat.resumes() or (bool(scope) and entry is not None and not at_root)
+    breaks = compat.ends_in_break(graph_module)
+    return Position(continues, continues or breaks, breaks)
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module a node was traced in, from the root of the compile; "" if unknown.
+
+    The number of a block that is compiled for all of its kind is ``*``: ``blocks.*.attn1``.
+    """
+    stack, around = compat.module_stack(node), parent.get()
+    inside = compat.path_parts(stack[-1][0])[1:] if stack else []
+    block = ["*" if part.isdigit() else part for part in around.block.split(".")] if around is not None else []
+    return ".".join([*block, *inside])
+
+
+def modules_around(node: fx.Node) -> list[tuple[type, Any]]:
+    """Classes of the modules that a node was traced in, outermost first, each with the module where it can be reached, else None."""
+    scope, root = compat.root_scope(), root_module()
+    found: list[tuple[type, Any]] = [] if root is None else [(type(root), root)]
+    for path, kind in compat.module_stack(node):
+        along = compat.modules_along(scope, path)
+        found.extend((type(module), module) for module in along)
+        if isinstance(kind, type) and not (along and type(along[-1]) is kind):
+            found.append((kind, None))
+    return found
+
+
+def modules_among_arguments() -> list[nn.Module]:
+    """Modules that the arguments of the function being compiled are or hold, for a function that is called with a model."""
+    values = list(compat.argument_scope().values())
+    return [each for value in values for each in (value, *_held_by(value)) if isinstance(each, nn.Module)]
+
+
+def _held_by(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return list((value if isinstance(value, Mapping) else getattr(value, "__dict__", {})).values())
+
+
+def given_tensors() -> set[int]:
+    """Identities of the tensors that the compiled function was called with, or the model whose blocks are compiled one by one."""
+    around, calls = parent.get(), compat.calls_in_progress()
+    entry = next((number for number, (called, _, _) in enumerate(calls) if callable(called) and not isinstance(called, nn.Module)), 0)
+    own = calls[: entry + 1] if around is None else [call for call in calls if call[0] is around.model]
+    return {id(leaf) for _, args, kwargs in own for leaf in compat.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}

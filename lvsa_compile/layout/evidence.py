@@ -1,0 +1,55 @@
+"""What the axes of a forward show once its outputs are known: the grid of packed tokens, and which input holds the generated video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lvsa_compile.axes.algebra import LOST, Axis, Digit, leaves, origins
+from lvsa_compile.axes.call import Axes
+from lvsa_compile.axes.carried import is_conditioning, is_generated
+from lvsa_compile.axes.pieces import expanded
+from lvsa_compile.layout.guarded_values import Reader
+from lvsa_compile.layout.packed_grid import Evidence, packed_evidence, refined
+from lvsa_compile.layout.token_layout import Targets, grid_places, video_inputs
+
+
+@dataclass(frozen=True)
+class Witnessed:
+    """``targets`` are the inputs that hold the generated video, ``outputs`` the refined axes of the outputs by position,
+    ``contradictions`` the packed inputs whose witnesses disagree, with what they say.
+    """
+
+    targets: Targets
+    outputs: Mapping[int, Axes]
+    evidence: Mapping[Digit, Evidence]
+    contradictions: Mapping[str, str]
+
+    def refine(self, axes: Axes) -> Axes:
+        """Axes with every packed axis as the frames, rows and columns that were witnessed."""
+        return tuple(refined(expanded(axis), self.evidence, self.contradictions) for axis in axes)
+
+
+def witnessed(tokens: Sequence[Axis], outputs: Mapping[int, Axes], reader: Reader) -> Witnessed:
+    """Reads what ``tokens``, the token axes of all attention, and the outputs show; inputs whose values are relied on are read."""
+    tokens, outputs = [expanded(axis) for axis in tokens], {i: tuple(map(expanded, axes)) for i, axes in outputs.items()}
+    evidence, contradictions = packed_evidence(tokens, list(outputs.values()), reader.look_at)
+    for said in evidence.values():
+        if said.relies_on:
+            reader.read(said.relies_on)
+    refined_outputs = {position: tuple(refined(axis, evidence, contradictions) for axis in axes) for position, axes in outputs.items()}
+    reached = video_inputs(axis for axes in refined_outputs.values() for axis in axes)
+    known = {place: frozenset[int]() for axis in tokens for place in origins([axis]) if is_generated(place)}
+    targets = known | {place: axes for place, axes in reached.items() if not is_conditioning(place)}
+    if not targets:  # the way to the outputs was lost; where one video alone is attended, it is the one
+        lost = _lost_on_the_way(refined_outputs.values())
+        shown = (grid_places(refined(axis, evidence, contradictions)) for axis in tokens)
+        candidates = {place for places in shown for place in places if place in lost and not is_conditioning(place)}
+        targets = dict.fromkeys(candidates, frozenset[int]()) if len(candidates) == 1 else {}
+    return Witnessed(targets, refined_outputs, evidence, contradictions)
+
+
+def _lost_on_the_way(outputs: Iterable[Axes]) -> frozenset[str]:
+    """Places of inputs that an output may count, though in what order was lost."""
+    lost = (d.source.origins for axes in outputs for axis in axes for f in leaves(axis) for d in f.digits if d.source.kind == LOST)
+    return frozenset[str]().union(*lost)

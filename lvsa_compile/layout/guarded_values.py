@@ -1,0 +1,85 @@
+"""Values read from the inputs a model was called with, and the guards that make it safe to rely on them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvsa_compile import compat
+from lvsa_compile.axes.values import Array, Later
+
+_MOST = 1 << 24
+"""Elements of the largest input that is read."""
+
+
+class Reader:
+    """Reads the inputs of a graph or a model, by place, and remembers which."""
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        self._real = {place: value for place, value in inputs.items() if isinstance(value, Tensor) and _is_real(value)}
+        self._read: dict[str, Tensor] = {}
+        self._looked_at: dict[str, Array] = {}
+
+    def later(self, place: str) -> Later | None:
+        """The value of an input, read when it is asked for."""
+        return Later(lambda: self.read(place), constant=False) if place in self._real else None
+
+    def read(self, place: str) -> Tensor | None:
+        """The value of an input, on the CPU; None where the caller gave no real tensor."""
+        if place not in self._real:
+            return None
+        if place not in self._read:
+            with compat.no_modes():
+                self._read[place] = self._real[place].detach().to("cpu", copy=True)
+        return self._read[place]
+
+    def look_at(self, place: str) -> Array | None:
+        """The value of an input that may be coordinates (an axis of three), not relied on yet: whoever does must ``read`` it."""
+        tensor = self._real.get(place)
+        if tensor is None or tensor.is_complex() or not 2 <= tensor.dim() <= 4 or 3 not in tensor.shape:
+            return None
+        if place not in self._looked_at:
+            with compat.no_modes():
+                self._looked_at[place] = tensor.detach().to("cpu", torch.float64).numpy()
+        return self._looked_at[place]
+
+    @property
+    def relied_on(self) -> Mapping[str, Tensor]:
+        """The inputs that were read, by place, and what they held."""
+        return self._read
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return compat.fake_mode_of(tensor) is None and tensor.device.type != "meta" and tensor.numel() <= _MOST
+
+
+def _waits(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values waits for a device."""
+    return tensor.device.type != "cpu"
+
+
+class SameValue:
+    """Whether a tensor holds what it should.
+
+    On another device than the CPU the last tensor that did is remembered: unless it was written to since, it is not compared again, so
+    that nothing waits for a device.  (Writes that torch does not count, through ``.data``, are seen on the CPU alone.)
+    """
+
+    def __init__(self, expected: Tensor) -> None:
+        self._expected = expected
+        self._last: tuple[weakref.ref[Tensor], int] | None = None
+
+    def __call__(self, tensor: Tensor) -> bool:
+        """Compares, or remembers."""
+        version = compat.version_of(tensor)
+        if _waits(tensor) and self._last is not None and self._last[0]() is tensor and self._last[1] == version >= 0:
+            return True
+        here = tensor.detach().to("cpu")
+        if here.shape != self._expected.shape or here.dtype != self._expected.dtype or not bool((here == self._expected).all()):
+            return False
+        self._last = (weakref.ref(tensor), version)
+        return True

@@ -1,1 +1,0 @@
-"""What each axis of each tensor is made of, followed from the model's inputs to every attention site."""

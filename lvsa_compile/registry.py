@@ -1,0 +1,84 @@
+"""What can be added from outside: policies and lowerings, found in this package's own folders and by entry points.
+
+An entry point of the group ``lvsa_compile.lowerings`` names a ``Lowering``, one of ``lvsa_compile.policies`` a policy class.  One that
+cannot be imported is left out, and ``lvsa doctor`` says so.
+
+Example of a ``pyproject.toml``:
+    [project.entry-points."lvsa_compile.policies"]
+    block_diagonal = "my_package.block_diagonal:BlockDiagonal"
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import logging
+import pkgutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lvsa_compile.errors import in_a_line
+
+log = logging.getLogger(__name__)
+LOWERINGS, POLICIES = "lvsa_compile.lowerings", "lvsa_compile.policies"
+"""The groups of entry points."""
+_FOLDERS = {LOWERINGS: ("lvsa_compile.lowering", "LOWERING"), POLICIES: ("lvsa_compile.policies", "POLICY")}
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A registered thing that could not be imported: its name, where it is, and the error in a line."""
+
+    name: str
+    where: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What is registered in a group, that of this package first; what could not be imported; the modules of other packages."""
+
+    values: tuple[Any, ...]
+    failed: tuple[Failed, ...]
+    modules: tuple[str, ...]
+
+
+@functools.cache
+def registered(group: str) -> Registered:
+    """What is registered in a group."""
+    found: list[Any] = []
+    failed: list[Failed] = []
+    modules: list[str] = []
+    folder, attribute = _FOLDERS[group]
+    package = importlib.import_module(folder)
+    for module in pkgutil.walk_packages(package.__path__, f"{folder}."):
+        value = getattr(importlib.import_module(module.name), attribute, None)
+        found += [] if value is None else [value]
+    names = {each.name for each in found}
+    for point in sorted(importlib.metadata.entry_points(group=group), key=lambda point: point.name):
+        try:
+            value = point.load()
+            if value.name in names:
+                raise ValueError(f"there is a {value.name!r} already")
+        except Exception as error:  # somebody else's package: whatever is wrong with it, ours goes on
+            log.warning("lvsa leaves %s %r out: %s", group, point.name, in_a_line(error))
+            failed.append(Failed(point.name, point.value, in_a_line(error)))
+        else:
+            names.add(value.name)
+            found.append(value)
+            modules.append(point.module)
+    return Registered(tuple(found), tuple(failed), tuple(modules))
+
+
+def stamp_of_registered() -> str:
+    """A digest of the modules of other packages that registered something; "" where none did."""
+    modules = sorted({name for group in _FOLDERS for name in registered(group).modules})
+    digest = hashlib.sha256()
+    for name in modules:
+        file = getattr(sys.modules[name], "__file__", None)
+        digest.update(name.encode() + b"\0" + (Path(file).read_bytes() if file is not None else b""))
+    return digest.hexdigest() if modules else ""

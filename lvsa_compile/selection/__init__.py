@@ -1,0 +1,1 @@
+"""Which lowering computes a site: what a lowering says of itself, estimates, smoke tests, measuring."""

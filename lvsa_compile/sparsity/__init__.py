@@ -1,1 +1,0 @@
-"""What may attend to what: integers only, no graph and no kernel."""
