@@ -1,4 +1,4 @@
-"""How fast each lowering is on a kind of CPU beside torch's dense attention there: what ``lowering/rates.py`` is made of.
+"""How fast each lowering is on a kind of CPU beside torch's dense attention there: what ``selection/rates.py`` is made of.
 
     python benchmarks/cpu_rates.py [--rounds 5] [--output benchmarks/results/cpu_rates.json]
 
@@ -30,8 +30,6 @@ def measured_here(kind: str, rounds: int) -> list[dict[str, Any]]:
 
     from lvsa_compile.bench.attention_sites import Measured, Site
     from lvsa_compile.bench.measuring import in_turn
-    from lvsa_compile.policies.tables import key_range_table
-    from lvsa_compile.selection.contract import AttentionCall
     from lvsa_compile.selection.cpu_kind import cpu_kind
     from lvsa_compile.selection.select import lowerings
 
@@ -43,13 +41,12 @@ def measured_here(kind: str, rounds: int) -> list[dict[str, Any]]:
             if site.flops > LONGEST[kind] / (1 if dtype == "float32" else 2):
                 continue
             here = Measured(site, torch.device("cpu"))
-            call = AttentionCall(torch.device("cpu"), here.query.dtype, 1, heads, heads, width, width, site.span, site.span, site.pattern)
-            table = key_range_table(site.pattern, site.span, site.span)
+            call = here.call
             phase = torch.tensor(here.phase, dtype=torch.int32)
             runs = {"dense": lambda here=here: torch.nn.functional.scaled_dot_product_attention(here.query, here.key, here.value)}
             for lowering in lowerings():
                 if lowering.name in ("cpu", "dense_merge", "reference") and lowering.refusal(call) is None:
-                    run = lowering.on_device(call, table)
+                    run = lowering.on_device(call)
                     runs[lowering.name] = lambda run=run, here=here, phase=phase: run(here.query, here.key, here.value, phase)
             seconds = in_turn(runs, rounds, torch.device("cpu"), least_seconds=0.3)
             rows += [

@@ -81,7 +81,7 @@ def lvsa(
     if compilation.changed:
         compilation.graph_module.recompile()
         fake_mode = compat.tracing_fake_mode()
-        appended = [compat.fake_like(extra.value, fake_mode) for extra in compilation.extra_inputs]
+        appended = [compat.fake_like(extra.value, fake_mode, extra.device) for extra in compilation.extra_inputs]
         compiled = _compile_inner(compilation.graph_module, [*example_inputs, *appended], parsed, stamp=source_stamp())
     else:
         compiled = _compile_inner(graph_module, example_inputs, parsed, stamp="")

@@ -169,7 +169,13 @@ def pattern(
     steps: Annotated[int, typer.Option(min=1, help="How many denoising steps of the rotation to show.")] = 3,
 ) -> None:
     """Draws which frame attends which, and how the anchors move from step to step."""
+    from lvsa_compile.policies.lvsa.policy import plan_with
+    from lvsa_compile.policies.picture import picture_of
+    from lvsa_compile.policies.tables import VideoSpan
+
     shown = FramePattern(frames, window, first_frames, reference_frames, sparsity_scale, key_frame_interval)
+    span = VideoSpan(0, frames, 1, 0)
+    picture = picture_of(plan_with(shown, span, span))
     console = Console()
     console.print(
         f"{frames} latent frames, window {window}, anchors every {shown.interval or '–'} frames, density {shown.density:.3f}"
@@ -178,12 +184,11 @@ def pattern(
     rows, columns = max(console.height - 6, 8), console.width - 6
     if frames > min(rows, columns):
         console.print(f"drawn for {min(rows, frames)} of {frames} query frames and {min(columns, frames)} of {frames} attended ones")
-    for step in range(min(steps, shown.phases)):
-        anchors = shown.anchors(step)
+    for step, view in enumerate(picture.views[:steps]):
         console.print(Text(f"\nstep {step}: █ anchor, ▒ window, · skipped; a row is a query frame"))
         for frame in _sampled(frames, rows):
-            attended = set(shown.attended(frame, step))
-            cells = ("█" if key in anchors else "▒" if key in attended else "·" for key in _sampled(frames, columns))
+            own = {key for first, last in view.own[frame] for key in range(first, last + 1)}
+            cells = ("█" if key in view.shared else "▒" if key in own else "·" for key in _sampled(frames, columns))
             console.print(Text(f"{frame:4d} " + "".join(cells)), no_wrap=True, crop=True)
 
 

@@ -6,8 +6,11 @@ and documented from one place.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 
 def in_a_line(error: BaseException) -> str:
@@ -17,22 +20,38 @@ def in_a_line(error: BaseException) -> str:
 
 
 class LvsaError(Exception):
-    """Base of all errors this package raises on purpose."""
+    """Base of all errors this package raises on purpose: a dataclass of facts, told by the class's ``template``."""
+
+    template: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__init__(self.template.format(self=self))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        facts: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        return type(self), tuple(getattr(self, fact.name) for fact in facts)
 
 
 class LvsaWarning(UserWarning):
     """Something a user of the backend most likely did not mean."""
 
 
+@dataclass(eq=False, repr=False)
 class OptionError(LvsaError, ValueError):
     """An option has a value it cannot have; ``source`` says where it was given, if not in the call."""
 
-    def __init__(self, name: str, value: object, problem: str, remedy: str, source: str = "") -> None:
-        super().__init__(f"option {name}={value!r}{f' of {source}' if source else ''}: {problem}. {remedy}")
-        self.name, self.value, self.problem, self.remedy, self.source = name, value, problem, remedy, source
+    template = "option {self.name}={self.value!r}{self.given_at}: {self.problem}. {self.remedy}"
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.name, self.value, self.problem, self.remedy, self.source)
+    name: str
+    value: object
+    problem: str
+    remedy: str
+    source: str = ""
+
+    @property
+    def given_at(self) -> str:
+        """Where it was given, in words."""
+        return f" of {self.source}" if self.source else ""
 
     def of(self, source: str) -> OptionError:
         """The same error about an option that was given at ``source``."""
@@ -43,238 +62,252 @@ class UnknownOptionError(OptionError):
     """An option that neither lvsa-compile nor Inductor has."""
 
     def __init__(self, name: str, value: object, known: Iterable[str], source: str = "") -> None:
-        known = sorted(known)
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        remedy = f"Did you mean {nearest[0]!r}?" if nearest else f"The options are: {', '.join(known)}; and Inductor's own."
+        self.known = sorted(known)
+        nearest = difflib.get_close_matches(name, self.known, n=1, cutoff=0.5)
+        remedy = f"Did you mean {nearest[0]!r}?" if nearest else f"The options are: {', '.join(self.known)}; and Inductor's own."
         super().__init__(name, value, "neither lvsa nor Inductor has this option", remedy, source)
-        self._known = known
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.name, self.value, self._known, self.source)
+        return type(self), (self.name, self.value, self.known, self.source)
 
     def of(self, source: str) -> OptionError:
         """The same error about an option that was given at ``source``."""
-        return UnknownOptionError(self.name, self.value, self._known, source)
+        return UnknownOptionError(self.name, self.value, self.known, source)
 
 
+@dataclass(eq=False, repr=False)
 class OptionsVariableError(LvsaError, ValueError):
     """The environment variable that holds options cannot be read."""
 
-    def __init__(self, variable: str, text: str, problem: str) -> None:
-        remedy = f"Give a JSON object of options, such as {variable}='{{\"reference_frames\": 21}}', or unset it."
-        super().__init__(f"environment variable {variable}={text!r}: {problem}. {remedy}")
-        self.variable, self.text, self.problem = variable, text, problem
+    template = (
+        "environment variable {self.variable}={self.text!r}: {self.problem}. Give a JSON object of options, such as "
+        "{self.variable}='{{\"reference_frames\": 21}}', or unset it."
+    )
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.variable, self.text, self.problem)
+    variable: str
+    text: str
+    problem: str
 
 
+@dataclass(eq=False, repr=False)
 class CpuKindError(LvsaError, ValueError):
     """An environment variable names a kind of CPU that there is not."""
 
-    def __init__(self, variable: str, value: str, kinds: Iterable[str]) -> None:
-        kinds = tuple(kinds)
-        super().__init__(f"environment variable {variable}={value!r}: no kind of CPU. Choose one of {', '.join(kinds)}, or unset it.")
-        self.variable, self.value, self.kinds = variable, value, kinds
+    template = "environment variable {self.variable}={self.value!r}: no kind of CPU. Choose one of {self.choices}, or unset it."
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.variable, self.value, self.kinds)
+    variable: str
+    value: str
+    kinds: tuple[str, ...]
+
+    @property
+    def choices(self) -> str:
+        """The kinds there are, in words."""
+        return ", ".join(self.kinds)
 
 
+@dataclass(eq=False, repr=False)
 class ShapeError(LvsaError, ValueError):
     """Tensors or a grid that do not fit together in a direct call of ``sparse_attention``."""
 
-    def __init__(self, argument: str, value: object, problem: str, remedy: str) -> None:
-        super().__init__(f"{argument}={value!r}: {problem}. {remedy}")
-        self.argument, self.value, self.problem, self.remedy = argument, value, problem, remedy
+    template = "{self.argument}={self.value!r}: {self.problem}. {self.remedy}"
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.argument, self.value, self.problem, self.remedy)
+    argument: str
+    value: object
+    problem: str
+    remedy: str
 
 
+@dataclass(eq=False, repr=False)
 class ReportFileError(LvsaError, ValueError):
     """A file that should hold a report and does not."""
 
-    def __init__(self, path: str, problem: str) -> None:
-        super().__init__(f"{path!r} {problem}. Give a file that `lvsa explain ... --json` or json.dump(report.to_dict()) wrote.")
-        self.path, self.problem = path, problem
+    template = "{self.path!r} {self.problem}. Give a file that `lvsa explain ... --json` or json.dump(report.to_dict()) wrote."
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.path, self.problem)
+    path: str
+    problem: str
 
 
+@dataclass(eq=False, repr=False)
 class BisectError(LvsaError, ValueError):
     """Something that cannot be bisected."""
 
-    def __init__(self, name: str, value: object, problem: str, remedy: str) -> None:
-        super().__init__(f"bisect {name}={value!r}: {problem}. {remedy}")
-        self.name, self.value, self.problem, self.remedy = name, value, problem, remedy
+    template = "bisect {self.name}={self.value!r}: {self.problem}. {self.remedy}"
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.name, self.value, self.problem, self.remedy)
+    name: str
+    value: object
+    problem: str
+    remedy: str
 
 
+@dataclass(eq=False, repr=False)
 class BenchError(LvsaError, ValueError):
     """Something that ``lvsa bench`` cannot measure here."""
 
-    def __init__(self, part: str, problem: str, remedy: str) -> None:
-        super().__init__(f"bench {part}: {problem}. {remedy}")
-        self.part, self.problem, self.remedy = part, problem, remedy
+    template = "bench {self.part}: {self.problem}. {self.remedy}"
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.part, self.problem, self.remedy)
+    part: str
+    problem: str
+    remedy: str
 
 
+@dataclass(eq=False, repr=False)
 class TargetError(LvsaError, ValueError):
     """A device that kernels cannot be compiled for here."""
 
-    def __init__(self, target: str, problem: str, remedy: str) -> None:
-        super().__init__(f"target {target!r}: {problem}. {remedy}")
-        self.target, self.problem, self.remedy = target, problem, remedy
+    template = "target {self.target!r}: {self.problem}. {self.remedy}"
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.target, self.problem, self.remedy)
+    target: str
+    problem: str
+    remedy: str
 
 
+@dataclass(eq=False, repr=False)
 class RegionError(LvsaError, ValueError):
     """Something that cannot be compiled block by block."""
 
-    def __init__(self, argument: str, value: object, problem: str, remedy: str) -> None:
-        super().__init__(f"compile_repeated_blocks({argument}={value}): {problem}. {remedy}")
-        self.argument, self.value, self.problem, self.remedy = argument, value, problem, remedy
+    template = "compile_repeated_blocks({self.argument}={self.value}): {self.problem}. {self.remedy}"
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.argument, self.value, self.problem, self.remedy)
+    argument: str
+    value: object
+    problem: str
+    remedy: str
 
 
+@dataclass(eq=False, repr=False)
 class StepError(LvsaError, ValueError):
     """An explicit denoising step that is not a whole number from 0, or a number of steps that does not reach it."""
 
-    def __init__(self, value: object, of: object = None) -> None:
-        problem = f"step({value!r}): a denoising step is a whole number from 0. Pass the index of the step, not its timestep."
-        if of is not None:
-            problem = (
-                f"step({value!r}, of={of!r}): of is how many steps the video has, a whole number above {value!r}. Give it, or leave it out."
-            )
-        super().__init__(problem)
-        self.value, self.of = value, of
+    template = "step({self.value!r}{self.given_of}): {self.problem}"
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.value, self.of)
+    value: object
+    of: object = None
+
+    @property
+    def given_of(self) -> str:
+        """The number of steps as it was given."""
+        return "" if self.of is None else f", of={self.of!r}"
+
+    @property
+    def problem(self) -> str:
+        """What is wrong, and the remedy."""
+        if self.of is None:
+            return "a denoising step is a whole number from 0. Pass the index of the step, not its timestep."
+        return f"of is how many steps the video has, a whole number above {self.value!r}. Give it, or leave it out."
 
 
+@dataclass(eq=False, repr=False)
 class GradientError(LvsaError, RuntimeError):
     """A gradient was asked of an op that has none."""
 
-    def __init__(self, function: str) -> None:
-        super().__init__(
-            f"{function} computes no gradients, and an input requires one. Call it under torch.no_grad(), or detach its inputs."
-        )
-        self.function = function
+    template = "{self.function} computes no gradients, and an input requires one. Call it under torch.no_grad(), or detach its inputs."
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.function,)
+    function: str
 
 
+@dataclass(eq=False, repr=False)
 class AttachError(LvsaError, TypeError):
     """A pipeline that cannot tell its models the denoising step."""
 
-    def __init__(self, pipeline: str) -> None:
-        super().__init__(
-            f"attach({pipeline}): no model of it has a cache_context, through which diffusers sends the denoising step. Leave attach out; "
-            "the clock reads the step from the timestep."
-        )
-        self.pipeline = pipeline
+    template = (
+        "attach({self.pipeline}): no model of it has a cache_context, through which diffusers sends the denoising step. Leave attach out; "
+        "the clock reads the step from the timestep."
+    )
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.pipeline,)
+    pipeline: str
 
 
+@dataclass(eq=False, repr=False)
 class ExplainError(LvsaError, RuntimeError):
     """A model could not be explained on the meta device."""
 
-    def __init__(self, line: str, problem: str) -> None:
-        first = problem.strip().splitlines()[0] if problem.strip() else "unknown error"
-        super().__init__(
-            f"explain(device='meta') stopped at {line}: {first} A model that reads values cannot run without them; leave device out, "
-            "so that the forward runs where the model is."
-        )
-        self.line, self.problem = line, problem
+    template = (
+        "explain(device='meta') stopped at {self.line}: {self.first} A model that reads values cannot run without them; leave device out, "
+        "so that the forward runs where the model is."
+    )
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.line, self.problem)
+    line: str
+    problem: str
+
+    @property
+    def first(self) -> str:
+        """The first line of the problem."""
+        return self.problem.strip().splitlines()[0] if self.problem.strip() else "unknown error"
 
 
+@dataclass(eq=False, repr=False)
 class LoweringUnavailableError(LvsaError, RuntimeError):
     """A lowering was asked for by name and cannot serve the call."""
 
-    def __init__(self, lowering: str, why: str) -> None:
-        super().__init__(f"lowering {lowering!r} cannot be used here: {why}. Use lowering='auto' to let lvsa-compile choose.")
-        self.lowering, self.why = lowering, why
+    template = "lowering {self.lowering!r} cannot be used here: {self.why}. Use lowering='auto' to let lvsa-compile choose."
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.lowering, self.why)
+    lowering: str
+    why: str
 
 
+@dataclass(eq=False, repr=False)
 class AheadOfTimeError(LvsaError, RuntimeError):
     """A sparse model was to be compiled into an artifact."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "lvsa cannot compile a model ahead of time (aot_compile): tables and the denoising step are given at each call, for which an "
-            'artifact has no place. Use torch.compile(model, backend="lvsa") and run one forward when the process starts: what an earlier '
-            "process compiled comes from Inductor's cache (TORCHINDUCTOR_CACHE_DIR)."
-        )
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), ()
+    template = (
+        "lvsa cannot compile a model ahead of time (aot_compile): tables and the denoising step are given at each call, for which an "
+        'artifact has no place. Use torch.compile(model, backend="lvsa") and run one forward when the process starts: what an earlier '
+        "process compiled comes from Inductor's cache (TORCHINDUCTOR_CACHE_DIR)."
+    )
 
 
+@dataclass(eq=False, repr=False)
 class RequireError(LvsaError, RuntimeError):
     """``options={"require": "sparse"}`` was given, and attention over the video is dense for a reason that the user can mend."""
 
-    def __init__(self, miss: str, report: str) -> None:
-        super().__init__(f"require='sparse': attention over the video is dense. {miss}\n{report}")
-        self.miss, self.report = miss, report
+    template = "require='sparse': attention over the video is dense. {self.miss}\n{self.report}"
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.miss, self.report)
+    miss: str
+    report: str
 
 
-class RateError(LvsaError, LookupError):
-    """A lowering says that its speed is known, and it is not."""
+@dataclass(eq=False, repr=False)
+class RateError(LvsaError, ValueError):
+    """A lowering does not say how fast it is, so that ``lowering="auto"`` would never take it."""
 
-    def __init__(self, lowering: str) -> None:
-        super().__init__(
-            f"by_rate({lowering!r}): lowering/rates.py has no rate for this lowering on any kind of device. Add it there, or give the "
-            "lowering a speedup of its own."
-        )
-        self.lowering = lowering
+    template = (
+        "Lowering({self.lowering!r}): neither rates nor a speedup is given. Give rates={{'cuda:90': 0.6}}, its FLOP/s over those of the "
+        "best dense kernel by kind of device, or a function speedup=."
+    )
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.lowering,)
+    lowering: str
 
 
+@dataclass(eq=False, repr=False)
+class PlanError(LvsaError, ValueError):
+    """The plan of a policy does not fit what it was made for; a defect of the policy."""
+
+    template = "policy {self.policy!r}, its plan's {self.part}: {self.problem}. {self.remedy}"
+
+    policy: str
+    part: str
+    problem: str
+    remedy: str
+
+
+@dataclass(eq=False, repr=False)
 class RewriteError(LvsaError, RuntimeError):
     """The rewritten graph broke an invariant; a defect of lvsa-compile, never of the model."""
 
-    def __init__(self, invariant: str) -> None:
-        super().__init__(
-            f"the rewritten graph breaks an invariant: {invariant}. This is a defect of lvsa-compile; "
-            "set LVSA_DUMP_DIR to a folder, run again and report it with the files written there."
-        )
-        self.invariant = invariant
+    template = (
+        "the rewritten graph breaks an invariant: {self.invariant}. This is a defect of lvsa-compile; "
+        "set LVSA_DUMP_DIR to a folder, run again and report it with the files written there."
+    )
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.invariant,)
+    invariant: str
 
 
+@dataclass(eq=False, repr=False)
 class VideoQualityError(LvsaError):
     """A video, or what was asked of its evaluation, cannot be used."""
 
-    def __init__(self, name: str, value: object, problem: str, remedy: str) -> None:
-        super().__init__(f"{name} {value!r}: {problem}. {remedy}")
-        self.name, self.value, self.problem, self.remedy = name, value, problem, remedy
+    template = "{self.name} {self.value!r}: {self.problem}. {self.remedy}"
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.name, self.value, self.problem, self.remedy)
+    name: str
+    value: object
+    problem: str
+    remedy: str

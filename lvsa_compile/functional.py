@@ -14,8 +14,10 @@ from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import GradientError, ShapeError, StepError, UnknownOptionError
 from lvsa_compile.ops.attention import accumulation_dtype, library, output_like
+from lvsa_compile.policies.contract import Plan
 from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
-from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.policies.lvsa.policy import plan_with
+from lvsa_compile.policies.tables import VideoSpan
 from lvsa_compile.selection.contract import AttentionCall, Lowering
 from lvsa_compile.selection.select import select
 
@@ -97,13 +99,12 @@ def sparse_attention(
 def _body(
     query: Tensor, key: Tensor, value: Tensor, step: Tensor, grid: list[int], prefix: int, suffix: int, scale: float | None, *pattern: Any
 ) -> Any:
-    span, frame_pattern = _checked(query, key, value, grid, prefix, suffix, pattern)
+    plan = _checked(query, key, value, grid, prefix, suffix, pattern)
     batch, heads, _, head_dim = query.shape
-    widths = (head_dim, value.shape[3])
-    call = AttentionCall(query.device, query.dtype, batch, heads, key.shape[1], *widths, span, span, frame_pattern, device_only=True)
-    attention, phases = _ready(select(call).lowering, call)
-    phase = torch.remainder(step.reshape(()), phases).to(device=query.device, dtype=torch.int32)
-    return attention(query, key, value, phase, scale=scale)
+    call = AttentionCall(query.device, query.dtype, batch, heads, key.shape[1], head_dim, value.shape[3], plan, device_only=True)
+    attention = _ready(select(call).lowering, call)
+    row = plan.rows(step.reshape(())).to(device=query.device, dtype=torch.int32)
+    return attention(query, key, value, row, scale=scale)
 
 
 def _fake(
@@ -113,10 +114,8 @@ def _fake(
     return output_like(query, value), torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device=query.device)
 
 
-def _checked(
-    query: Tensor, key: Tensor, value: Tensor, grid: list[int], prefix: int, suffix: int, pattern: tuple[Any, ...]
-) -> tuple[VideoSpan, FramePattern]:
-    """Span and pattern of a call whose arguments fit together."""
+def _checked(query: Tensor, key: Tensor, value: Tensor, grid: list[int], prefix: int, suffix: int, pattern: tuple[Any, ...]) -> Plan:
+    """The plan of a call whose arguments fit together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ShapeError(
@@ -153,16 +152,15 @@ def _checked(
             f"prefix {prefix} + {grid[0]}·{grid[1]}·{grid[2]} + suffix {suffix} = {span.length} tokens, but the query has {query.shape[2]}",
             "Make grid, prefix and suffix add up to the query's tokens.",
         )
-    return span, FramePattern(grid[0], *pattern)
+    return plan_with(FramePattern(grid[0], *pattern), span, span, heads=query.shape[1])
 
 
 @dropped_on_reset
 @functools.lru_cache(maxsize=32)
-def _ready(lowering: Lowering, call: AttentionCall) -> tuple[Callable[..., tuple[Tensor, Tensor]], int]:
-    """What computes a call, and how many phases it has."""
-    table = key_range_table(call.pattern, call.query, call.key)
+def _ready(lowering: Lowering, call: AttentionCall) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What computes a call."""
     with torch.inference_mode(False):
-        return lowering.on_device(call, table), table.phases
+        return lowering.on_device(call)
 
 
 library.define(

@@ -7,6 +7,7 @@ Options that no call gives come from ``set_default_options``, else from the envi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -15,7 +16,9 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from lvsa_compile.errors import OptionError, OptionsVariableError, UnknownOptionError
-from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
+from lvsa_compile.policies.contract import Policy
+from lvsa_compile.policies.given import given_policy, told
+from lvsa_compile.policies.lvsa.policy import LVSA
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +84,15 @@ def _inductor_mode(value: Any) -> tuple[str, str] | None:
     return _one_of("default", *compat.inductor_modes())(value)
 
 
+def _policy(option: str, *others: str) -> Check:
+    def check(value: Any) -> tuple[str, str] | None:
+        if value not in others:
+            given_policy(option, value)
+        return None
+
+    return check
+
+
 def _optional(check: Check) -> Check:
     return lambda value: None if value is None else check(value)
 
@@ -88,6 +100,10 @@ def _optional(check: Check) -> Check:
 def _option(default: T, meaning: str, check: Check) -> T:
     result: T = field(default=default, metadata={"meaning": meaning, "check": check})
     return result
+
+
+_OF_LVSA = tuple(field.name for field in fields(LVSA))
+"""Options that are fields of policy LVSA."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,17 @@ class Options:
     )
     expand_window: bool = _option(True, "Whether the window grows until it holds 2 * window + 1 frames that are not anchors.", _flag)
     rotate: bool = _option(True, "Whether the anchor grid moves by one frame with each denoising step.", _flag)
+    policy: Any = _option(  # noqa: RUF009 - as all options
+        "lvsa",
+        "How blocks are chosen: a policy's name, a policy such as `LVSA(window=2)`, or a dict of its name and fields.  `window`, "
+        "`first_frames`, `sparsity_scale`, `key_frame_interval`, `expand_window` and `rotate` are fields of policy 'lvsa'.",
+        _policy("policy"),
+    )
+    policy_at_horizon: Any = _option(  # noqa: RUF009 - as all options
+        "dense",
+        "The policy where that of `policy` would leave nothing out, as LVSA at and below the training horizon; 'dense' is none.",
+        _policy("policy_at_horizon", "dense"),
+    )
     when_slower: str = _option(
         "sparse",
         "What a site gets whose pattern is expected not to be faster: 'sparse' keeps the pattern, 'dense' leaves it.",
@@ -173,8 +200,16 @@ class Options:
             raise OptionError(
                 "verify", True, "CUDA graphs replay without running the comparison", "Drop mode and triton.cudagraphs while verifying."
             )
-        if self.reference_frames is not None:
-            self.frame_pattern(1, self.reference_frames)  # combinations that no frame could use are an error now, not at the first forward
+        for name in ("policy", "policy_at_horizon"):  # as JSON has them
+            if isinstance(value := getattr(self, name), Mapping):
+                object.__setattr__(self, name, given_policy(name, value))
+        if self.policy != "lvsa":
+            defaults = {spec.name: spec.default for spec in option_fields()}
+            for name in _OF_LVSA:
+                if getattr(self, name) != defaults[name]:
+                    remedy = f"Give it there, as in policy=LVSA({name}=...)." if isinstance(self.policy, LVSA) else "Leave it out."
+                    raise OptionError(name, getattr(self, name), f"a field of policy 'lvsa' beside policy={_said(self.policy)!r}", remedy)
+        self.chosen_policy  # noqa: B018 - combinations that no frame could use are an error now, not at the first forward
 
     @property
     def may_be_inductor(self) -> bool:
@@ -218,21 +253,21 @@ class Options:
         """The options that are not at their defaults, Inductor's own too."""
         return {f.name: _said(getattr(self, f.name)) for f in option_fields() if getattr(self, f.name) != f.default} | dict(self.inductor)
 
-    def frame_pattern(self, frames: int, reference_frames: int) -> FramePattern:
-        """The pattern these options give to a video of ``frames`` latent frames."""
-        return FramePattern(
-            frames,
-            window=self.window,
-            first_frames=self.first_frames,
-            reference_frames=reference_frames,
-            sparsity_scale=self.sparsity_scale,
-            key_frame_interval=self.key_frame_interval,
-            expand_window=self.expand_window,
-        )
+    @functools.cached_property
+    def chosen_policy(self) -> Policy:
+        """The policy of option ``policy``, with the fields of LVSA that are given beside it."""
+        return LVSA(**{name: getattr(self, name) for name in _OF_LVSA}) if self.policy == "lvsa" else given_policy("policy", self.policy)
+
+    @functools.cached_property
+    def chosen_at_horizon(self) -> Policy | None:
+        """The policy of option ``policy_at_horizon``; None for dense attention."""
+        return None if self.policy_at_horizon == "dense" else given_policy("policy_at_horizon", self.policy_at_horizon)
 
 
 def _said(value: Any) -> Any:
-    """An option's value as reports show it, a function by its name."""
+    """An option's value as reports show it, a function by its name, a policy by its name and fields."""
+    if isinstance(value, Policy):
+        return told(value)
     return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__name__)}" if callable(value) else value
 
 

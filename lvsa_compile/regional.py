@@ -136,10 +136,10 @@ class _Region:
         inputs = ForwardInputs.of(model, args, kwargs)
         trace = self._trace(model, inputs)
         timestep = timestep_among(inputs.names)
+        value = None if timestep is None else inputs.leaves[timestep]
         if timestep is not None:
-            value = inputs.leaves[timestep]
             clock.tells(model, inputs.names[timestep], "")
-            clock.clock_of(model).tick(value if isinstance(value, Tensor) else torch.tensor(float(value)))
+        clock.clock_of(model).tick(value if isinstance(value, Tensor | None) else torch.tensor(float(value)))
         running = _Running(self, trace, context.Parent(model))
         _running.set((*_running.get(), running))
         context.parent.set(running.parent)

@@ -16,7 +16,7 @@ from lvsa_compile.forward import context
 from lvsa_compile.forward.calls import calls_of
 from lvsa_compile.forward.clock import Clock, clock_of
 from lvsa_compile.forward.labels import begin_forward, say
-from lvsa_compile.passes.compilation import Compilation, TimestepInput
+from lvsa_compile.passes.compilation import Compilation, ExtraInput, TimestepInput
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
     model itself where its blocks are compiled one by one or a graph has no parameters; and to the graph itself where there is no model.
     """
     extra_inputs, timestep = compilation.extra_inputs, compilation.timestep
-    turning = any(extra.phases > 1 or extra.dense_steps for extra in extra_inputs) or compilation.position.leads_on
+    keeps_state = any(extra.state is not None for extra in extra_inputs)
+    turning = any(extra.rows is not None and extra.rows.moves for extra in extra_inputs) or keeps_state or compilation.position.leads_on
     ticks = turning and timestep is not None
     if not extra_inputs and not ticks and (not compilation.sites or compat.compiling_ahead()):
         return compiled
@@ -51,33 +52,45 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
         parameter = args[owner.position]
         return clock_of(parameter, lambda: context.root_module() or context.model_holding(parameter, owner.source))
 
-    def appended(clock: Clock, step: int) -> dict[str, Any]:
-        """The appended inputs of one of the graph's denoising steps, the clock standing there."""
-        return {
-            extra.name: clock.phase(extra.phases, extra.value.device, extra.dense_steps, step) if extra.phases else extra.value
-            for extra in extra_inputs
-            if extra.step == step
-        }
+    def appended(clock: Clock, step: int, block: int) -> dict[str, Tensor]:
+        """The appended inputs of one of the graph's denoising steps, the clock standing there; ``block`` tells blocks of a class apart."""
+
+        def value(extra: ExtraInput) -> Tensor:
+            if extra.rows is not None:
+                return clock.phase(extra.rows, extra.device, step)
+            if extra.state is not None:
+                return clock.state((block, extra.site), extra.state, extra.device, size)
+            return clock.branch(extra.device) if extra.is_branch else extra.value
+
+        return {extra.name: value(extra) for extra in extra_inputs if extra.step == step}
 
     def run(*args: Any) -> Any:
         if first is not None and compat.is_fake(args[first]):  # as where Dynamo's DDP optimizer asks for shapes
-            return compiled(*args, *(extra.value for extra in extra_inputs))
+            mode = compat.fake_mode_of(args[first])
+            return compiled(*args, *(compat.fake_like(extra.value, mode, extra.device) for extra in extra_inputs))
         if not extra_inputs and not ticks:
             calls.note(device)
             return compiled(*args)
         clock = clock_for(args)
         calls.clocks.add(clock)
-        more: dict[str, Any] = {}
+        block = 0 if owner is None else id(args[owner.position])
+        more: dict[str, Tensor] = {}
         timesteps = _timesteps(timestep, args) if ticks else []
+        if keeps_state and not timesteps and context.parent.get() is None:
+            clock.tick(None, size)
         for step in range(steps):
             if step < len(timesteps):
                 clock.tick(timesteps[step], size)
-            more |= appended(clock, step)
-        dense = next((more[extra.name] == extra.phases for extra in extra_inputs if extra.dense_steps), None)
+            more |= appended(clock, step, block)
+        dense = next((more[extra.name] == row for extra in extra_inputs if (row := _dense_row(extra)) is not None), None)
         calls.note(device, dense)
         return compiled(*args, *(more[extra.name] for extra in extra_inputs))
 
     return run
+
+
+def _dense_row(extra: ExtraInput) -> int | None:
+    return None if extra.rows is None else extra.rows.dense_row
 
 
 def _timesteps(timestep: TimestepInput | None, args: Sequence[Any]) -> list[Tensor]:

@@ -22,13 +22,14 @@ from lvsa_compile.lowering.ascend import ops as ascend_ops
 from lvsa_compile.lowering.ascend import paged as ascend_paged
 from lvsa_compile.lowering.ascend.pages import PAGE, PageLayout, frame_slots
 from lvsa_compile.options import parse_options
-from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.policies.tables import VideoSpan
 from lvsa_compile.selection import select
 from lvsa_compile.selection import smoke_test as trial
 from lvsa_compile.selection.contract import AttentionCall
 
 sys.path.insert(0, str(Path(__file__).parent / "ascend"))
 import kernels
+from plans import attention_call
 
 CPU = torch.device("cpu")
 LOWERINGS = {
@@ -46,7 +47,7 @@ def emulated():
 def call_of(
     pattern, query, key=None, dtype=torch.float16, heads=2, key_heads=2, head_dim=16, value_dim=0, batch=1, **more
 ) -> AttentionCall:
-    return AttentionCall(CPU, dtype, batch, heads, key_heads, head_dim, value_dim or head_dim, query, key or query, pattern, **more)
+    return attention_call(CPU, dtype, batch, heads, key_heads, head_dim, value_dim or head_dim, query, key or query, pattern, **more)
 
 
 def tensors(call: AttentionCall, large: float = 1.0) -> list[torch.Tensor]:
@@ -60,7 +61,7 @@ def tensors(call: AttentionCall, large: float = 1.0) -> list[torch.Tensor]:
 
 def expected(call: AttentionCall, step: int, query, key, value, scale=None, key_mask=None) -> tuple[torch.Tensor, torch.Tensor]:
     """By the definition, in float64; queries and keys may have different text."""
-    pattern = call.pattern
+    pattern = call.plan.frames
     mask = torch.ones(call.query.length, call.key.length, dtype=torch.bool)
     for frame in range(pattern.frames):
         keep = oracle.attended(pattern.frames, pattern.window, pattern.first_frames, pattern.interval, step, frame, pattern.expand_window)
@@ -78,11 +79,10 @@ def expected(call: AttentionCall, step: int, query, key, value, scale=None, key_
 def check(name: str, call: AttentionCall, steps, scale=None, key_mask=None, large: float = 1.0) -> None:
     lowering = LOWERINGS[name]
     assert lowering.refusal(call) is None
-    table = key_range_table(call.pattern, call.query, call.key)
-    run = lowering.on_device(call, table)
+    run = lowering.on_device(call)
     query, key, value = tensors(call, large)
     for step in steps:
-        phase = torch.tensor(step % table.phases, dtype=torch.int32)
+        phase = torch.tensor(step % call.plan.table.rows, dtype=torch.int32)
         output, log_sum_exp = run(query, key, value, phase, scale=scale, key_mask=key_mask)
         wanted, wanted_lse = expected(call, step, query, key, value, scale, key_mask)
         assert output.shape == wanted.shape
@@ -161,19 +161,20 @@ def test_it_passes_the_trial_that_it_meets_on_an_npu(name, masked):
 
 def test_the_trial_of_pages_needs_shared_ones():
     """As a model's does: fewer pages than all sequences together use."""
+    pattern = trial._POLICY.pattern(trial._FRAMES, trial._HORIZON.frames)
     tokens, text = LOWERINGS["paged"].trial_tokens
-    layout = PageLayout(frame_slots(trial._PATTERN, trial._PATTERN.phases), tokens, text)
+    layout = PageLayout(frame_slots(pattern, pattern.phases), tokens, text)
     assert layout.full
     assert layout.around_full
     assert layout.tail
-    assert layout.pages < trial._PATTERN.frames * -(-layout.keys // PAGE)
+    assert layout.pages < pattern.frames * -(-layout.keys // PAGE)
 
 
 @pytest.mark.parametrize("name", ["paged", "gather"])
 def test_rows_without_keys_are_zero(name):
     pattern, span = FramePattern(9, 1, 1, 4), VideoSpan(0, 9, 12, 7)
     call = call_of(pattern, span, batch=2, masked=True)
-    run = LOWERINGS[name].on_device(call, key_range_table(pattern, span, span))
+    run = LOWERINGS[name].on_device(call)
     mask = torch.ones(2, 1, 1, span.length, dtype=torch.bool)
     mask[0] = False
     mask[1, ..., :] = False
@@ -243,10 +244,17 @@ def test_pages_hold_all_keys_of_a_frame_in_order_and_share_what_frames_share():
     assert layout.keys <= table.shape[2] * PAGE
 
 
+SPAN = VideoSpan(0, 9, 12, 0)
+PLAIN = dict(
+    device=CPU, dtype=torch.float16, batch=1, query_heads=2, key_heads=2, head_dim=16, value_dim=16, query=SPAN, key=SPAN,
+    pattern=FramePattern(9, 1, 1, 4),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(("name", "change", "text"), [
     ("paged", dict(dtype=torch.float32), "torch_npu's fused attention takes bfloat16 and float16, not torch.float32"),
-    ("paged", dict(dense_step=True), "dense_steps makes a step that attends everything, and its shapes are those of the sparse steps"),
-    ("gather", dict(own_ranges=True), "a constant mask leaves frames keys of their own, its tables hold whole frames"),
+    ("paged", dict(dense_steps=1), "dense_steps makes a step that attends everything, and its shapes are those of the sparse steps"),
+    ("gather", dict(allowed=(((0, 108),),) * 9), "a constant mask leaves frames keys of their own, its tables hold whole frames"),
     ("gather", dict(head_dim=512, value_dim=512), "torch_npu's fused attention takes head dims up to 512, not 528"),
     ("paged", dict(query_heads=512, key_heads=512), "torch_npu's fused attention takes 256 heads, 64 to a key head, not 512"),
     ("paged", dict(batch=10_000), "torch_npu's fused attention takes batches up to 65536, not 10000 of 9 frames"),
@@ -260,7 +268,7 @@ def test_pages_hold_all_keys_of_a_frame_in_order_and_share_what_frames_share():
     ("block_sparse", dict(head_dim=64, value_dim=64), "a latent frame has 12 tokens after 0 others, which are not blocks of 128"),
 ])  # fmt: skip
 def test_what_it_refuses_says_why(name, change, text):
-    given = dataclasses.replace(call_of(FramePattern(9, 1, 1, 4), VideoSpan(0, 9, 12, 0)), **change)
+    given = attention_call(**{**PLAIN, **change})
     assert LOWERINGS[name].refusal(given) == text
 
 

@@ -6,10 +6,12 @@ import torch
 from flashinfer_emulation import instead_of_flashinfer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import key_range_table
 
 from lvsa_compile import FramePattern
+from lvsa_compile.errors import ShapeError
 from lvsa_compile.lowering.dense_merge import plan_of
-from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.policies.tables import VideoSpan
 from lvsa_compile.selection.select import lowerings
 
 ELSEWHERE = ("triton", "flex")  # are tested: an interpreter is slow, and FlexAttention tells no log-sum-exp on the CPU
@@ -114,7 +116,7 @@ def test_masks_that_are_the_same_for_every_query(name, frames, tokens, suffix, s
 def test_key_ranges_of_any_shape(name):
     """Not only LVSA's tables: rows that share nothing, gaps, a block that attends everything in the middle."""
     bounds = torch.tensor([0, 3, 5, 9], dtype=torch.int32)
-    ranges = torch.tensor([[[[0, 2], [6, 7]], [[0, 9], [0, 0]], [[3, 4], [8, 9]]]], dtype=torch.int32)
+    ranges = torch.tensor([[[[[0, 2], [6, 7]], [[0, 9], [0, 0]], [[3, 4], [8, 9]]]]], dtype=torch.int32)
     query, key, value = tensors(1, 2, 2, 9, 16, FINEST[name])
     mask = torch.zeros(9, 9, dtype=torch.bool)
     mask[0:3, [0, 1, 6]] = True
@@ -124,6 +126,41 @@ def test_key_ranges_of_any_shape(name):
     expected, expected_lse = oracle.dense(query, key, value, mask)
     assert (output - expected).abs().max() < TOLERANCE[FINEST[name]]
     assert (log_sum_exp - expected_lse).abs().max() < TOLERANCE[FINEST[name]]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_may_have_key_ranges_of_their_own(name, masked):
+    """Grouped queries, a mask per head; oracle: an explicit mask per head."""
+    bounds = torch.tensor([0, 4, 10, 16], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(1)
+    starts = torch.randint(0, 12, (2, 4, 3, 2), generator=generator)
+    ranges = torch.stack([starts, starts + torch.randint(1, 5, starts.shape, generator=generator)], -1).int()
+    query, key, value = tensors(2, 4, 2, 16, 16, FINEST[name])
+    key_mask = (torch.rand(1, 4, 1, 16, generator=generator) < 0.8) if masked else None
+    for row in range(2):
+        mask = torch.zeros(4, 16, 16, dtype=torch.bool)
+        for head, block, (start, end) in ((h, b, r) for h in range(4) for b in range(3) for r in ranges[row, h, b].tolist()):
+            mask[head, bounds[block] : bounds[block + 1], start:end] = True
+        found, found_lse = OPERATORS[name](query, key, value, bounds, ranges, torch.tensor(row, dtype=torch.int32), key_mask=key_mask)
+        for head in range(4):
+            added = None if key_mask is None else torch.zeros(1, 1, 1, 16).masked_fill(~key_mask[:, head : head + 1], float("-inf"))
+            one, of_group = slice(head, head + 1), slice(head // 2, head // 2 + 1)
+            expected, expected_lse = oracle.dense(query[:, one], key[:, of_group], value[:, of_group], mask[head], added=added)
+            some = expected_lse != float("-inf")
+            assert torch.equal(found_lse[:, one] != float("-inf"), some)
+            assert (found[:, one] - expected.nan_to_num(0.0)).abs().max() < TOLERANCE[FINEST[name]]
+            assert (found_lse[:, one] - expected_lse)[some].abs().max() < TOLERANCE[FINEST[name]]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_key_ranges_without_an_axis_of_heads_are_an_error(name):
+    query, key, value = tensors(1, 2, 2, 9, 16, FINEST[name])
+    bounds, ranges = torch.tensor([0, 9], dtype=torch.int32), torch.tensor([[[[0, 9]]]], dtype=torch.int32)
+    with pytest.raises(
+        ShapeError, match=r"key_ranges=\(1, 1, 1, 2\): not \[rows, heads or 1, query_blocks, ranges, 2\]. Give heads an axis"
+    ):
+        OPERATORS[name](query, key, value, bounds, ranges, torch.tensor(0, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -163,7 +200,7 @@ def test_opcheck(name):
 def test_a_row_without_keys_gives_zero(name):
     query, key, value = (torch.randn(1, 2, 12, 8) for _ in range(3))
     bounds = torch.tensor([0, 4, 8, 12], dtype=torch.int32)
-    ranges = torch.tensor([[[[0, 12]], [[0, 0]], [[4, 8]]]], dtype=torch.int32)
+    ranges = torch.tensor([[[[[0, 12]], [[0, 0]], [[4, 8]]]]], dtype=torch.int32)
     for _ in range(3):
         output, log_sum_exp = OPERATORS[name](query, key, value, bounds, ranges, torch.tensor(0, dtype=torch.int32))
         mask = torch.zeros(12, 12, dtype=torch.bool)
@@ -178,8 +215,8 @@ def test_windows_come_in_few_batches_of_few_shapes():
     pattern, span = FramePattern(121), VideoSpan(0, 121, 10, 0)
     bounds, ranges = tables(pattern, span)
     shapes, calls = set(), []
-    for of_phase in ranges:
-        plan = plan_of(bounds.numpy().tobytes(), of_phase.contiguous().numpy().tobytes(), ranges.shape[2], span.length, span.length)
+    for (of_phase,) in ranges:
+        plan = plan_of(bounds.numpy().tobytes(), of_phase.contiguous().numpy().tobytes(), ranges.shape[3], span.length, span.length)
         assert not plan.others
         calls.append(len(plan.windows))
         shapes |= {(batch.rows, batch.row_step, batch.keys, batch.key_step, batch.count) for batch in plan.windows}

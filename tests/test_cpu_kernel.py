@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import attention_call
 from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
 
 import lvsa_compile
@@ -27,7 +28,7 @@ PHASE = torch.tensor(0, dtype=torch.int32)
 
 
 def sparse(query, key, value, bounds, ranges, **more):
-    table = [torch.tensor(rows, dtype=torch.int32) for rows in (bounds, [ranges])]
+    table = [torch.tensor(rows, dtype=torch.int32) for rows in (bounds, [[ranges]])]
     return torch.ops.lvsa.attention_cpu(query, key, value, *table, PHASE, **more)
 
 
@@ -153,7 +154,7 @@ def test_nothing_to_compute():
 def call_of(**more) -> AttentionCall:
     span = VideoSpan(0, 30, 12, 0)
     facts = dict(device=torch.device("cpu"), dtype=torch.float32, batch=1, query_heads=2, key_heads=2, head_dim=64, value_dim=64)
-    return AttentionCall(**{**facts, **more}, query=span, key=span, pattern=FramePattern(30))
+    return attention_call(**{**facts, **more}, query=span, key=span, pattern=FramePattern(30))
 
 
 @pytest.mark.parametrize(("more", "why"), [
@@ -235,11 +236,12 @@ def test_it_holds_no_more_than_keys_and_values_beside_its_answer():
 import ctypes, re, torch
 from lvsa_compile import FramePattern
 from lvsa_compile.lowering import cpu
-from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.policies.lvsa.policy import plan_with
+from lvsa_compile.policies.tables import VideoSpan
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 pattern, span = FramePattern(41), VideoSpan(0, 41, 96, 0)
-table = key_range_table(pattern, span, span)
+table = plan_with(pattern, span, span).table
 bounds, ranges = (torch.tensor(rows, dtype=torch.int32) for rows in (table.query_bounds, table.key_ranges))
 query, key, value = (torch.randn(1, 8, span.length, 128) for _ in range(3))
 torch.ops.lvsa.attention_cpu(query[:, :1], key[:, :1], value[:, :1], bounds, ranges, torch.tensor(0))

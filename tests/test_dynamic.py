@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import key_range_table, plan
 from test_spellings import joint
 from tiny_models import EXACT, VideoDiT, dit_inputs, randomise, wan, wan_inputs
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -19,7 +20,7 @@ from lvsa_compile import backend
 from lvsa_compile.axes import rules
 from lvsa_compile.errors import AheadOfTimeError
 from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
-from lvsa_compile.policies.tables import OPEN_END, VideoSpan, key_range_table, slopes
+from lvsa_compile.policies.tables import OPEN_END, VideoSpan
 
 
 def text_last(model, tokens, grid, text):
@@ -57,11 +58,11 @@ def test_a_table_grows_evenly_with_the_tokens_before_the_video(frames, places, q
     key_span = VideoSpan(key, frames, places, suffix, free_start=True)
     query_span = key_span if follows else VideoSpan(query, frames, places, 0)
     one = [dataclasses.replace(span, prefix=1) if span.free_start else span for span in (query_span, key_span)]
-    base, slope = key_range_table(pattern, *one, dense_row=dense_row), slopes(pattern, *one, dense_row=dense_row)
+    base, slope = key_range_table(pattern, *one, dense_row=dense_row), plan(pattern, *one, dense_row=dense_row).slopes()
     table = key_range_table(pattern, query_span, key_span, dense_row=dense_row)
     assert [b + (key - 1) * s for b, s in zip(base.query_bounds, slope.query_bounds, strict=True)] == list(table.query_bounds)
     for phases in zip(base.key_ranges, slope.key_ranges, table.key_ranges, strict=True):
-        for blocks in zip(*phases, strict=True):
+        for blocks in zip(*(of_head for (of_head,) in phases), strict=True):
             for start, grows, there in zip(*blocks, strict=True):
                 assert tuple(a + (key - 1) * g for a, g in zip(start, grows, strict=True)) == there
     assert max(table.query_bounds) < OPEN_END

@@ -14,10 +14,11 @@ import torch
 from flashinfer_emulation import Wrapper
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import attention_call, key_range_table, tables_of_body
 
 from lvsa_compile import FramePattern
 from lvsa_compile.lowering import flashinfer as lowering
-from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.policies.tables import VideoSpan
 from lvsa_compile.selection.contract import AttentionCall
 
 
@@ -30,7 +31,7 @@ def emulated():
 
 def tables(pattern, span, **more):
     table = key_range_table(pattern, span, span, **more)
-    return torch.tensor(table.query_bounds, dtype=torch.int32), torch.tensor(table.key_ranges, dtype=torch.int32)
+    return tables_of_body(table)
 
 
 def test_every_phase_is_that_of_the_mask(emulated):
@@ -147,7 +148,7 @@ def test_the_installed_flashinfer_takes_the_arguments_and_means_the_same(monkeyp
 def call(**more) -> AttentionCall:
     span = VideoSpan(0, 30, 24, 0)
     facts = dict(dtype=torch.bfloat16, batch=1, query_heads=2, key_heads=2, head_dim=64, value_dim=64, query=span, key=span)
-    return AttentionCall(**{**facts, "device": torch.device("cuda"), "pattern": FramePattern(30), **more})
+    return attention_call(**{**facts, "device": torch.device("cuda"), "pattern": FramePattern(30), **more})
 
 
 @pytest.mark.parametrize(("more", "why"), [

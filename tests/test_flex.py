@@ -6,17 +6,18 @@ import oracle
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import attention_call, key_range_table, tables_of_body
 
 from lvsa_compile import FramePattern
 from lvsa_compile.lowering import flex
 from lvsa_compile.ops.attention import score_mask
-from lvsa_compile.policies.tables import VideoSpan, key_range_table
-from lvsa_compile.selection.contract import AttentionCall
+from lvsa_compile.policies.tables import VideoSpan
 
 
 def tables(pattern: FramePattern, span: VideoSpan, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     table = key_range_table(pattern, span, span)
-    return torch.tensor(table.query_bounds, dtype=torch.int32), torch.tensor(table.key_ranges[step % pattern.phases], dtype=torch.int32)
+    bounds, ranges = tables_of_body(table)
+    return bounds, ranges[step % pattern.phases]
 
 
 @settings(max_examples=60)
@@ -64,7 +65,7 @@ def test_what_it_refuses():
     span = VideoSpan(0, 30, 24, 0)
 
     def call(dtype=torch.bfloat16, head_dim=64, value_dim=64):
-        return AttentionCall(torch.device("cuda"), dtype, 1, 2, 2, head_dim, value_dim, span, span, FramePattern(30))
+        return attention_call(torch.device("cuda"), dtype, 1, 2, 2, head_dim, value_dim, span, span, FramePattern(30))
 
     assert flex._refuses(call()) is None
     assert flex._refuses(call(dtype=torch.float64)) == "FlexAttention does not take torch.float64"

@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from plans import key_range_table
 from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import lvsa_compile
 from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
-from lvsa_compile.policies.tables import VideoSpan, intersection, key_range_table, query_blocks
+from lvsa_compile.policies.tables import VideoSpan, intersection, query_blocks
 
 OPTIONS = {**EXACT, "inner": "eager"}
 VIDEO, TEXT = 108, 7
@@ -426,6 +427,6 @@ def test_a_table_within_allowed_ranges_attends_what_both_allow(prefix, frames, p
         for block, left in enumerate(allowed):
             tokens = [
                 {t for start, end in table for t in range(start, end)}
-                for table in (free.key_ranges[phase][block], left, bound.key_ranges[phase][block])
+                for table in (free.key_ranges[phase][0][block], left, bound.key_ranges[phase][0][block])
             ]
             assert tokens[2] == tokens[0] & tokens[1]

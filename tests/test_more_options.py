@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from plans import attention_call
 from test_backend import close, expected, graphs
 from tiny_models import EXACT, VideoDiT, dit_inputs, randomise, timesteps, wan, wan_inputs
 
@@ -116,11 +117,10 @@ def test_blocks_compiled_by_themselves_are_dense_and_say_what_to_do():
 def test_a_lowering_asked_for_by_name_that_cannot_serve_is_an_error():
     from lvsa_compile.errors import LoweringUnavailableError
     from lvsa_compile.policies.tables import VideoSpan
-    from lvsa_compile.selection.contract import AttentionCall
     from lvsa_compile.selection.select import select
 
     span = VideoSpan(0, 30, 12, 0)
-    call = AttentionCall(torch.device("cuda"), torch.bfloat16, 1, 2, 2, 64, 64, span, span, lvsa_compile.FramePattern(30))
+    call = attention_call(torch.device("cuda"), torch.bfloat16, 1, 2, 2, 64, 64, span, span, lvsa_compile.FramePattern(30))
     assert select(call).lowering.name == "reference"
     assert dict(select(call).passed_over) == {
         "cpu": "it runs on the CPU, not on cuda",

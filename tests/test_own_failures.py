@@ -15,7 +15,6 @@ from lvsa_compile.axes import rules
 from lvsa_compile.errors import LvsaWarning, RateError
 from lvsa_compile.lowering import cpu
 from lvsa_compile.passes import find_attention
-from lvsa_compile.selection import rates
 
 OPTIONS = {**EXACT, "inner": "eager"}
 
@@ -150,8 +149,8 @@ def test_a_pass_beside_the_rewrite_counts_whether_or_not_a_site_is_sparse(frames
 
 
 def test_a_lowering_without_a_rate_is_an_error():
-    with pytest.raises(RateError, match=r"by_rate\('mine'\): lowering/rates.py has no rate for this lowering"):
-        rates.by_rate("mine")
+    with pytest.raises(RateError, match=r"Lowering\('mine'\): neither rates nor a speedup is given. Give rates="):
+        dataclasses.replace(cpu.LOWERING, name="mine", speedup=None)
 
 
 def test_the_stamp_covers_every_file_that_decides_results(tmp_path, monkeypatch):

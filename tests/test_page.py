@@ -11,11 +11,13 @@ import subprocess
 
 import pytest
 import torch
+from plans import plan
 from tiny_models import PATTERN, VideoDiT, dit_inputs, wan, wan_inputs
 
 import lvsa_compile
 from lvsa_compile import FramePattern
 from lvsa_compile.passes.compilation import TrailStep
+from lvsa_compile.policies.tables import VideoSpan
 from lvsa_compile.report.page import page
 from lvsa_compile.report.records import GraphReport, SiteReport
 from lvsa_compile.report.report import Report
@@ -41,7 +43,8 @@ def sparse_site(name: str = "blocks.0.attn1", **more) -> SiteReport:
     facts = dict(density=pattern.density, lowering="cpu", layout="video 25×4×6 | text 7", query_shape="[1, 2, 607, 24]", flops=1e12)
     parts = (("video", "video 25×4×6", 600), ("other", "text 7", 7))
     trail = (TrailStep("hidden_states", "[1, 4, 25, 8, 12]", "model.py:1"), TrailStep("conv3d", "[1, 48, 25, 4, 6]", "model.py:2"))
-    return SiteReport(name, "sparse", **{**facts, "pattern": pattern, "segments": parts, "trail": trail, **more})
+    span = VideoSpan(0, 25, 24, 7)
+    return SiteReport(name, "sparse", **{**facts, "plan": plan(pattern, span, span), "segments": parts, "trail": trail, **more})
 
 
 def report_of(*sites: SiteReport, **more) -> Report:
@@ -73,9 +76,10 @@ def test_the_data_of_the_slider_are_the_pattern():
     assert len(view["phases"]) == pattern.phases > 1
     for phase, (anchors, windows) in enumerate(view["phases"]):
         assert set(anchors) == set(pattern.anchors(phase))
-        for frame, (low, high) in enumerate(windows):
+        for frame, ((low, high),) in enumerate(windows):
             assert set(anchors) | set(range(low, high + 1)) == set(pattern.attended(frame, phase))
-    (still,) = data_of(page(report_of(sparse_site(), options={"rotate": False})))
+    span = VideoSpan(0, 25, 24, 7)
+    (still,) = data_of(page(report_of(sparse_site(plan=plan(pattern, span, span, rotate=False)))))
     assert len(still["phases"]) == 1
 
 
@@ -104,7 +108,7 @@ def test_an_op_that_nobody_knows_is_marked_on_the_trail_with_its_line():
 def test_everything_printed_is_escaped():
     evil = "</script><script>alert(1)</script>"
     site = sparse_site(evil, detail=evil, layout=evil, source=evil, segments=(("video", evil, 5),), trail=(TrailStep(evil, evil, evil),))
-    dense = dataclasses.replace(site, decision="dense", reason=evil, remedy=evil, pattern=None)
+    dense = dataclasses.replace(site, decision="dense", reason=evil, remedy=evil, plan=None)
     text = page(dataclasses.replace(report_of(site, dense, options={evil: evil}), model=evil, horizon=evil))
     assert evil not in text
     assert text.count("<script") == 2

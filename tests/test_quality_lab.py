@@ -169,7 +169,7 @@ def test_every_way_attends_to_as_many_frames():
     for method in (*methods.METHODS, *methods.TRADE):
         if method.sparse and method.name != "lvsa unexpanded":
             for frames in (32, 64, 96):
-                pattern = parse_options(method.options_for(frames)).frame_pattern(frames, methods.BUDGET)
+                pattern = parse_options(method.options_for(frames)).chosen_policy.pattern(frames, methods.BUDGET)
                 counts = [len(pattern.attended(frame, phase)) for frame in range(frames) for phase in range(pattern.phases)]
                 assert methods.BUDGET - 2 <= np.mean(counts) <= methods.BUDGET + 3, (method.name, frames, np.mean(counts))
                 assert method.interval(frames) == (pattern.interval or None)

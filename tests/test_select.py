@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from plans import attention_call
 from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
 
 import lvsa_compile
 from lvsa_compile import FramePattern, compat
 from lvsa_compile.errors import LoweringUnavailableError, LvsaWarning
+from lvsa_compile.lowering import cpu, dense_merge
 from lvsa_compile.policies.tables import VideoSpan
 from lvsa_compile.selection import measure as measured
 from lvsa_compile.selection import rates, select
@@ -27,7 +29,7 @@ LOWERINGS = {lowering.name: lowering for lowering in select.lowerings()}
 def call_of(**more) -> AttentionCall:
     span = VideoSpan(0, 30, 12, 4)
     facts = dict(device=CPU, dtype=torch.float32, batch=1, query_heads=2, key_heads=1, head_dim=24, value_dim=24, query=span, key=span)
-    return AttentionCall(**{**facts, "pattern": FramePattern(30), **more})
+    return attention_call(**{**facts, "pattern": FramePattern(30), **more})
 
 
 def lowering(name: str, speedup: float = 1.0, **more) -> Lowering:
@@ -93,7 +95,7 @@ def test_what_is_expected_to_be_fastest_on_parts_that_are_not_here(monkeypatch, 
     everything = [dataclasses.replace(x, unavailable=lambda device: None) for x in select.lowerings() if x.name != "cpu"]
     monkeypatch.setattr(select, "lowerings", lambda: everything)
     monkeypatch.setattr(select, "tried", lambda lowering, call: None)
-    monkeypatch.setattr(rates, "_class_of", lambda device: rates.nearest(target, rates._SHARES))
+    monkeypatch.setattr(rates, "_kind_of", lambda device: rates.nearest(target, rates.KINDS))
     call = call_of(device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=64, value_dim=64, device_only=graphs)
     choice = select.select(call)
     assert choice.lowering.name == chosen
@@ -222,7 +224,8 @@ def test_no_estimate_is_contradicted_by_what_was_measured():
             pattern = FramePattern(row["frames"], reference_frames=row["reference"])
             flops = 4.0 * row["heads"] * (row["frames"] * row["tokens"]) ** 2 * row["head_dim"]
             parts = 2 * (pattern.interval or 1) if row["lowering"] == "dense_merge" else 1
-            here = rates.CPU[kind, row["dtype"]]
-            expected = rates.cpu_speedup(row["lowering"], here, flops, pattern.density, parts, threads)
+            here = kind, row["dtype"]
+            own = {"cpu": cpu.CPU_RATES, "dense_merge": dense_merge.CPU_RATES}[row["lowering"]]
+            expected = rates.cpu_speedup(rates.CPU[here], own[here], flops, pattern.density, parts, threads)
             found = row["dense_seconds"] / row["seconds"]
             assert 1 / 1.5 < expected / found < 1.5, (kind, row, expected, found)

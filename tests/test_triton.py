@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import attention_call, key_range_table, tables_of_body
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
@@ -23,8 +24,7 @@ from lvsa_compile.kernels import inspection
 from lvsa_compile.kernels.configurations import Configuration, column_widths
 from lvsa_compile.lowering import triton as lowering
 from lvsa_compile.lowering.shared import dense_kernels
-from lvsa_compile.policies.tables import VideoSpan, key_range_table
-from lvsa_compile.selection.contract import AttentionCall
+from lvsa_compile.policies.tables import VideoSpan
 
 pytest.importorskip("triton")
 
@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3}  # Triton's interpreter m
 
 def tables(pattern: FramePattern, span: VideoSpan) -> tuple[torch.Tensor, torch.Tensor]:
     table = key_range_table(pattern, span, span)
-    return torch.tensor(table.query_bounds, dtype=torch.int32), torch.tensor(table.key_ranges, dtype=torch.int32)
+    return tables_of_body(table)
 
 
 def number(n: int) -> torch.Tensor:
@@ -197,14 +197,14 @@ def test_measuring_prefers_the_fastest_configuration_for_calls_of_its_kind(monke
     monkeypatch.setattr(lowering, "_listed", lambda device, head_dim, dtype, described: (listed, described))
     monkeypatch.setattr(lowering, "_preferred", {})
     span = VideoSpan(0, 9, 5, 3)
-    call = AttentionCall(torch.device("cpu"), torch.float32, 1, 2, 2, 16, 16, span, span, FramePattern(9, 1, 1, 4))
+    call = attention_call(torch.device("cpu"), torch.float32, 1, 2, 2, 16, 16, span, span, FramePattern(9, 1, 1, 4))
     query = torch.randn(1, span.length, 2, 16).transpose(1, 2)
     took = {"16x16 4/1": 3.0, "32x16 4/1": 1.0, "16x32 4/1": 2.0}
     assert lowering._chosen(query, span.length, True) == (listed[0], True)
     assert lowering._tuned(call, lambda setup: took[setup]) == 1.0
     assert lowering._chosen(query, span.length, True) == (listed[1], True)
     assert lowering._chosen(query, 10 * span.length, True) == (listed[0], True)  # another class of length
-    bounds, ranges = tables(call.pattern, span)
+    bounds, ranges = tables(call.plan.frames, span)
     found, _ = lowering.attention_triton(query, query, query, bounds, ranges, number(0))
     assert (found - oracle.dense(query, query, query, oracle.token_mask(9, 5, 0, suffix=3, window=1, reference=4))[0]).abs().max() < 4e-6
 
@@ -214,7 +214,7 @@ def test_a_configuration_that_fails_is_not_preferred(monkeypatch):
     monkeypatch.setattr(lowering, "_listed", lambda device, head_dim, dtype, described: (listed, described))
     monkeypatch.setattr(lowering, "_preferred", {})
     span = VideoSpan(0, 9, 5, 3)
-    call = AttentionCall(torch.device("cpu"), torch.float32, 1, 2, 2, 16, 16, span, span, FramePattern(9, 1, 1, 4))
+    call = attention_call(torch.device("cpu"), torch.float32, 1, 2, 2, 16, 16, span, span, FramePattern(9, 1, 1, 4))
 
     def failing(setup, which=("32x16 4/1",)):
         if setup in which:
@@ -260,7 +260,7 @@ def test_what_it_refuses_and_why(monkeypatch):
     span = VideoSpan(0, 30, 12, 0)
 
     def call(dtype=torch.bfloat16, head_dim=64, value_dim=64):
-        return AttentionCall(torch.device("cuda"), dtype, 1, 2, 2, head_dim, value_dim, span, span, FramePattern(30))
+        return attention_call(torch.device("cuda"), dtype, 1, 2, 2, head_dim, value_dim, span, span, FramePattern(30))
 
     assert lowering._refuses(call()) is None
     assert lowering._refuses(call(dtype=torch.float64)) == "its kernel computes in float32, not in torch.float64"

@@ -47,7 +47,7 @@ class Method:
 
     def interval(self, frames: int) -> int | None:
         """Distance of the anchors in frames, None where there are none."""
-        return (parse_options(self.options_for(frames)).frame_pattern(frames, BUDGET).interval or None) if self.sparse else None
+        return (parse_options(self.options_for(frames)).chosen_policy.pattern(frames, BUDGET).interval or None) if self.sparse else None
 
 
 def riflex(model: WanTransformer3DModel, frames: int, further: int = 0) -> None:

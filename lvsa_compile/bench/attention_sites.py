@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lvsa_compile.bench.measuring import in_turn, peak_bytes
 from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
-from lvsa_compile.policies.tables import VideoSpan, key_range_table, query_blocks
+from lvsa_compile.policies.lvsa.policy import plan_with
+from lvsa_compile.policies.tables import VideoSpan, query_blocks
 from lvsa_compile.selection.contract import AttentionCall
 from lvsa_compile.selection.select import lowerings, select
 
@@ -109,9 +110,10 @@ class Measured:
         if site.padded:
             self.key_mask = (torch.arange(length, device=device) < length - site.padded).expand(site.batch, 1, 1, length)
         pattern = site.pattern
-        table = key_range_table(pattern, site.span, site.span)
+        self.plan = plan_with(pattern, site.span, site.span, heads=site.heads)
+        table = self.plan.table
         self.phase = step % pattern.phases
-        self.blocks = list(zip(query_blocks(site.span), table.key_ranges[self.phase], strict=True))
+        self.blocks = list(zip(query_blocks(site.span), table.key_ranges[self.phase][0], strict=True))
         self._tables = [torch.tensor(rows, dtype=torch.int32, device=device) for rows in (table.query_bounds, table.key_ranges, self.phase)]
         self.attended = torch.zeros(site.frames, site.frames, dtype=torch.bool, device=device)
         for frame in range(site.frames):
@@ -129,7 +131,7 @@ class Measured:
         site = self.site
         return AttentionCall(
             self.device, self.query.dtype, site.batch, site.heads, site.key_heads or site.heads, site.head_dim, site.head_dim,
-            site.span, site.span, site.pattern, masked=self.key_mask is not None,
+            self.plan, masked=self.key_mask is not None,
         )  # fmt: skip
 
     def dense(self) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 
 from lvsa_compile.forward.clock import Clock
 from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
-from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.policies.lvsa.policy import frame_table
+from lvsa_compile.policies.tables import VideoSpan
 
 Row = dict[str, Any]
 _BUILD = """
@@ -46,7 +47,7 @@ def _row(cost: str, samples: list[float]) -> Row:
 def _tables() -> float:
     span = VideoSpan(0, 241, 1560, 0)
     started = time.perf_counter()
-    table = key_range_table.__wrapped__(FramePattern(241), span, span)
+    table = frame_table.__wrapped__(FramePattern(241), span, span)
     torch.tensor(table.key_ranges, dtype=torch.int32)
     return time.perf_counter() - started
 
@@ -56,7 +57,7 @@ def _clock(calls: int = 500) -> float:
     started = time.perf_counter()
     for timestep in timesteps:
         clock.tick(timestep)
-        clock.phase(16, timestep.device, 0)
+        clock.phase(16, timestep.device)
     return (time.perf_counter() - started) / calls
 
 

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 
-def fake_like(tensor: Tensor, fake_mode: Any) -> Tensor:
-    """A fake tensor with the metadata of ``tensor`` and static sizes."""
+def fake_like(tensor: Tensor, fake_mode: Any, device: torch.device | None = None) -> Tensor:
+    """A fake tensor with the metadata of ``tensor`` and static sizes, on ``device`` or that of the tensor."""
     with fake_mode:
-        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device or tensor.device)
 
 
 def new_fake_mode() -> Any:

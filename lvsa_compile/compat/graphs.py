@@ -79,10 +79,23 @@ def source_name(source: Any) -> str:
     return str(name() if callable(name) else name)
 
 
-def add_tensor_input(graph_module: fx.GraphModule, after: fx.Node, name: str, like: Tensor, fake_mode: Any) -> fx.Node:
-    """Adds a graph input with no Dynamo source, whose value the caller of the compiled function appends."""
+def add_tensor_input(
+    graph_module: fx.GraphModule,
+    after: fx.Node,
+    name: str,
+    like: Tensor,
+    fake_mode: Any,
+    device: torch.device | None = None,
+    static: bool = True,
+) -> fx.Node:
+    """Adds a graph input with no Dynamo source, whose value the caller of the compiled function appends.
+
+    One that is ``static`` always lies at the same address: CUDA graphs need not copy it, and it may be written to under them.
+    """
     with graph_module.graph.inserting_after(after):
         node = graph_module.graph.placeholder(name)
     node._dynamo_source = None
-    node.meta["example_value"] = fake_like(like, fake_mode)
+    node.meta["example_value"] = fake_like(like, fake_mode, device)
+    if static:
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     return node

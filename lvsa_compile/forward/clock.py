@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import LvsaWarning, StepError
+from lvsa_compile.forward.state import BRANCHES, Caller, States
+from lvsa_compile.policies.contract import State
+from lvsa_compile.policies.rows import Rows, Turn
 
 _explicit_step: contextvars.ContextVar[tuple[int | None, int | None]] = contextvars.ContextVar("lvsa_step", default=(None, None))
 
@@ -69,6 +73,7 @@ _ROWS = 256
 """Callers (threads, and sizes of video in each) that one model's clock tells apart before it begins anew."""
 _FIELDS = 9
 _FIRST, _LAST, _DIRECTION, _STEP = range(4)
+_CALLS = 6
 _BACK_AT_FIRST, _AT_THE_END = 0.1, 0.3
 """Against its direction a value begins a new video where it comes back to the first value, up to this share of the way that was gone; or
 where the last value was as near to the end of a schedule as this share of it: to zero, or for those that rise to 1 or 1000."""
@@ -76,9 +81,6 @@ _LATE = 0.05
 _NO_RISE = 2e-3
 """A move against the direction by up to this share of the first value is a step like any other: some schedules round so at their end."""
 _SAME_MEAN = 1e-4
-
-Caller = Hashable
-"""A thread and a size of video."""
 
 
 class Clock:
@@ -100,9 +102,12 @@ class Clock:
         self._rows: dict[Caller, int] = {}
         self._last_caller: dict[Hashable, int] = {}  # by size of video
         self._steps: dict[int, Tensor] = {}  # by thread
-        self._phases: dict[tuple[int, int, torch.device, int, int], Tensor] = {}
+        self._branch: dict[int, Tensor | int] = {}  # by thread: the number of the call within its step
+        self._explicit: dict[Caller, tuple[int | None, int]] = {}  # the explicit step of the last call, and its number within the step
+        self._states = States()
+        self._scalars: dict[Hashable, Tensor] = {}
         self._moves = 0  # how often the step may have changed
-        self._filled: dict[tuple[int, int, torch.device, int, int], tuple[int, int | None]] = {}  # what it was when a phase was filled
+        self._filled: dict[Hashable, tuple[int, int | None]] = {}  # what the step was when a scalar was filled
         self._doubts = Doubts()
         self._saw: Tensor | None = None  # float64 [6]: see ClockSaw
         self._said = 0
@@ -126,17 +131,24 @@ class Clock:
             self._rows.clear()
             self._last_caller.clear()
             self._steps.clear()
+            self._branch.clear()
+            self._explicit.clear()
+            self._states.clear()
             self._moves += 1
 
     @torch.no_grad()
-    def tick(self, timestep: Tensor, size: Hashable = None) -> None:
+    def tick(self, timestep: Tensor | None, size: Hashable = None) -> None:
         """Notes the timestep of a call: ``[B]``, per frame or per token; conditioned frames carry 0, so the largest counts.
 
-        ``size`` is that of the video, if it is known.
+        ``timestep`` is None where the model gets none; ``size`` is that of the video, if it is known.
         """
         with self._lock, torch.inference_mode(False):
             self._moves += 1
             thread = threading.get_ident()
+            if timestep is None or explicit_step() is not None:
+                self._count_explicit((thread, size))
+            if timestep is None:
+                return
             timestep = timestep.detach().float()
             value, mean = timestep.amax(), timestep.mean()
             row = self._row(thread, size, value)
@@ -150,7 +162,18 @@ class Clock:
             self._last_caller[size] = row
             self._steps[thread] = after[_STEP].to(torch.int32)
             if explicit_step() is None:
+                self._branch[thread] = (after[_CALLS] - 1).clamp(max=BRANCHES - 1).to(torch.int32)
+                self._states.begin((thread, size), begins, self._branch[thread])
                 self._doubts.note(doubtful)
+
+    def _count_explicit(self, caller: Caller) -> None:
+        """Which call of its step this is, where the host knows the step."""
+        step = explicit_step()
+        before, calls = self._explicit.get(caller, (None, -1))
+        branch = min(calls + 1, BRANCHES - 1) if step == before else 0
+        self._explicit[caller] = step, branch
+        self._branch[threading.get_ident()] = branch
+        self._states.begin(caller, before is None or (step or 0) < before, branch)
 
     def _see(self, value: Tensor, *counted: Tensor) -> None:
         value = value.double()
@@ -176,32 +199,48 @@ class Clock:
         if last is not None:
             assert self._video_of is not None
             theirs = self._videos.index_select(0, self._video_of[last : last + 1])[0]
-            self._video_of[row] = torch.where(_goes_on(theirs, value), self._video_of[last], self._video_of[row])
+            goes_on = _goes_on(theirs, value)
+            self._video_of[row] = torch.where(goes_on, self._video_of[last], self._video_of[row])
+            self._states.adopt(caller, next(other for other, own in self._rows.items() if own == last), goes_on)
         return row
 
-    def phase(self, phases: int, device: torch.device, dense_steps: int = 0, place: int = 0) -> Tensor:
-        """The current step modulo ``phases`` as an int32 scalar on ``device``; ``phases`` itself in the first ``dense_steps`` steps.
+    def phase(self, phases: Rows | int, device: torch.device, place: int = 0) -> Tensor:
+        """The row that a rule chooses at the current step, as an int32 scalar on ``device``; a number ``phases`` is ``Turn(phases)``.
 
         Always the same tensor for the same thread and ``place``, the number of the step in a graph of several, as CUDA graphs need it.
         """
-        thread = threading.get_ident()
-        key = (phases, dense_steps, device, thread, place)
-        explicit = explicit_step()
+        thread, rows = threading.get_ident(), Turn(phases) if isinstance(phases, int) else phases
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            phase = self._phases.get(key)
-            if phase is None:
-                phase = self._phases[key] = torch.zeros((), dtype=torch.int32, device=device)
-            if self._filled.get(key) == (self._moves, explicit):  # many graphs may ask in a step, and the host would wait for each
-                return phase
-            self._filled[key] = (self._moves, explicit)
-            counted = self._steps.get(thread)
+            counted, explicit = self._steps.get(thread), explicit_step()
             if explicit is not None or counted is None:
-                step = explicit or 0
-                return phase.fill_(phases if step < dense_steps else step % phases)
-            rotated = torch.remainder(counted, phases)
-            if dense_steps:
-                rotated = torch.where(counted < dense_steps, phases, rotated)
-            return phase.copy_(rotated, non_blocking=device.type != "cpu")  # the host reads it at once
+                return self._scalar((rows, device, thread, place), lambda: int(rows(torch.tensor(explicit or 0))))
+            return self._scalar((rows, device, thread, place), lambda: rows(counted))
+
+    def branch(self, device: torch.device) -> Tensor:
+        """The number of the current call within its step, as an int32 scalar on ``device``: guidance calls a model more than once."""
+        thread = threading.get_ident()
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            return self._scalar(("branch", device, thread), lambda: self._branch.get(thread, 0))
+
+    def state(self, site: Hashable, state: State, device: torch.device, size: Hashable = None) -> Tensor:
+        """What a site keeps for the video of this thread and ``size``."""
+        with self._lock:
+            return self._states.of((threading.get_ident(), size), site, state, device)
+
+    def _scalar(self, key: Any, value: Callable[[], Tensor | int]) -> Tensor:
+        """An int32 scalar on ``key[1]``, always the same tensor, filled once per call: many graphs may ask, and the host would wait."""
+        scalar = self._scalars.get(key)
+        if scalar is None:
+            scalar = self._scalars[key] = torch.zeros((), dtype=torch.int32, device=key[1])
+        moment = (self._moves, explicit_step())
+        if self._filled.get(key) != moment:
+            self._filled[key] = moment
+            found = value()
+            if isinstance(found, Tensor):
+                scalar.copy_(found, non_blocking=scalar.device.type != "cpu")  # the host reads it at once
+            else:
+                scalar.fill_(found)
+        return scalar
 
 
 @dataclass(frozen=True)

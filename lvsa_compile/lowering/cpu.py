@@ -18,8 +18,18 @@ from lvsa_compile.errors import in_a_line
 from lvsa_compile.ops.attention import accumulation_dtype, broadcast_strides, default_scale, define_attention_op, output_like, score_mask
 from lvsa_compile.selection.contract import AttentionCall, Failure, Lowering
 from lvsa_compile.selection.cpu_kind import compiler_flags, cpu_kind
-from lvsa_compile.selection.rates import on_cpu
+from lvsa_compile.selection.rates import CpuRates, on_cpu
 
+CPU_RATES = {
+    ("plain", "float32"): CpuRates(0.75, 98e-6),
+    ("plain", "bfloat16"): CpuRates(0.83, 100e-6),
+    ("avx2", "float32"): CpuRates(1.06, 77e-6),
+    ("avx2", "bfloat16"): CpuRates(1.10, 110e-6),
+    ("avx512", "float32"): CpuRates(1.09, 110e-6),
+    ("avx512", "bfloat16"): CpuRates(1.75, 100e-6),
+    ("amx", "float32"): CpuRates(1.09, 110e-6),
+}
+"""Measured by ``python benchmarks/cpu_rates.py``; see ``selection/rates.py``."""
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LARGEST_HEAD_DIM = 256
 
@@ -125,7 +135,7 @@ def _refuses(call: AttentionCall) -> str | None:
 
 
 def _speedup(call: AttentionCall) -> float:
-    return on_cpu("cpu", call)
+    return on_cpu(CPU_RATES, call.dtype, call.flops, call.density) if call.device.type == "cpu" else 0.0
 
 
 LOWERING = Lowering(

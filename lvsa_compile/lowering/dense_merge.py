@@ -23,8 +23,20 @@ from lvsa_compile.ops.attention import accumulation_dtype, define_attention_op, 
 from lvsa_compile.policies.tables import Range, join_ranges
 from lvsa_compile.selection.accelerator import why_no_gpu
 from lvsa_compile.selection.contract import AttentionCall, Lowering
-from lvsa_compile.selection.rates import on_cpu, share_of_dense
+from lvsa_compile.selection.rates import CpuRates, on_cpu, share_of_dense
 
+CPU_RATES = {
+    ("plain", "float32"): CpuRates(0.79, 5.8e-6),
+    ("plain", "bfloat16"): CpuRates(0.80, 7.5e-6),
+    ("avx2", "float32"): CpuRates(0.74, 5.4e-6),
+    ("avx2", "bfloat16"): CpuRates(0.69, 6.9e-6),
+    ("avx512", "float32"): CpuRates(0.74, 6.4e-6),
+    ("avx512", "bfloat16"): CpuRates(0.69, 7.0e-6),
+    ("amx", "float32"): CpuRates(0.74, 6.4e-6),
+    ("amx", "bfloat16"): CpuRates(0.54, 7.0e-6),
+}
+"""Measured by ``python benchmarks/cpu_rates.py``; see ``selection/rates.py``."""
+GPU_RATES = {"cuda:80": 0.80, "cuda:90": 0.85, "cuda:100": 0.85, "cuda:120": 0.80, "hip": 0.80}
 Mask = numpy.typing.NDArray[numpy.bool_]
 _FARTHEST = 64  # how many blocks apart the next of a batch is looked for
 
@@ -232,8 +244,8 @@ def _unavailable(device: torch.device) -> str | None:
 def _speedup(call: AttentionCall) -> float:
     """By rate; on the CPU each window is an attention by itself."""
     if call.device.type != "cpu":
-        return share_of_dense("dense_merge", call.device) / call.density
-    return on_cpu("dense_merge", call, parts=2 * (call.pattern.interval or 1) * call.batch)
+        return share_of_dense(GPU_RATES, call.device) / call.density
+    return on_cpu(CPU_RATES, call.dtype, call.flops, call.density, parts=call.plan.parts * call.batch)
 
 
 LOWERING = Lowering(

@@ -23,7 +23,6 @@ from lvsa_compile.ops.attention import define_attention_op, on_the_querys_device
 from lvsa_compile.policies.tables import join_ranges
 from lvsa_compile.selection.accelerator import why_no_gpu
 from lvsa_compile.selection.contract import AttentionCall, Lowering
-from lvsa_compile.selection.rates import by_rate
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128, 256)
@@ -186,6 +185,6 @@ LOWERING = Lowering(
     operator=define_attention_op("attention_flashinfer", attention_flashinfer, plans_on_host=True),
     unavailable=_unavailable,
     refuses=_refuses,
-    speedup=by_rate("flashinfer"),
+    rates={"cuda:80": 0.80, "cuda:90": 0.60, "cuda:100": 0.40, "cuda:120": 0.70},
     plans_on_host=True,
 )

@@ -20,7 +20,6 @@ from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.ops.attention import default_scale, define_attention_op, on_the_querys_device, output_like, score_mask
 from lvsa_compile.selection.accelerator import why_no_gpu
 from lvsa_compile.selection.contract import AttentionCall, Lowering
-from lvsa_compile.selection.rates import by_rate
 
 log = logging.getLogger(__name__)
 _flex: Any = importlib.import_module("torch.nn.attention.flex_attention")  # the package has a function of this name, too
@@ -177,5 +176,5 @@ LOWERING = Lowering(
     operator=define_attention_op("attention_flex", attention_flex),
     unavailable=_unavailable,
     refuses=_refuses,
-    speedup=by_rate("flex"),
+    rates={"cuda:80": 0.70, "cuda:90": 0.55, "cuda:100": 0.45, "cuda:120": 0.60, "hip": 0.60},
 )

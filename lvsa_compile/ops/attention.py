@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lvsa_compile import compat
+from lvsa_compile.errors import ShapeError
 
 library = torch.library.Library("lvsa", "FRAGMENT")
 """Where all ops of this package are defined."""
 
 _SCHEMA = (
-    "{name}(Tensor query, Tensor key, Tensor value, Tensor query_bounds, Tensor key_ranges, Tensor phase, *,"
+    "{name}(Tensor query, Tensor key, Tensor value, Tensor query_bounds, Tensor key_ranges, Tensor phase{state}, *,"
     " float? scale=None, Tensor? key_mask=None)"
     " -> (Tensor, Tensor)"
 )
+_STATE = ", Tensor branch, Tensor(a!)[] state"
 _ROWS_AT_A_TIME = 1024
 _LEAST_SCORE = -1e38  # that is still finite when it is taken to base 2
 
@@ -47,14 +50,69 @@ class AttentionBody(Protocol):
 def define_attention_op(name: str, body: AttentionBody, plans_on_host: bool = False) -> compat.OpOverload:
     """Registers ``lvsa::<name>`` with the schema, output strides and autocast rule all lowerings share.
 
+    The op takes ``key_ranges`` ``[rows, heads or 1, query_blocks, ranges, 2]``; ``body`` gets those of one head, or of all that share them.
     One that ``plans_on_host`` is never recorded in a CUDA graph, which would keep the phase of that moment.
     """
-    library.define(_SCHEMA.format(name=name), tags=compat.HOST_OP_TAGS if plans_on_host else compat.OPAQUE_OP_TAGS)
+    return _defined(name, by_heads(body), "", compat.HOST_OP_TAGS if plans_on_host else compat.OPAQUE_OP_TAGS)
+
+
+def define_stateful_op(name: str, body: Callable[..., tuple[Tensor, Tensor]]) -> compat.OpOverload:
+    """Registers ``lvsa::<name>``, an attention op that keeps tensors from step to step.
+
+    ``body`` gets ``(query, key, value, query_bounds, key_ranges, phase, branch, state, *, scale, key_mask)``: ``branch`` is an int32 scalar
+    tensor, the number of the call within its denoising step; ``state`` a list of tensors ``[branches, ...]`` it may write to.
+    """
+    return _defined(name, body, _STATE, compat.OPAQUE_OP_TAGS)
+
+
+def _defined(name: str, body: Callable[..., tuple[Tensor, Tensor]], state: str, tags: tuple[torch.Tag, ...]) -> compat.OpOverload:
+    library.define(_SCHEMA.format(name=name, state=state), tags=tags)
     library.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lvsa::{name}", _fake, lib=library)
     operator: compat.OpOverload = getattr(torch.ops.lvsa, name).default
     for device in compat.AUTOCAST_KEYS:
         compat.register_autocast(library, name, device, operator)
+    return operator
+
+
+def by_heads(body: AttentionBody) -> AttentionBody:
+    """A body that takes key ranges of all heads, from one that takes those of heads that share them."""
+
+    @functools.wraps(body)
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_bounds: Tensor,
+        key_ranges: Tensor,
+        phase: Tensor,
+        *,
+        scale: float | None = None,
+        key_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if key_ranges.dim() != 5 or key_ranges.shape[1] not in (1, query.shape[1]):
+            remedy = "Give heads an axis, of size 1 where they share their keys."
+            raise ShapeError("key_ranges", tuple(key_ranges.shape), "not [rows, heads or 1, query_blocks, ranges, 2]", remedy)
+        if key_ranges.shape[1] == 1:
+            return body(query, key, value, query_bounds, key_ranges[:, 0], phase, scale=scale, key_mask=key_mask)
+        output = output_like(query, value)
+        log_sum_exp = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device=query.device)
+        group = query.shape[1] // key.shape[1]
+        for head in range(query.shape[1]):
+            own, of_keys = slice(head, head + 1), slice(head // group, head // group + 1)
+            mask = key_mask[:, own] if key_mask is not None and key_mask.shape[1] > 1 else key_mask
+            output[:, own], log_sum_exp[:, own] = body(
+                query[:, own], key[:, of_keys], value[:, of_keys], query_bounds, key_ranges[:, head].contiguous(), phase,
+                scale=scale, key_mask=mask,
+            )  # fmt: skip
+        return output, log_sum_exp
+
+    return run
+
+
+def meaning_of(op: str) -> compat.OpOverload:
+    """The op of a plan, in plain PyTorch: ``lvsa::<op>``."""
+    operator: compat.OpOverload = getattr(torch.ops.lvsa, op).default
     return operator
 
 
@@ -115,7 +173,7 @@ def attention(
     scale: float | None = None,
     key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The meaning of ``lvsa::attention``; the default lowering and the oracle of all others.
+    """The meaning of ``lvsa::attention`` for heads that share their keys; the default lowering and the oracle of all others.
 
     Query row ``i`` of block ``b`` (``query_bounds[b] <= i < query_bounds[b + 1]``) attends key ``j`` when one of
     ``key_ranges[phase, b]`` holds ``start <= j < end``.  Softmax in float32 (float64 for float64 inputs).
@@ -124,7 +182,8 @@ def attention(
         query: ``[B, heads, Sq, head_dim]``; key: ``[B, key_heads, Sk, head_dim]``; value: ``[B, key_heads, Sk, value_dim]``,
             ``heads`` a multiple of ``key_heads`` (grouped queries).
         query_bounds: int32 ``[query_blocks + 1]``, in tokens; at most three blocks without rows in a row.
-        key_ranges: int32 ``[phases, query_blocks, ranges, 2]``, in tokens; empty ranges are padding.
+        key_ranges: int32 ``[phases, query_blocks, ranges, 2]``, in tokens; empty ranges are padding.  The op has an axis of heads after
+            the first, of size 1 or ``heads``.
         phase: int32 scalar tensor, the row of ``key_ranges`` to use.
         scale: factor on the scores, by default ``1 / sqrt(head_dim)``.
         key_mask: which keys count, the same for every query: bool (True counts) or added to the scores, ``[B or 1, heads or 1, 1, Sk]``.
@@ -166,7 +225,7 @@ def _fake(
     query_bounds: Tensor,
     key_ranges: Tensor,
     phase: Tensor,
-    *,
+    *state: Any,
     scale: float | None = None,
     key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
-from lvsa_compile.ops.attention import attention, library
+from lvsa_compile.ops.attention import attention, by_heads, library
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference that rounding explains, relative to the largest value, by dtype of the site."""
@@ -39,7 +39,7 @@ def _verified(
     site: str,
 ) -> Tensor:
     query, key, value = (t if t.dtype == torch.float64 else t.to(output.dtype).float() for t in (query, key, value))
-    meaning, _ = attention(query, key, value, query_bounds, key_ranges, phase, scale=scale, key_mask=key_mask)
+    meaning, _ = by_heads(attention)(query, key, value, query_bounds, key_ranges, phase, scale=scale, key_mask=key_mask)
     error = (output.to(meaning.dtype) - meaning).abs().amax() / meaning.abs().amax().clamp_min(torch.finfo(meaning.dtype).tiny)
     error = torch.nan_to_num(error, nan=float("inf"))
     before = _worst.get((compile_id, site))

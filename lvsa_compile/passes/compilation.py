@@ -16,7 +16,8 @@ from lvsa_compile.layout.mask_form import MaskForm
 from lvsa_compile.layout.token_layout import TokenLayout
 from lvsa_compile.options import Options
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
-from lvsa_compile.policies.tables import Range
+from lvsa_compile.policies.contract import Facts, Horizon, State
+from lvsa_compile.policies.rows import Rows
 from lvsa_compile.reasons import Miss
 from lvsa_compile.selection.contract import AttentionCall
 from lvsa_compile.selection.select import Choice
@@ -32,15 +33,11 @@ def sizes_of(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class SparsePlan:
-    """How a site becomes sparse: the call it is lowered to, the lowering chosen, and what its mask says.
-
-    ``allowed`` holds the key ranges that the mask's constant pairs leave each query block.
-    """
+    """How a site becomes sparse: the call it is lowered to, the lowering chosen, and what its mask says."""
 
     call: AttentionCall
     choice: Choice
     mask: MaskForm | None = None
-    allowed: tuple[tuple[Range, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,27 +74,22 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Horizon:
-    """The training horizon in latent frames, and where it was found; ``in_table`` is that of the table where an option beats it."""
-
-    frames: int
-    found_in: str
-    in_table: int | None = None
-
-
-@dataclass(frozen=True)
 class ExtraInput:
-    """An input appended to the graph: a constant ``value``, or the phase of a pattern with ``phases`` rows.
+    """An input appended to the graph: a constant, the row of a table that a denoising step uses, the guidance branch, or state.
 
-    For a phase, the row after the last serves the first ``dense_steps`` steps, ``value`` only shows dtype and device, and ``step`` tells
-    which of the denoising steps of one graph it is.
+    ``value`` is the constant; of the others it only shows shape and dtype, on the meta device, and ``device`` is where they are.
+    Of a row ``rows`` is the rule, and ``step`` tells which of the denoising steps of one graph it is of.  Of state ``site`` is the name
+    of the site that keeps it.
     """
 
     name: str
     value: Tensor
-    phases: int = 0
-    dense_steps: int = 0
+    device: torch.device
+    rows: Rows | None = None
     step: int = 0
+    state: State | None = None
+    site: str = ""
+    is_branch: bool = False
 
 
 Piece = tuple[int, int | None]
@@ -188,6 +180,11 @@ class Compilation:
     outgoing: tuple[tuple[int, Axes], ...] = ()
     flops: float = 0.0
     changed: bool = False
+
+    @property
+    def facts(self) -> Facts:
+        """What policies are told beside the geometry of a site."""
+        return Facts(self.horizon, self.horizon_missing)
 
     @property
     def masked(self) -> tuple[Decision, ...]:

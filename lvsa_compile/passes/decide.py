@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
 
 import numpy
 from torch import Tensor, fx
@@ -14,18 +14,16 @@ from lvsa_compile.compat import example_value
 from lvsa_compile.errors import LoweringUnavailableError, OptionError
 from lvsa_compile.forward import context
 from lvsa_compile.layout.token_layout import VIDEO, TokenLayout
-from lvsa_compile.passes.compilation import Compilation, Decision, Horizon, Segments, SparsePlan, sizes_of
+from lvsa_compile.options import Options
+from lvsa_compile.passes.compilation import Compilation, Decision, Segments, SparsePlan, sizes_of
 from lvsa_compile.passes.why_not_video import why_not_video
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
-from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
-from lvsa_compile.policies.tables import Range, VideoSpan, key_range_table, query_blocks
+from lvsa_compile.policies.contract import Geometry, Plan, Policy, plan_of
+from lvsa_compile.policies.tables import Range, VideoSpan
 from lvsa_compile.reasons import Miss
 from lvsa_compile.selection.contract import AttentionCall
 from lvsa_compile.selection.measure import seconds_of_dense
 from lvsa_compile.selection.select import select
-
-_PIXELS_PER_LATENT = (4, 6, 8)  # of the video codecs that models have, the most frequent first; the first frame stands alone
-_LIKELY_PIXELS = 49  # one model of the table was trained on as many latent frames
 
 
 def decide(compilation: Compilation) -> Compilation:
@@ -86,9 +84,10 @@ def _is_mendable(miss: Miss, compilation: Compilation) -> bool:
 def may_be_sparse(compilation: Compilation) -> bool:
     """Whether the video that goes into the forward may be long enough for a pattern that skips something, as far as its shape tells."""
     frames, horizon = compilation.forward.frames, compilation.horizon
-    if horizon is None or not frames:
+    if not frames or (horizon is None and compilation.options.chosen_policy.needs_horizon):
         return not frames or max(frames) > 1
-    return _if_pixels(horizon) > 0 or any(not compilation.options.frame_pattern(each, horizon.frames).is_full for each in frames)
+    chosen = (_chosen(compilation, Geometry.of_frames(each)) for each in frames)
+    return (horizon is not None and horizon.if_pixels > 0) or any(not isinstance(each, Miss) for each in chosen)
 
 
 def _segments(layout: TokenLayout) -> Segments:
@@ -133,35 +132,56 @@ def _decide(
     if not _shapes_supported(query, key, value):
         named = zip(("query", "key", "value"), (query, key, value), strict=True)
         return reasons.SHAPE_NOT_SUPPORTED.because(", ".join(f"{name} {sizes_of(tensor)} {tensor.dtype}" for name, tensor in named))
-    if compilation.horizon is None:
+    if compilation.horizon is None and compilation.options.chosen_policy.needs_horizon:
         return reasons.HORIZON_UNKNOWN.because(compilation.horizon_missing)
     query_span, key_span = (_span(layout, tensor, specialised) for layout, tensor in zip(layouts, (query, key), strict=True))
     if isinstance(query_span, Miss):
         return query_span
     if isinstance(key_span, Miss):
         return key_span
-    dtype = example_value(site.node).dtype  # under autocast the inputs' dtypes may differ, and the result's is the one computed in
     sizes = [compat.size_hint(size) for size in (*query.shape, key.shape[1], value.shape[3])]
     batch, query_heads, _, head_dim, key_heads, value_dim = sizes
-
+    geometry = Geometry.of(query_span, key_span, *_rows_and_columns(layouts[0]), heads=query_heads)
+    policy = _chosen(compilation, geometry)
+    if isinstance(policy, Miss):
+        return policy
+    plan = plan_of(policy, geometry, compilation.facts).with_dense_steps(compilation.options.dense_steps)
+    if form is not None and form.pairs is not None:
+        allowed = _allowed(form.pairs, plan)
+        if allowed is None:
+            return reasons.MASK_NOT_EXPRESSIBLE.because("the rows of a latent frame do not share one mask")
+        plan = plan.restricted(allowed)
+        if plan.table.some_attend_nothing():
+            return reasons.MASK_NOT_EXPRESSIBLE.because("pattern and mask together leave a query without keys")
     device = compilation.device or query.device
+    dtype = example_value(site.node).dtype  # under autocast the inputs' dtypes may differ, and the result's is the one computed in
+    call = AttentionCall(
+        device, dtype, batch, query_heads, key_heads, head_dim, value_dim, plan,
+        masked=form is not None, device_only=compilation.options.uses_cuda_graphs,
+        mask_heads=1 if form is None else max((_heads_of(part) for part in form.keys), default=1),
+        compiler=compilation.options.graph_compiler(device),
+    )  # fmt: skip
+    outcome = _lowered(call, compilation.options)
+    return dataclasses.replace(outcome, mask=form) if isinstance(outcome, SparsePlan) else outcome
 
-    def call(pattern: FramePattern) -> AttentionCall:
-        return AttentionCall(
-            device, dtype, batch, query_heads, key_heads, head_dim, value_dim, query_span, key_span, pattern,
-            masked=form is not None, device_only=compilation.options.uses_cuda_graphs,
-            mask_heads=1 if form is None else max((_heads_of(part) for part in form.keys), default=1),
-            own_ranges=form is not None and form.pairs is not None, dense_step=compilation.options.dense_steps > 0,
-            compiler=compilation.options.graph_compiler(device),
-        )  # fmt: skip
 
-    allowed = None if form is None or form.pairs is None else _allowed(form.pairs, query_span, key_span)
-    if form is not None and form.pairs is not None and allowed is None:
-        return reasons.MASK_NOT_EXPRESSIBLE.because("the rows of a latent frame do not share one mask")
-    outcome = _plan(compilation, call, query_span.frames)
-    if isinstance(outcome, SparsePlan) and allowed is not None and _leaves_a_row_empty(outcome, allowed, compilation.options.rotate):
-        return reasons.MASK_NOT_EXPRESSIBLE.because("pattern and mask together leave a query without keys")
-    return dataclasses.replace(outcome, mask=form, allowed=allowed) if isinstance(outcome, SparsePlan) else outcome
+def _chosen(compilation: Compilation, geometry: Geometry) -> Policy | Miss:
+    """The policy of a site: the one of option ``policy``; where its pattern leaves nothing out, that of ``policy_at_horizon``."""
+    options, facts = compilation.options, compilation.facts
+    miss = options.chosen_policy.applies(geometry, facts)
+    if miss is None:
+        return options.chosen_policy
+    if miss.reason is reasons.PATTERN_FULL and options.chosen_at_horizon is not None:
+        miss = options.chosen_at_horizon.applies(geometry, facts)
+        return miss or options.chosen_at_horizon
+    return miss
+
+
+def _rows_and_columns(layout: TokenLayout) -> tuple[int, int]:
+    """Rows and columns of a latent frame in tokens, 0 where they are not known as numbers."""
+    shape = layout.of_kind(VIDEO)[0].grid.shape  # type: ignore[union-attr]
+    _, rows, columns = shape if len(shape) == 3 else (0, 0, 0)
+    return (rows, columns) if isinstance(rows, int) and isinstance(columns, int) else (0, 0)
 
 
 def _heads_of(mask: fx.Node) -> int:
@@ -169,27 +189,13 @@ def _heads_of(mask: fx.Node) -> int:
     return compat.size_hint(shape[-3]) if len(shape) > 2 else 1
 
 
-def _leaves_a_row_empty(plan: SparsePlan, allowed: tuple[tuple[Range, ...], ...], rotate: bool) -> bool:
-    table = key_range_table(plan.call.pattern, plan.call.query, plan.call.key, rotate, allowed=allowed)
-    return any(all(start == end for start, end in ranges) for phase in table.key_ranges for ranges in phase)
-
-
-def _if_pixels(horizon: Horizon) -> int:
-    """The latent frames that a horizon stands for if it was given in pixel frames; 0 where nothing speaks for that."""
-    if not horizon.found_in.startswith("option"):
-        return 0
-    if horizon.in_table is not None:
-        return horizon.in_table if horizon.frames - 1 in [per * (horizon.in_table - 1) for per in _PIXELS_PER_LATENT] else 0
-    latent, rest = divmod(horizon.frames - 1, _PIXELS_PER_LATENT[0])
-    return latent + 1 if horizon.frames >= _LIKELY_PIXELS and rest == 0 else 0
-
-
-def _allowed(pairs: Array, query: VideoSpan, key: VideoSpan) -> tuple[tuple[Range, ...], ...] | None:
+def _allowed(pairs: Array, plan: Plan) -> tuple[tuple[Range, ...], ...] | None:
     """Key ranges a constant mask ``[Sq, Sk]`` leaves each query block; None where the rows of a block differ."""
+    query, key = plan.geometry.query, plan.geometry.key
     if query.open_ended or key.open_ended or query.free_start or key.free_start or pairs.shape != (query.length, key.length):
         return None
     found = []
-    for start, end in query_blocks(query):
+    for start, end in itertools.pairwise(plan.table.query_bounds):
         row = pairs[start]
         if (pairs[start:end] != row).any():
             return None
@@ -198,19 +204,8 @@ def _allowed(pairs: Array, query: VideoSpan, key: VideoSpan) -> tuple[tuple[Rang
     return tuple(found)
 
 
-def _plan(compilation: Compilation, call_with: Callable[[FramePattern], AttentionCall], frames: int) -> SparsePlan | Miss:
-    options, horizon = compilation.options, compilation.horizon
-    assert horizon is not None
-    pattern = options.frame_pattern(frames, horizon.frames)
-    latent = _if_pixels(horizon)
-    if pattern.is_full and latent and not options.frame_pattern(frames, latent).is_full:
-        return reasons.PIXEL_FRAMES.because(
-            f"reference_frames={horizon.frames}, and the video has {frames} latent frames",
-            f"Give latent frames: {horizon.frames} pixel frames are reference_frames={latent}.",
-        )
-    if pattern.is_full:
-        return reasons.PATTERN_FULL.because(f"{pattern.frames} latent frames, training horizon {horizon.frames} ({horizon.found_in})")
-    call = call_with(pattern)
+def _lowered(call: AttentionCall, options: Options) -> SparsePlan | Miss:
+    """The call with the lowering that is to compute it."""
     try:
         choice = select(call, options.lowering, measure=options.measures)
     except LoweringUnavailableError as error:
@@ -220,7 +215,7 @@ def _plan(compilation: Compilation, call_with: Callable[[FramePattern], Attentio
     if options.when_slower == "dense":
         dense, ours = seconds_of_dense(call) if choice.seconds else "", choice.seconds.get(choice.lowering.name)
         measured = isinstance(dense, float) and ours is not None
-        speedup = dense / ours if isinstance(dense, float) and ours is not None else choice.lowering.speedup(call)
+        speedup = dense / ours if isinstance(dense, float) and ours is not None else choice.lowering.expected(call)
         if speedup <= 1:
             how = "runs, measured," if measured else "is expected"
             return reasons.NOT_FASTER.because(

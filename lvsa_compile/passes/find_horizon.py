@@ -9,8 +9,9 @@ from typing import Any
 
 from lvsa_compile.forward import context
 from lvsa_compile.horizons import Unreadable, horizon_of, rows_of, rows_of_class
-from lvsa_compile.passes.compilation import Compilation, Horizon
+from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.passes.model_settings import reader
+from lvsa_compile.policies.contract import Horizon
 
 
 def find_horizon(compilation: Compilation) -> Compilation:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,14 +14,16 @@ from torch import Tensor, fx
 
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
+from lvsa_compile.forward.state import BRANCHES
 from lvsa_compile.graph.edit import called, provenance, writes
 from lvsa_compile.layout.mask_form import MaskForm
-from lvsa_compile.ops.attention import ATTENTION, accumulation_dtype
+from lvsa_compile.ops.attention import accumulation_dtype, meaning_of
 from lvsa_compile.ops.verified import VERIFIED
-from lvsa_compile.options import Options
-from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput, SparsePlan
+from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput
 from lvsa_compile.patterns.shadow import step_in, withdraw
-from lvsa_compile.policies.tables import KeyRangeTable, VideoSpan, key_range_table, slopes
+from lvsa_compile.policies.contract import State
+from lvsa_compile.policies.rows import Rows
+from lvsa_compile.policies.tables import KeyRangeTable, VideoSpan
 from lvsa_compile.selection.contract import AttentionCall, Prepared
 
 
@@ -56,7 +59,7 @@ def lower(compilation: Compilation) -> Compilation:
             decision.node.target = lowering.operator
             continue
         if (lowering.name, call) not in made:
-            ready = lowering.prepared(call, _table(decision.plan, compilation.options))
+            ready = lowering.prepared(call)
             made[lowering.name, call] = ready, [inputs.table(lowering.name, content, call.device) for content in ready.tables]
         ready, tables = made[lowering.name, call]
         query, key, value, *_, phase = decision.node.args
@@ -66,7 +69,7 @@ def lower(compilation: Compilation) -> Compilation:
 
 
 class _ExtraInputs:
-    """Appends inputs to a graph, each table and each phase once."""
+    """Appends inputs to a graph, each table and each row once."""
 
     def __init__(self, graph_module: fx.GraphModule, made: tuple[ExtraInput, ...] = ()) -> None:
         self._graph_module = graph_module
@@ -78,7 +81,8 @@ class _ExtraInputs:
 
     def table(self, kind: str, content: Any, device: torch.device) -> fx.Node:
         """Node of a new table of whole numbers."""
-        return self._input(kind, content, device)
+        value = torch.tensor(content, dtype=torch.int32, device=device)
+        return self._input(ExtraInput(self._name(kind), value, device))
 
     def drop_unused(self) -> None:
         """Takes out the inputs that nothing uses any more."""
@@ -89,36 +93,53 @@ class _ExtraInputs:
 
     def tables(self, table: KeyRangeTable, device: torch.device) -> tuple[fx.Node, fx.Node]:
         """Nodes of ``query_bounds`` and ``key_ranges``."""
-        return self._node("query_bounds", table.query_bounds, device), self._node("key_ranges", table.key_ranges, device)
+        bounds, ranges = table.query_bounds, table.key_ranges
+        return (
+            self._once(("query_bounds", bounds, device), lambda: self.table("query_bounds", bounds, device)),
+            self._once(("key_ranges", ranges, device), lambda: self.table("key_ranges", ranges, device)),
+        )
 
     def moved(self, base: fx.Node, slope: fx.Node, tokens: fx.Node, span: VideoSpan, before: fx.Node) -> fx.Node:
         """A table for as many prefix tokens as ``tokens`` ``[B, heads, S, d]`` has; made once, before the first site that needs it."""
         if not span.free_start:
             return base
-        length = example_value(tokens).shape[2]
-        key = ("moved", base, slope, str(length), span)
-        if key not in self._nodes:
+
+        def made() -> fx.Node:
             graph = self._graph_module.graph
             with graph.inserting_before(before):
                 more = called(graph, operator.sub, called(graph, "size", tokens, 2), span.length)
-                self._nodes[key] = called(graph, torch.add, base, called(graph, torch.mul, slope, more))
-        return self._nodes[key]
+                return called(graph, torch.add, base, called(graph, torch.mul, slope, more))
 
-    def phase(self, phases: int, dense_steps: int, device: torch.device, step: int) -> fx.Node:
-        """Node of the phase of all patterns with ``phases`` rows, after ``dense_steps`` dense ones, at one of the graph's steps."""
-        return self._node("phase", 0, device, phases, dense_steps, step)
+        return self._once(("moved", base, slope, str(example_value(tokens).shape[2]), span), made)
 
-    def _node(self, kind: str, content: Any, device: torch.device, phases: int = 0, dense_steps: int = 0, step: int = 0) -> fx.Node:
-        key = (kind, content, device, phases, step)
+    def row(self, rows: Rows, device: torch.device, step: int) -> fx.Node:
+        """Node of the row that a rule chooses at one of the graph's denoising steps."""
+        value = torch.empty((), dtype=torch.int32, device="meta")
+        make = functools.partial(self._input, ExtraInput(self._name("phase"), value, device, rows=rows, step=step))
+        return self._once(("row", rows, device, step), make)
+
+    def branch(self, device: torch.device) -> fx.Node:
+        """Node of the guidance branch."""
+        value = torch.empty((), dtype=torch.int32, device="meta")
+        return self._once(("branch", device), lambda: self._input(ExtraInput(self._name("branch"), value, device, is_branch=True)))
+
+    def state(self, site: str, state: State, device: torch.device) -> fx.Node:
+        """Node of a tensor that a site keeps."""
+        value = torch.empty((BRANCHES, *state.shape), dtype=state.dtype, device="meta")
+        return self._input(ExtraInput(self._name(f"state_{state.name}"), value, device, state=state, site=site))
+
+    def _name(self, kind: str) -> str:
+        return f"lvsa_{kind}_{next(self._numbers)}"
+
+    def _once(self, key: object, make: Callable[[], fx.Node]) -> fx.Node:
         if key not in self._nodes:
-            self._nodes[key] = self._input(kind, content, device, phases, dense_steps, step)
+            self._nodes[key] = make()
         return self._nodes[key]
 
-    def _input(self, kind: str, content: Any, device: torch.device, phases: int = 0, dense_steps: int = 0, step: int = 0) -> fx.Node:
-        value = torch.tensor(content, dtype=torch.int32, device=device)
+    def _input(self, extra: ExtraInput) -> fx.Node:
         assert self._last is not None, "attention has inputs"
-        extra = ExtraInput(f"lvsa_{kind}_{next(self._numbers)}", value, phases, dense_steps, step)
-        node = compat.add_tensor_input(self._graph_module, self._last, extra.name, extra.value, self._fake_mode)
+        static = extra.rows is None and not extra.is_branch
+        node = compat.add_tensor_input(self._graph_module, self._last, extra.name, extra.value, self._fake_mode, extra.device, static)
         self.made.append(extra)
         self._last = node
         return node
@@ -126,44 +147,37 @@ class _ExtraInputs:
 
 def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraInputs) -> fx.Node:
     """Puts the op in place of the site's node and returns the op's node."""
-    site, plan = decision.site, decision.plan
+    site, sparse = decision.site, decision.plan
     assert site is not None
-    assert plan is not None
-    call, node = plan.call, site.node
-    options = compilation.options
-    table = _table(plan, options)
-    where = plan.choice.lowering.device_of_tables(call.device)
-    bounds, ranges = inputs.tables(table, where)
+    assert sparse is not None
+    call, plan, node = sparse.call, sparse.call.plan, site.node
+    where = sparse.choice.lowering.device_of_tables(call.device)
+    bounds, ranges = inputs.tables(plan.table, where)
     if call.query.free_start or call.key.free_start:
-        grown = inputs.tables(slopes(call.pattern, call.query, call.key, options.rotate, options.dense_steps > 0), where)
+        grown = inputs.tables(plan.slopes(), where)
         bounds = inputs.moved(bounds, grown[0], site.query, call.query, node)
         ranges = inputs.moved(ranges, grown[1], site.key, call.key, node)
-    phases = call.pattern.phases if options.rotate else 1
-    phase = inputs.phase(phases, options.dense_steps, where, compilation.step_of.get(site.node, 0))
+    row = inputs.row(plan.rows, where, compilation.step_of.get(site.node, 0))
+    state = [inputs.state(decision.name, each, call.device) for each in plan.state]
     result = example_value(node)
     with node.graph.inserting_before(node):
-        key_mask = _key_mask(node.graph, plan.mask)
-        attention = node.graph.call_function(
-            ATTENTION, (site.query, site.key, site.value, bounds, ranges, phase), {"scale": site.scale, "key_mask": key_mask}
-        )
+        key_mask = _key_mask(node.graph, sparse.mask)
+        arguments = (site.query, site.key, site.value, bounds, ranges, row)
+        kept = (inputs.branch(call.device), state) if state else ()
+        attention = node.graph.call_function(meaning_of(plan.op), (*arguments, *kept), {"scale": site.scale, "key_mask": key_mask})
         output = node.graph.call_function(operator.getitem, (attention, 0))
-        kept = provenance(node)
-        attention.meta = {**kept, "example_value": (result, _log_sum_exp_like(result))}
-        output.meta = {**kept, "example_value": result}
-        if options.verify:
-            arguments = (*attention.args, site.scale, key_mask, compilation.compile_id, decision.name)
-            output = node.graph.call_function(VERIFIED, (output, *arguments))
-            output.meta = {**kept, "example_value": result}
-        rewritten = _without_masked_queries(node.graph, output, plan.mask)
+        meta = provenance(node)
+        attention.meta = {**meta, "example_value": (result, _log_sum_exp_like(result))}
+        output.meta = {**meta, "example_value": result}
+        if compilation.options.verify and plan.op == "attention":
+            compared = (output, *arguments, site.scale, key_mask, compilation.compile_id, decision.name)
+            output = node.graph.call_function(VERIFIED, compared)
+            output.meta = {**meta, "example_value": result}
+        rewritten = _without_masked_queries(node.graph, output, sparse.mask)
     node.replace_all_uses_with(rewritten)
     step_in(site, rewritten)
     _erase(node)
     return attention
-
-
-def _table(plan: SparsePlan, options: Options) -> KeyRangeTable:
-    call = plan.call
-    return key_range_table(call.pattern, call.query, call.key, options.rotate, options.dense_steps > 0, plan.allowed)
 
 
 def _erase(node: fx.Node) -> None:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import jinja2
 
 from lvsa_compile.passes.compilation import Segments
-from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
+from lvsa_compile.policies.contract import Plan
+from lvsa_compile.policies.picture import picture_of
 from lvsa_compile.reasons import NOTHING_TO_DO
 from lvsa_compile.report.names import together
 from lvsa_compile.report.records import GraphReport, SiteReport
@@ -59,8 +60,8 @@ def page(report: Shown) -> str:
         clocks=list(dict.fromkeys(graph.clock for graph in report.graphs if graph.clock and graph.sites)),
         specialised=list(dict.fromkeys(what for graph in report.graphs for what in graph.specialised)),
         patterns=[
-            _pattern(found, [site for site in sites if site.pattern == found], report.options.get("rotate", True))
-            for found in dict.fromkeys(site.pattern for site in sites if site.pattern is not None)
+            _pattern(plan, [site for site in sites if site.plan is not None and _picture_key(site.plan) == key])
+            for key, plan in {_picture_key(site.plan): site.plan for site in sites if site.plan is not None}.items()
         ],
         layouts=_layouts(sites),
         blocks=_blocks(sites),
@@ -69,19 +70,25 @@ def page(report: Shown) -> str:
     )
 
 
-def _pattern(pattern: FramePattern, sites: Sequence[SiteReport], rotate: bool) -> dict[str, Any]:
-    """A frame pattern, phase by phase: anchors, and from where to where each frame's window reaches."""
-    phases = []
-    for phase in range(pattern.phases if rotate else 1):
-        anchors = set(pattern.anchors(phase))
-        reach = ([f for f in pattern.attended(frame, phase) if f not in anchors] for frame in range(pattern.frames))
-        phases.append([sorted(anchors), [[own[0], own[-1]] if own else [0, -1] for own in reach]])
+def _picture_key(plan: Plan) -> object:
+    """What tells two pictures apart."""
+    return (plan.frames, plan.rows) if plan.frames is not None else plan
+
+
+def _pattern(plan: Plan, sites: Sequence[SiteReport]) -> dict[str, Any]:
+    """The picture of a plan, turn by turn: columns that all attend, and from where to where each query block attends others."""
+    picture = picture_of(plan)
+    interval = getattr(plan.frames, "interval", 0)
+    of = f"{picture.columns} latent frames" if picture.of_frames else f"policy {plan.policy.name!r}"
+    turning = f"; anchors every {interval or '–'} frames" if picture.of_frames else ""
+    count = len(picture.views)
+    phases = f"{count} {'phase' if count == 1 else 'phases'} of the rotation" if picture.turns == "step" else f"{count} heads"
     return {
-        "title": f"Frame pattern of {len(sites)} {'site' if len(sites) == 1 else 'sites'}",
-        "frames": pattern.frames,
-        "density": pattern.density,
-        "interval": pattern.interval,
-        "phases": phases,
+        "title": f"{'Frame pattern' if picture.of_frames else 'Pattern'} of {len(sites)} {'site' if len(sites) == 1 else 'sites'}",
+        "said": f"{of}; density {plan.density:.3f}{turning}, {phases}.",
+        "turns": picture.turns,
+        "columns": picture.columns,
+        "phases": [[list(view.shared), [list(map(list, runs)) for runs in view.own]] for view in picture.views],
     }
 
 

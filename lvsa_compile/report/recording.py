@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from lvsa_compile.passes.decide import may_be_sparse
 from lvsa_compile.reasons import OUTSIDE_GRAPHS
 from lvsa_compile.report.records import DENSE, MASKED, ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, SiteReport
 from lvsa_compile.report.report import Report
+from lvsa_compile.selection.contract import AttentionCall, Lowering
+from lvsa_compile.selection.measure import seconds_of, seconds_of_dense
 
 
 def report_of(compilation: Compilation) -> Report:
@@ -67,7 +70,7 @@ def _site(decision: Decision) -> SiteReport:
             SPARSE,
             source=compat.source_line(decision.node),
             layout=decision.layout,
-            density=plan.call.pattern.density,
+            density=plan.call.plan.density,
             lowering=plan.choice.lowering.name if plan.call.device.type != "meta" else ON_THE_REAL_DEVICE,
             passed_over=plan.choice.passed_over if plan.call.device.type != "meta" else (),
             faster=plan.choice.faster if plan.call.device.type != "meta" else (),
@@ -76,9 +79,9 @@ def _site(decision: Decision) -> SiteReport:
             query_shape=shapes[0],
             key_shape=shapes[1],
             flops=plan.call.flops,
-            pattern=plan.call.pattern,
-            expected=plan.choice.lowering.speedup(plan.call) if plan.call.device.type != "meta" else 0.0,
-            call=plan.call,
+            plan=plan.call.plan,
+            expected=plan.choice.lowering.expected(plan.call) if plan.call.device.type != "meta" else 0.0,
+            measure=functools.partial(_seconds, plan.choice.lowering, plan.call),
             segments=decision.segments,
             key_segments=decision.key_segments,
             trail=decision.trail,
@@ -100,6 +103,14 @@ def _site(decision: Decision) -> SiteReport:
         trail=decision.trail,
         mendable=decision.mendable,
     )
+
+
+def _seconds(lowering: Lowering, call: AttentionCall) -> dict[str, float]:
+    """Seconds of a call by its lowering and dense, where they can be measured here."""
+    if call.device.type == "meta":
+        return {}
+    found = {lowering.name: seconds_of(lowering, call), DENSE: seconds_of_dense(call)}
+    return {name: taken for name, taken in found.items() if isinstance(taken, float)}
 
 
 def _shape(node: Any) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lvsa_compile.forward.calls import Calls
 from lvsa_compile.passes.compilation import Segments, TrailStep
-from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
-from lvsa_compile.selection.contract import AttentionCall
+from lvsa_compile.policies.contract import Plan
 
 UNKNOWN_HORIZON = "unknown"
 SPARSE, MASKED, DENSE = "sparse", "masked", "dense"
@@ -48,11 +47,11 @@ class SiteReport:
     worst_error: float | None = None
     tolerance: float = 0.0
     flops: float = 0.0
-    pattern: FramePattern | None = None
+    plan: Plan | None = field(default=None, repr=False)
     segments: Segments = ()
     key_segments: Segments = ()
     trail: tuple[TrailStep, ...] = ()
-    call: AttentionCall | None = field(default=None, repr=False)
+    measure: Callable[[], dict[str, float]] | None = field(default=None, repr=False, compare=False)
     faster: tuple[tuple[str, str], ...] = ()
     fell_back: bool = False
     mendable: bool = False

@@ -13,14 +13,15 @@ import torch
 
 from lvsa_compile.forward.calls import calls_of
 from lvsa_compile.ops import verified as verification
+from lvsa_compile.policies.given import told
 from lvsa_compile.reasons import HORIZON_UNKNOWN, NO_GRID, PATTERN_FULL, REASONS
 from lvsa_compile.report.names import together
 from lvsa_compile.report.page import write_page
 from lvsa_compile.report.receipt import Receipt, receipt_of
-from lvsa_compile.report.records import DENSE, ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, SiteReport, alike_sites
-from lvsa_compile.selection.measure import seconds_of, seconds_of_dense
-from lvsa_compile.selection.select import lowerings
+from lvsa_compile.report.records import ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, SiteReport, alike_sites
 
+SCHEMA = 2
+"""Number of the form of ``to_dict``; 1 had neither it nor the policy of a site."""
 _BETWEEN = "attention in the code between graphs runs eagerly; lvsa_compile.explain runs the model once and counts it"
 _CLOSENESS = {reason.code: place for place, reason in enumerate(REASONS)}
 
@@ -84,8 +85,12 @@ class Report:
     @property
     def lengths(self) -> str:
         """How long the videos of the sparse sites are, in words."""
-        found = dict.fromkeys((site.call.pattern.frames, site.call.pattern.reference_frames) for site in self.sparse_sites if site.call)
-        return ", ".join(f"{frames} latent frames, {frames / known:.2g}× the training horizon" for frames, known in found)
+        plans = [site.plan for site in self.sparse_sites if site.plan is not None]
+        found = dict.fromkeys((plan.geometry.total_frames, plan.facts.horizon) for plan in plans)
+        return ", ".join(
+            f"{frames} latent frames" + (f", {frames / horizon.frames:.2g}× the training horizon" if horizon is not None else "")
+            for frames, horizon in found
+        )
 
     @property
     def also_missing(self) -> str:
@@ -157,12 +162,14 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, ready for JSON."""
-        plain = dataclasses.asdict(self)
-        for graph in plain["graphs"]:
+        bare = tuple(dataclasses.replace(g, sites=tuple(map(_without_plan, g.sites)), calls=None) for g in self.graphs)
+        plain = dataclasses.asdict(dataclasses.replace(self, graphs=bare))
+        for graph, own in zip(plain["graphs"], self.graphs, strict=True):
             del graph["calls"]
-            for site in graph["sites"]:
-                del site["call"]
-        return {**plain, "summary": self.summary, "work": self.work, "forward": self.gain, "versions": versions()}
+            for site, record in zip(graph["sites"], own.sites, strict=True):
+                del site["plan"], site["measure"]
+                site |= {"pattern": _pattern_of(record), "policy": None if record.plan is None else told(record.plan.policy)}
+        return {"schema": SCHEMA, **plain, "summary": self.summary, "work": self.work, "forward": self.gain, "versions": versions()}
 
     def receipt(self, clear: bool = False) -> Receipt:
         """What really ran since compiling: calls of each site and by what they were computed.  Waits for the device.
@@ -229,8 +236,14 @@ def _with_error(site: SiteReport, compile_id: str) -> SiteReport:
 
 
 def _measured(site: SiteReport, compile_id: str) -> SiteReport:
-    if site.call is None or site.call.device.type == "meta":
-        return site
-    lowering = next(found for found in lowerings() if found.name == site.lowering)
-    found = {site.lowering: seconds_of(lowering, site.call), DENSE: seconds_of_dense(site.call)}
-    return dataclasses.replace(site, seconds={**site.seconds, **{name: taken for name, taken in found.items() if isinstance(taken, float)}})
+    return site if site.measure is None else dataclasses.replace(site, seconds={**site.seconds, **site.measure()})
+
+
+def _without_plan(site: SiteReport) -> SiteReport:
+    return dataclasses.replace(site, plan=None, measure=None)
+
+
+def _pattern_of(site: SiteReport) -> dict[str, Any] | None:
+    """The frame pattern of a site as plain values, where it has one."""
+    frames: Any = None if site.plan is None else site.plan.frames
+    return dataclasses.asdict(frames) if dataclasses.is_dataclass(frames) and not isinstance(frames, type) else None

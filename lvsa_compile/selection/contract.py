@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lvsa_compile import compat
-from lvsa_compile.ops.attention import AttentionBody
-from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
-from lvsa_compile.policies.tables import KeyRangeTable, VideoSpan
+from lvsa_compile.errors import RateError
+from lvsa_compile.ops.attention import AttentionBody, by_heads
+from lvsa_compile.policies.contract import Plan
+from lvsa_compile.policies.tables import VideoSpan
+from lvsa_compile.selection.rates import share_of_dense
 
 CPU = torch.device("cpu")
 
@@ -23,12 +25,11 @@ class Failure(str):
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention site as a lowering sees it: sizes in tokens, pattern in latent frames.
+    """One attention site as a lowering sees it: sizes in tokens, and the plan of its policy.
 
-    ``masked`` says that a mask leaves out keys beside those that the pattern leaves out, ``mask_heads`` how many heads it has,
-    ``own_ranges`` that a constant mask leaves each frame key ranges of its own, ``dense_step`` that the table has a row in which
-    everything is attended, ``device_only`` that nothing may be asked of the host while it runs, as when CUDA graphs replay it;
-    ``compiler`` names who compiles the graph where that is one that knows no ops of ours.
+    ``masked`` says that a mask leaves out keys beside those that the plan leaves out, ``mask_heads`` how many heads it has,
+    ``device_only`` that nothing may be asked of the host while it runs, as when CUDA graphs replay it; ``compiler`` names who compiles
+    the graph where that is one that knows no ops of ours.
     """
 
     device: torch.device
@@ -38,21 +39,27 @@ class AttentionCall:
     key_heads: int
     head_dim: int
     value_dim: int
-    query: VideoSpan
-    key: VideoSpan
-    pattern: FramePattern
+    plan: Plan
     masked: bool = False
     device_only: bool = False
     mask_heads: int = 1
-    own_ranges: bool = False
-    dense_step: bool = False
     compiler: str = ""
 
     @property
+    def query(self) -> VideoSpan:
+        """Where the video lies in the query sequence."""
+        return self.plan.geometry.query
+
+    @property
+    def key(self) -> VideoSpan:
+        """Where the video lies in the key sequence."""
+        return self.plan.geometry.key
+
+    @property
     def density(self) -> float:
-        """Attended pairs of tokens over all pairs, mean over the phases; text and conditioning attend all and are attended by all."""
-        video_pairs = self.pattern.frames**2 * self.query.tokens_per_frame * self.key.tokens_per_frame
-        return 1.0 - video_pairs * (1.0 - self.pattern.density) / (self.query.length * self.key.length)
+        """Attended pairs of tokens over all pairs, mean over the rows; text and conditioning attend all and are attended by all."""
+        video_pairs = (self.query.video[1] - self.query.video[0]) * (self.key.video[1] - self.key.video[0])
+        return 1.0 - video_pairs * (1.0 - self.plan.density) / (self.query.length * self.key.length)
 
     @property
     def flops(self) -> float:
@@ -71,16 +78,28 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Lowering:
-    """One way of computing the attention op.
+    """One way of computing an op of a plan.
 
-    ``summary`` says in a line what it is; ``body`` computes the op, ``operator`` is the op of that body.  One that has neither is
-    ``prepare``d: its target is traced into the graph as ops that other compilers know, with tables of its own.  ``unavailable`` returns
-    why it cannot run on a device, or None; ``refuses`` why it cannot serve a call, or None; ``speedup`` estimates how many times faster
-    than dense attention it is, 0 where it is not meant for speed: ``lowering="auto"`` takes the fastest that serves, the lowest
-    ``priority`` among equals.
-    With ``plans_on_host`` the op's tables and phase are tensors of the CPU wherever the call runs.  ``tuned`` measures a call, with a
-    function that returns the seconds of ``body`` under a name for how it is set up, and may prefer a set-up from then on.
-    ``trial_tokens`` are those of a frame and of the text on which it is tried: so many that what a real model needs of it is needed.
+    Args:
+        name: what the option ``lowering`` takes.
+        summary: in a line what it is.
+        priority: its number in lists, and among lowerings that are expected to be equally fast the order in which they are taken.
+        unavailable: why it cannot run on a device, or None.
+        refuses: why it cannot serve a call, or None.
+        rates: its FLOP/s over those of the device's best dense kernel, by kind of device (``selection/rates.py``).
+        speedup: how many times faster than dense attention it is expected to be on a call, instead of ``rates``; 0 where it is not meant
+            for speed.  ``lowering="auto"`` takes the fastest that serves.
+        op: the op of a plan that it computes.
+        body: computes the op; ``operator`` is the op of that body.
+        prepare: instead of both, what computes a call and tables of its own.
+        traceable: whether another compiler can trace what computes a call: it is made of ops that it knows.
+        plans_on_host: the op's tables and row are tensors of the CPU wherever the call runs.
+        tuned: measures a call, with a function that returns the seconds of ``body`` under a name for how it is set up; it may prefer a
+            set-up from then on.
+        trial_tokens: tokens of a frame and of the text in its smoke test: so many that what a real model needs of it is needed.
+
+    Raises:
+        RateError: neither ``rates`` nor ``speedup`` is given, so that ``lowering="auto"`` would never take it.
     """
 
     name: str
@@ -88,31 +107,44 @@ class Lowering:
     priority: int
     unavailable: Callable[[torch.device], str | None]
     refuses: Callable[[AttentionCall], str | None]
-    speedup: Callable[[AttentionCall], float]
+    rates: Mapping[str, float] = field(default_factory=dict, hash=False)
+    speedup: Callable[[AttentionCall], float] | None = None
+    op: str = "attention"
     body: AttentionBody | None = None
     operator: compat.OpOverload | None = None
-    prepare: Callable[[AttentionCall, KeyRangeTable], Prepared] | None = None
+    prepare: Callable[[AttentionCall], Prepared] | None = None
+    traceable: bool = False
     plans_on_host: bool = False
     tuned: Callable[[AttentionCall, Callable[[str], float]], float] = lambda call, seconds: seconds("")
     trial_tokens: tuple[int, int] = (72, 70)
 
+    def __post_init__(self) -> None:
+        if not self.rates and self.speedup is None:
+            raise RateError(self.name)
+
+    def expected(self, call: AttentionCall) -> float:
+        """How many times faster than dense attention it is expected to be; 0 where it is not meant for speed."""
+        return self.speedup(call) if self.speedup is not None else share_of_dense(self.rates, call.device) / call.density
+
     def refusal(self, call: AttentionCall) -> str | None:
-        """Why it cannot serve a call by what it says of itself, or None: the device, then the call."""
+        """Why it cannot serve a call by what it says of itself, or None: the op, the device, then the call."""
+        if call.plan.op != self.op:
+            return f"it computes {self.op}, and policy {call.plan.policy.name!r} wants {call.plan.op}"
         left_out = self.plans_on_host and call.device_only and call.device.type != "cpu"
         host = "it plans on the host, which CUDA graphs leave out" if left_out else None
-        unknown = f"{call.compiler} compiles the graph and knows no ops of this package" if call.compiler and not self.prepare else None
+        unknown = f"{call.compiler} compiles the graph and knows no ops of this package" if call.compiler and not self.traceable else None
         return self.unavailable(call.device) or host or unknown or self.refuses(call)
 
-    def prepared(self, call: AttentionCall, table: KeyRangeTable) -> Prepared:
+    def prepared(self, call: AttentionCall) -> Prepared:
         """What computes a call, and the tables it wants."""
         if self.prepare is not None:
-            return self.prepare(call, table)
+            return self.prepare(call)
         assert self.body is not None
-        return Prepared(self.body, (table.query_bounds, table.key_ranges))
+        return Prepared(by_heads(self.body), (call.plan.table.query_bounds, call.plan.table.key_ranges))
 
-    def on_device(self, call: AttentionCall, table: KeyRangeTable) -> Callable[..., tuple[Tensor, Tensor]]:
+    def on_device(self, call: AttentionCall) -> Callable[..., tuple[Tensor, Tensor]]:
         """What computes a call, ``(query, key, value, phase, scale=, key_mask=)``, its tables made where it wants them."""
-        ready, where = self.prepared(call, table), self.device_of_tables(call.device)
+        ready, where = self.prepared(call), self.device_of_tables(call.device)
         tables = [torch.tensor(content, dtype=torch.int32, device=where) for content in ready.tables]
 
         def run(query: Tensor, key: Tensor, value: Tensor, phase: Tensor, **more: Any) -> tuple[Tensor, Tensor]:

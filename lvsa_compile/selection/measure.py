@@ -22,7 +22,6 @@ from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import in_a_line
 from lvsa_compile.ops.attention import ATTENTION
-from lvsa_compile.policies.tables import key_range_table
 from lvsa_compile.selection.accelerator import random_state_kept
 from lvsa_compile.selection.contract import AttentionCall, Lowering
 from lvsa_compile.selection.cpu_kind import cpu_kind
@@ -62,7 +61,14 @@ def _dense(
 
 
 _DENSE = Lowering(
-    "dense attention", "what is compared with", 0, lambda device: None, lambda call: None, lambda call: 1.0, _dense, ATTENTION
+    "dense attention",
+    "what is compared with",
+    0,
+    lambda device: None,
+    lambda call: None,
+    speedup=lambda call: 1.0,
+    body=_dense,
+    operator=ATTENTION,
 )
 
 
@@ -85,9 +91,8 @@ def _measure(lowering: Lowering, call: AttentionCall) -> float:
     lengths, widths = (call.query.length, call.key.length, call.key.length), (call.head_dim, call.head_dim, call.value_dim)
     sizes = [(call.batch, length, n, width) for length, n, width in zip(lengths, heads, widths, strict=True)]
     query, key, value = (torch.randn(size, device=call.device, dtype=call.dtype).transpose(1, 2) for size in sizes)
-    table = key_range_table(call.pattern, call.query, call.key)
-    attention = lowering.on_device(call, table)
-    phase = torch.tensor(table.phases // 2, dtype=torch.int32, device=lowering.device_of_tables(call.device))
+    attention = lowering.on_device(call)
+    phase = torch.tensor(call.plan.sparse_rows // 2, dtype=torch.int32, device=lowering.device_of_tables(call.device))
     key_mask = (torch.arange(call.key.length, device=call.device) < call.key.length - call.key.suffix // 2) if call.masked else None
     key_mask = None if key_mask is None else key_mask.reshape(1, 1, 1, -1)
 

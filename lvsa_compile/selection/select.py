@@ -59,10 +59,10 @@ def select(call: AttentionCall, wanted: str = "auto", measure: bool = False) -> 
             serving.append(lowering)
         else:
             passed_over.append((lowering.name, refusal))
-    serving.sort(key=lambda lowering: -lowering.speedup(call))
+    serving.sort(key=lambda lowering: -lowering.expected(call))
     seconds: dict[str, float] = {}
     for lowering in serving if measure else ():
-        if lowering.speedup(call) > 0.0 and tried(lowering, call) is None:
+        if lowering.expected(call) > 0.0 and tried(lowering, call) is None:
             found = seconds_of(lowering, call)
             if isinstance(found, str):
                 passed_over.append((lowering.name, found))  # though it may serve: tensors of this size found no room beside the model
@@ -72,7 +72,7 @@ def select(call: AttentionCall, wanted: str = "auto", measure: bool = False) -> 
     for lowering in serving:
         problem = tried(lowering, call)
         if problem is None:
-            estimates = {other.name: other.speedup(call) for other in lowerings()}
+            estimates = {other.name: other.expected(call) for other in lowerings()}
             faster = tuple(found for found in passed_over if estimates[found[0]] > estimates[lowering.name])
             return Choice(lowering, tuple(passed_over), seconds, faster)
         passed_over.append((lowering.name, problem))

@@ -10,22 +10,23 @@ import torch
 from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import LvsaWarning, in_a_line
-from lvsa_compile.ops.attention import ATTENTION, attention
+from lvsa_compile.ops.attention import ATTENTION, attention, by_heads
 from lvsa_compile.ops.verified import TOLERANCE
-from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
-from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.policies.contract import Facts, Geometry, Horizon, plan_of
+from lvsa_compile.policies.lvsa.policy import LVSA
+from lvsa_compile.policies.tables import VideoSpan
 from lvsa_compile.selection.accelerator import random_state_kept
 from lvsa_compile.selection.contract import AttentionCall, Failure, Lowering
 
-_PATTERN = FramePattern(12, window=1, first_frames=1, reference_frames=5)
+_POLICY, _FRAMES, _HORIZON = LVSA(window=1), 12, Horizon(5)
 
 
 def tried(lowering: Lowering, call: AttentionCall) -> str | None:
     """What went wrong, or None; compiled and run once per lowering and kind of call, and warned of once.
 
-    Not on the CPU, where nothing can fail that a predicate does not know, and not the op's meaning itself.
+    Not on the CPU, where nothing can fail that a predicate does not know, not the op's meaning itself, and not ops of other policies.
     """
-    if call.device.type == "cpu" or lowering.operator is ATTENTION:
+    if call.device.type == "cpu" or lowering.operator is ATTENTION or lowering.op != "attention":
         return None
     return _tried(lowering, call.device, call.dtype, call.query_heads // call.key_heads, call.head_dim, call.masked)
 
@@ -54,18 +55,18 @@ def _error(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: 
     """Twelve small frames and text, keys and values in different memory orders: the largest error of two phases over the largest value."""
     torch.manual_seed(0)
     tokens, text = lowering.trial_tokens
-    span = VideoSpan(0, _PATTERN.frames, tokens, text)
-    table, length = key_range_table(_PATTERN, span, span), span.length
+    span = VideoSpan(0, _FRAMES, tokens, text)
+    plan, length = plan_of(_POLICY, Geometry.of(span, span, heads=2 * group), Facts(_HORIZON)), span.length
     query, key, value = (torch.randn(1, length, 2 * n, head_dim, device=device, dtype=dtype).transpose(1, 2) for n in (group, 1, 1))
     key = key.contiguous()
-    call = AttentionCall(device, dtype, 1, 2 * group, 2, head_dim, head_dim, span, span, _PATTERN, masked)
-    found_by = lowering.on_device(call, table)
-    bounds, ranges = (torch.tensor(rows, dtype=torch.int32, device=device) for rows in (table.query_bounds, table.key_ranges))
+    call = AttentionCall(device, dtype, 1, 2 * group, 2, head_dim, head_dim, plan, masked)
+    found_by = lowering.on_device(call)
+    bounds, ranges = (torch.tensor(rows, dtype=torch.int32, device=device) for rows in (plan.table.query_bounds, plan.table.key_ranges))
     key_mask = (torch.arange(length, device=device) < length - 10).reshape(1, 1, 1, length) if masked else None
     worst = 0.0
     for step in range(2):
         phase = torch.tensor(step, dtype=torch.int32)
         found, _ = found_by(query, key, value, phase, key_mask=key_mask)
-        meaning, _ = attention(query, key, value, bounds, ranges, phase, key_mask=key_mask)
+        meaning, _ = by_heads(attention)(query, key, value, bounds, ranges, phase, key_mask=key_mask)
         worst = max(worst, float((found.float() - meaning.float()).abs().max() / meaning.float().abs().max()))
     return worst

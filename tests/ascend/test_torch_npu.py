@@ -20,6 +20,7 @@ import oracle
 import pytest
 import test_models as models
 import torch
+from plans import attention_call
 from tiny_models import PATTERN, timesteps, wan, wan_inputs
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,7 +32,7 @@ from lvsa_compile.lowering.ascend import block_sparse as ascend_block_sparse
 from lvsa_compile.lowering.ascend import gather as ascend_gather
 from lvsa_compile.lowering.ascend import ops as ascend_ops
 from lvsa_compile.lowering.ascend import paged as ascend_paged
-from lvsa_compile.policies.tables import VideoSpan, key_range_table
+from lvsa_compile.policies.tables import VideoSpan
 from lvsa_compile.selection import select
 from lvsa_compile.selection.contract import AttentionCall
 
@@ -110,7 +111,7 @@ def test_torch_npu_2_11_has_the_same_schemas(name):
 def call_of(name: str, device: str, batch: int = 1, masked: bool = False) -> AttentionCall:
     tokens, dim = (256, 64) if name == "block_sparse" else (150, 64)
     pattern, span = FramePattern(9, 1, 1, 4), VideoSpan(128, 9, tokens, 9)
-    return AttentionCall(torch.device(device), torch.bfloat16, batch, 4, 2, dim, dim, span, span, pattern, masked=masked)
+    return attention_call(torch.device(device), torch.bfloat16, batch, 4, 2, dim, dim, span, span, pattern, masked=masked)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -122,7 +123,7 @@ def test_the_meta_kernels_take_the_calls(name, batch, masked):
     call = call_of(name, "meta", batch, masked)
     lowering = on_any_device(name)
     assert lowering.refusal(call) is None
-    run = lowering.on_device(call, key_range_table(call.pattern, call.query, call.key))
+    run = lowering.on_device(call)
     shape = (batch, call.query.length, 4, 64)
     query, key, value = (torch.empty(*shape[:2], heads, 64, device="meta", dtype=call.dtype).transpose(1, 2) for heads in (4, 2, 2))
     mask = torch.empty(batch, 1, 1, call.key.length, dtype=torch.bool, device="meta") if masked else None

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from lvsa_compile.lowering.ascend.ops import of_phase, why_no_npu, why_not_ascend
 from lvsa_compile.ops.attention import default_scale
-from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
-from lvsa_compile.policies.tables import KeyRangeTable, VideoSpan
+from lvsa_compile.policies.contract import Frames
+from lvsa_compile.policies.tables import VideoSpan
 from lvsa_compile.selection.contract import AttentionCall, Lowering, Prepared
-from lvsa_compile.selection.rates import by_rate
 
 _BLOCK = 128
 _HEAD_DIMS = (64, 128)
@@ -54,12 +53,13 @@ class BlockSparseAttention:
         return output, log_sum_exp.squeeze(3)
 
 
-def _prepare(call: AttentionCall, table: KeyRangeTable) -> Prepared:
-    attended = [_attended(call.pattern, phase) for phase in range(table.phases)]
+def _prepare(call: AttentionCall) -> Prepared:
+    assert call.plan.frames is not None
+    attended = [_attended(call.plan.frames, phase) for phase in range(call.plan.table.rows)]
     return Prepared(BlockSparseAttention(call), (attended, _regions(call.query), _regions(call.key)))
 
 
-def _attended(pattern: FramePattern, phase: int) -> list[list[int]]:
+def _attended(pattern: Frames, phase: int) -> list[list[int]]:
     """Which region attends which: all, but frames only some frames.  Regions are what is before the video, its frames, what is after."""
     everything = [1] * (pattern.frames + 2)
     frames = []
@@ -98,8 +98,9 @@ LOWERING = Lowering(
     "torch_npu's block-sparse attention, where frames are whole blocks of 128 tokens",
     priority=55,
     prepare=_prepare,
+    traceable=True,
     unavailable=why_no_npu,
     refuses=_refuses,
-    speedup=by_rate("ascend_block_sparse"),
+    rates={"npu": 0.85},
     trial_tokens=(_BLOCK, 70),
 )

@@ -19,9 +19,7 @@ from lvsa_compile.lowering.ascend.ops import (
     why_not_ascend,
 )
 from lvsa_compile.lowering.ascend.pages import FrameSlots, frame_slots
-from lvsa_compile.policies.tables import KeyRangeTable
 from lvsa_compile.selection.contract import AttentionCall, Lowering, Prepared
-from lvsa_compile.selection.rates import by_rate
 
 _MOST_BYTES = 2**30  # of gathered keys, and as many of values, at a time
 
@@ -83,8 +81,9 @@ class GatheredAttention:
         return own.flatten(0, 1)
 
 
-def _prepare(call: AttentionCall, table: KeyRangeTable) -> Prepared:
-    slots = frame_slots(call.pattern, table.phases)
+def _prepare(call: AttentionCall) -> Prepared:
+    assert call.plan.frames is not None
+    slots = frame_slots(call.plan.frames, call.plan.table.rows)
     return Prepared(GatheredAttention(call, slots), (slots.attended,))
 
 
@@ -93,7 +92,8 @@ LOWERING = Lowering(
     "torch_npu's fused attention over keys gathered for a few frames at a time",
     priority=70,
     prepare=_prepare,
+    traceable=True,
     unavailable=why_no_npu,
     refuses=why_not_ascend,
-    speedup=by_rate("ascend_gather"),
+    rates={"npu": 0.70},
 )

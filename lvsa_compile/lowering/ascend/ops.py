@@ -37,17 +37,19 @@ def why_no_npu(device: torch.device) -> str | None:
 def why_not_ascend(call: AttentionCall) -> str | None:
     """Why no lowering for Ascend can serve a call, or None; the limits are those of torch_npu's documentation of the op."""
     spans = (call.query, call.key)
+    if call.plan.frames is None or call.plan.table.heads > 1:
+        return f"its tables hold whole latent frames, and policy {call.plan.policy.name!r} chooses others"
     if call.dtype not in _DTYPES:
         return f"torch_npu's fused attention takes bfloat16 and float16, not {call.dtype}"
     if any(span.open_ended or span.free_start for span in spans):
         return "its tables want numbers of tokens that are known when it is compiled"
-    if call.own_ranges:
+    if call.plan.restriction is not None:
         return "a constant mask leaves frames keys of their own, its tables hold whole frames"
     if call.masked and call.mask_heads not in (1, call.key_heads):
         return f"its keys have {call.key_heads} heads, the mask {call.mask_heads}"
     if call.query.tokens_per_frame < 2:
         return "frames of one token go to another kernel of torch_npu"
-    if call.dense_step:
+    if call.plan.dense_steps:
         return "dense_steps makes a step that attends everything, and its shapes are those of the sparse steps"
     width = padded_width(call.head_dim, call.value_dim, score_columns=True)
     if width > _MOST_HEAD_DIM:
@@ -56,8 +58,8 @@ def why_not_ascend(call: AttentionCall) -> str | None:
         return f"torch_npu's fused attention takes {_MOST_HEADS} heads, {_MOST_HEADS_PER_KEY_HEAD} to a key head, not {call.query_heads}"
     if call.query_heads * width >= _MOST_WIDTH:
         return f"torch_npu's fused attention takes fewer than {_MOST_WIDTH} columns of all heads, not {call.query_heads * width}"
-    if call.batch * call.pattern.frames > _MOST_BATCH:
-        return f"torch_npu's fused attention takes batches up to {_MOST_BATCH}, not {call.batch} of {call.pattern.frames} frames"
+    if call.batch * call.query.frames > _MOST_BATCH:
+        return f"torch_npu's fused attention takes batches up to {_MOST_BATCH}, not {call.batch} of {call.query.frames} frames"
     return None
 
 

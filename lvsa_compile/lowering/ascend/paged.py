@@ -9,9 +9,7 @@ from torch import Tensor
 
 from lvsa_compile.lowering.ascend.ops import around_of, fused_attention, joined, of_phase, operands, video_of, why_no_npu, why_not_ascend
 from lvsa_compile.lowering.ascend.pages import PAGE, PageLayout, frame_slots
-from lvsa_compile.policies.tables import KeyRangeTable
 from lvsa_compile.selection.contract import AttentionCall, Lowering, Prepared
-from lvsa_compile.selection.rates import by_rate
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,9 @@ class PagedAttention:
         return torch.cat(parts, 1).flatten(0, 1)
 
 
-def _prepare(call: AttentionCall, table: KeyRangeTable) -> Prepared:
-    slots = frame_slots(call.pattern, table.phases)
+def _prepare(call: AttentionCall) -> Prepared:
+    assert call.plan.frames is not None
+    slots = frame_slots(call.plan.frames, call.plan.table.rows)
     layout = PageLayout(slots, call.key.tokens_per_frame, call.key.prefix + call.key.suffix)
     return Prepared(PagedAttention(call, layout), (slots.attended, layout.table()))
 
@@ -86,8 +85,9 @@ LOWERING = Lowering(
     "torch_npu's fused attention over pages of keys: no frame is copied for each that attends it",
     priority=60,
     prepare=_prepare,
+    traceable=True,
     unavailable=why_no_npu,
     refuses=why_not_ascend,
-    speedup=by_rate("ascend_paged"),
+    rates={"npu": 0.80},
     trial_tokens=(200, 140),  # pages that frames share, of the text, and tails
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
+from lvsa_compile.policies.contract import Frames
 
 PAGE = 128
 """Tokens of a page of keys."""
@@ -33,7 +33,7 @@ class FrameSlots:
 
 
 @functools.lru_cache(maxsize=64)
-def frame_slots(pattern: FramePattern, phases: int) -> FrameSlots:
+def frame_slots(pattern: Frames, phases: int) -> FrameSlots:
     """The slots of the first ``phases`` phases of a pattern."""
     attended = [[pattern.attended(frame, phase) for frame in range(pattern.frames)] for phase in range(phases)]
     most = max(len(row) for phase in attended for row in phase)

@@ -1,0 +1,64 @@
+"""A policy as users give it: a name, a policy, or a name with fields as JSON has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from lvsa_compile.errors import OptionError
+from lvsa_compile.policies.contract import Policy
+from lvsa_compile.registry import POLICIES, registered
+
+
+def policy_names() -> tuple[str, ...]:
+    """The names of all policies."""
+    return tuple(kind.name for kind in registered(POLICIES).values)
+
+
+def given_policy(option: str, value: Any) -> Policy:
+    """The policy that ``value`` of an option stands for.
+
+    Args:
+        option: the option's name, for errors.
+        value: a name (its defaults), a policy, or a dict with ``name`` and fields, such as ``{"name": "lvsa", "window": 2}``.
+
+    Raises:
+        OptionError: there is no such policy, or it has no such field, or a field cannot have the value.
+    """
+    if isinstance(value, Policy) and not isinstance(value, type):
+        return _checked(option, value)
+    fields = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
+    kinds = {kind.name: kind for kind in registered(POLICIES).values}
+    name = fields.pop("name", None)
+    if name not in kinds:
+        nearest = difflib.get_close_matches(str(name), kinds, n=1, cutoff=0.5)
+        remedy = f"Did you mean {nearest[0]!r}?" if nearest else f"Give one of {', '.join(map(repr, kinds))}, or a policy object."
+        raise OptionError(option, value, "no policy has this name" if isinstance(name, str) else "no policy", remedy)
+    known = {field.name: field for field in dataclasses.fields(kinds[name])}
+    for field in fields:
+        if field not in known:
+            raise OptionError(option, value, f"policy {name!r} has no field {field!r}", f"Its fields are: {', '.join(known)}.")
+    policy: Policy = kinds[name](**{field: tuple(v) if isinstance(v, list) else v for field, v in fields.items()})
+    return policy
+
+
+def _checked(option: str, policy: Policy) -> Policy:
+    try:
+        hash(policy)
+    except TypeError:
+        remedy = "Make it a dataclass(frozen=True) with hashable fields."
+        raise OptionError(option, type(policy).__name__, "a policy that cannot be hashed", remedy) from None
+    return policy
+
+
+def told(policy: Policy) -> dict[str, Any]:
+    """A policy as reports have it: its name and the fields that are not at their defaults."""
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
+    changed: dict[str, Any] = {f.name: getattr(policy, f.name) for f in fields if getattr(policy, f.name) != f.default}
+    return {"name": policy.name, **{name: value if _is_plain(value) else str(value) for name, value in changed.items()}}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str, bool, type(None), list, tuple, dict))

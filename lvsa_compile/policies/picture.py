@@ -1,0 +1,60 @@
+"""A plan as a picture: which block attends which, for reports and terminals."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from lvsa_compile.policies.contract import Frames, Plan
+from lvsa_compile.policies.tables import KeyRangeTable, intersection
+
+_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class View:
+    """What is attended in one row of the table by one head: columns ``shared`` by all, and runs ``[first, last]`` of each block's own."""
+
+    shared: tuple[int, ...]
+    own: tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The views of a plan, by ``turns``: denoising steps, or heads where these differ.
+
+    Rows are query blocks; ``columns`` are latent frames (``of_frames``), or equal parts of the key sequence.
+    """
+
+    columns: int
+    of_frames: bool
+    turns: str
+    views: tuple[View, ...]
+
+
+def picture_of(plan: Plan) -> Picture:
+    """The picture of a plan; without the row of its dense steps."""
+    if plan.frames is not None:
+        return Picture(plan.frames.frames, True, "step", tuple(_of_frames(plan.frames, row) for row in range(plan.sparse_rows)))
+    by_head = plan.table.heads > 1
+    turns = [(0, head) for head in range(plan.table.heads)] if by_head else [(row, 0) for row in range(plan.sparse_rows)]
+    keys = plan.geometry.key.length
+    views = tuple(_of_table(plan.table, row, head, keys) for row, head in turns)
+    return Picture(min(keys, _COLUMNS), False, "head" if by_head else "step", views)
+
+
+def _of_frames(frames: Frames, row: int) -> View:
+    shared = frames.anchors(row)
+    windows = ([f for f in frames.attended(frame, row) if f not in shared] for frame in range(frames.frames))
+    return View(tuple(shared), tuple(((own[0], own[-1]),) if own else () for own in windows))
+
+
+def _of_table(table: KeyRangeTable, row: int, head: int, keys: int) -> View:
+    count = min(keys, _COLUMNS)
+    edges = [column * keys // count for column in range(count + 1)]
+    own = []
+    for ranges in table.key_ranges[row][head]:
+        attended = [bool(intersection(ranges, (part,))) for part in itertools.pairwise(edges)]
+        runs = [list(run) for is_attended, run in itertools.groupby(range(count), attended.__getitem__) if is_attended]
+        own.append(tuple((run[0], run[-1]) for run in runs))
+    return View((), tuple(own))
