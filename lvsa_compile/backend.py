@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +32,7 @@ from lvsa_compile.passes.find_timestep import find_timestep
 from lvsa_compile.passes.follow_trails import follow_trails
 from lvsa_compile.passes.internal_error import is_internal, left_as_it_came, where
 from lvsa_compile.passes.look_around import look_around
+from lvsa_compile.passes.pipeline import run_passes
 from lvsa_compile.passes.rewrite import lower, rewrite
 from lvsa_compile.passes.trace_layout import trace_layout
 from lvsa_compile.passes.verify import verify
@@ -120,7 +118,7 @@ def _decided(
 ) -> Compilation:
     """Runs passes and settles what they decided; where this package fails on the way, the graph is left as it came."""
     try:
-        compilation = _run(passes, beginning())
+        compilation = run_passes(passes, beginning(), known=PIPELINE)
         settle(compilation)
     except Exception as error:
         if not is_internal(error, options):
@@ -194,29 +192,6 @@ def analyse(
 ) -> Compilation:
     """What the backend would decide for a graph that is to run on ``device``, without rewriting or compiling anything."""
     return _decided(ANALYSIS, lambda: _beginning(graph_module, example_inputs, options, device), options, report_of)
-
-
-def _run(passes: Sequence[Pass], compilation: Compilation) -> Compilation:
-    """Runs passes in order; with LVSA_DUMP_DIR set, writes the graph before the first and after each one."""
-    _dump(compilation, "0-before")
-    for number, step in enumerate(passes, start=1):
-        name = getattr(step, "__name__", str(step))
-        started = time.perf_counter()
-        compilation = step(compilation)
-        log.debug("pass %s took %.3f s", name, time.perf_counter() - started)
-        _dump(compilation, f"{number}-{name}")
-    return compilation
-
-
-def _dump(compilation: Compilation, stage: str) -> None:
-    folder = os.environ.get("LVSA_DUMP_DIR")
-    if not folder:
-        return
-    path = Path(folder) / f"{compilation.compile_id.replace('/', '.')}.{stage}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"# {compilation.model or 'graph'} [{compilation.compile_id}] {stage}"]
-    lines += [f"# {d.name}: {f'sparse by {d.plan.choice.lowering.name}' if d.plan else d.miss} [{d.layout}]" for d in compilation.decisions]
-    path.write_text("\n".join([*lines, "", str(compilation.graph_module.print_readable(print_output=False))]))
 
 
 def _compile_inner(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Options, stamp: str) -> Callable[..., Any]:

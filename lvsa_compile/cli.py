@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import platform
 import shlex
@@ -136,9 +137,10 @@ def bisect(
 
 @app.command()
 def doctor() -> None:
-    """Versions, devices, and each lowering: usable, or why not."""
+    """Versions, devices, policies, and each lowering: usable, or why not."""
     import torch
 
+    from lvsa_compile.registry import LOWERINGS, POLICIES, registered
     from lvsa_compile.report.report import versions
     from lvsa_compile.selection.select import lowerings
 
@@ -156,6 +158,16 @@ def doctor() -> None:
         refusals = [lowering.unavailable(torch.device(device)) for device in devices]
         table.add_row(lowering.name, lowering.summary, *("usable" if refusal is None else refusal for refusal in refusals))
     console.print(table)
+
+    table = Table("policy", "what it is")
+    for kind in registered(POLICIES).values:
+        table.add_row(kind.name, (inspect.getdoc(kind) or "").partition("\n")[0])
+    console.print(table)
+    for what, group in (("lowering", LOWERINGS), ("policy", POLICIES)):
+        for failed in registered(group).failed:
+            console.print(
+                Text(f"{what} {failed.name!r} of {failed.where} is left out, it cannot be imported: {failed.error}"), soft_wrap=True
+            )
 
 
 @app.command()

@@ -14,7 +14,6 @@ from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import GradientError, ShapeError, StepError, UnknownOptionError
 from lvsa_compile.ops.attention import accumulation_dtype, library, output_like
-from lvsa_compile.policies.contract import Plan
 from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
 from lvsa_compile.policies.lvsa.policy import plan_with
 from lvsa_compile.policies.tables import VideoSpan
@@ -99,7 +98,8 @@ def sparse_attention(
 def _body(
     query: Tensor, key: Tensor, value: Tensor, step: Tensor, grid: list[int], prefix: int, suffix: int, scale: float | None, *pattern: Any
 ) -> Any:
-    plan = _checked(query, key, value, grid, prefix, suffix, pattern)
+    span, frame_pattern = _checked(query, key, value, grid, prefix, suffix, pattern)
+    plan = plan_with(frame_pattern, span, span, heads=query.shape[1])
     batch, heads, _, head_dim = query.shape
     call = AttentionCall(query.device, query.dtype, batch, heads, key.shape[1], head_dim, value.shape[3], plan, device_only=True)
     attention = _ready(select(call).lowering, call)
@@ -114,8 +114,10 @@ def _fake(
     return output_like(query, value), torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device=query.device)
 
 
-def _checked(query: Tensor, key: Tensor, value: Tensor, grid: list[int], prefix: int, suffix: int, pattern: tuple[Any, ...]) -> Plan:
-    """The plan of a call whose arguments fit together."""
+def _checked(
+    query: Tensor, key: Tensor, value: Tensor, grid: list[int], prefix: int, suffix: int, pattern: tuple[Any, ...]
+) -> tuple[VideoSpan, FramePattern]:
+    """Span and pattern of a call whose arguments fit together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ShapeError(
@@ -152,7 +154,7 @@ def _checked(query: Tensor, key: Tensor, value: Tensor, grid: list[int], prefix:
             f"prefix {prefix} + {grid[0]}·{grid[1]}·{grid[2]} + suffix {suffix} = {span.length} tokens, but the query has {query.shape[2]}",
             "Make grid, prefix and suffix add up to the query's tokens.",
         )
-    return plan_with(FramePattern(grid[0], *pattern), span, span, heads=query.shape[1])
+    return span, FramePattern(grid[0], *pattern)
 
 
 @dropped_on_reset

@@ -65,6 +65,12 @@ def _indices(value: Any) -> tuple[str, str] | None:
     return "not a list of whole numbers from 0", "Give the indices of video attention sites, such as [0, 1]."
 
 
+def _names(value: Any) -> tuple[str, str] | None:
+    if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
+        return None
+    return "not a list of names", "Give names of passes, such as ['rewrite']."
+
+
 def _lowering(value: Any) -> tuple[str, str] | None:
     from lvsa_compile.selection.select import lowering_names
 
@@ -146,6 +152,7 @@ class Options:
     max_sites: int | None = _option(
         None, "Rewrite at most this many sites, in the model's order; for finding the one that matters.", _optional(_whole(0, frames=False))
     )
+    disable_passes: tuple[str, ...] = _option((), "Passes of the compiler to switch off, by name; for finding a fault.", _names)
     lower_padding_masks: bool = _option(
         True, "Whether a site whose mask is the same for every query (padding) may be sparse, with the mask kept.", _flag
     )
@@ -364,8 +371,7 @@ def _parsed(given: Mapping[str, Any], sources: Mapping[str, str]) -> Options:
                 inductors.append((written, value))
             else:
                 raise UnknownOptionError(name, value, names | set(compat.inductor_options()) if "." in name else names)
-        if isinstance(ours.get("dense_layers"), list):
-            ours["dense_layers"] = tuple(ours["dense_layers"])
+        ours |= {name: tuple(value) for name, value in ours.items() if isinstance(value, list)}
         return Options(**ours, inductor=tuple(inductors), sources=tuple(sources.items()))
     except OptionError as error:
         if error.name in sources:

@@ -139,7 +139,8 @@ class _Region:
         value = None if timestep is None else inputs.leaves[timestep]
         if timestep is not None:
             clock.tells(model, inputs.names[timestep], "")
-        clock.clock_of(model).tick(value if isinstance(value, Tensor | None) else torch.tensor(float(value)))
+        size = tuple(tuple(leaf.shape[-4:]) for leaf in inputs.leaves if isinstance(leaf, Tensor) and leaf.dim() == 5)
+        clock.clock_of(model).tick(value if isinstance(value, Tensor | None) else torch.tensor(float(value)), size)
         running = _Running(self, trace, context.Parent(model))
         _running.set((*_running.get(), running))
         context.parent.set(running.parent)

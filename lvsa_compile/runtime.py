@@ -59,7 +59,7 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
             if extra.rows is not None:
                 return clock.phase(extra.rows, extra.device, step)
             if extra.state is not None:
-                return clock.state((block, extra.site), extra.state, extra.device, size)
+                return clock.state((block, extra.site), extra.state, extra.device)
             return clock.branch(extra.device) if extra.is_branch else extra.value
 
         return {extra.name: value(extra) for extra in extra_inputs if extra.step == step}

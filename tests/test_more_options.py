@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import pytest
 import torch
 from plans import attention_call
@@ -152,3 +155,50 @@ def test_a_lowering_asked_for_by_name_that_cannot_serve_is_an_error():
     assert lvsa_compile.reports()[0].sparse_sites[0].lowering == "cpu"
     with pytest.raises(Exception, match="lowering 'dense_merge' cannot be used here: dense_merge: the dense kernel wants equal head dims"):
         torch.compile(model, backend="lvsa", options={**EXACT, "lowering": "dense_merge"})(*dit_inputs())
+
+
+@pytest.mark.parametrize("name", ["trace_layout", "find_horizon", "rewrite", "lower"])
+def test_a_pass_that_is_switched_off_leaves_sites_dense_and_says_so(name):
+    model, inputs = randomise(VideoDiT()), dit_inputs()
+    options = {**EXACT, "inner": "eager", "disable_passes": [name]}
+    with torch.no_grad():
+        plain = model(*inputs)
+        assert torch.equal(torch.compile(model, backend="lvsa", options=options)(*inputs), plain)
+    (report,) = lvsa_compile.reports()
+    assert {site.reason for site in report.sites} == {"pass_disabled"}
+    assert report.sites[0].detail == f"disable_passes=['{name}']"
+    assert name not in [done.name for done in report.graphs[0].passes]
+
+
+@pytest.mark.parametrize("name", ["count_work", "look_around", "find_timestep", "follow_trails", "verify"])
+def test_passes_for_the_report_can_be_switched_off(name):
+    model, inputs = randomise(VideoDiT()), dit_inputs()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = torch.compile(model, backend="lvsa", options={**EXACT, "inner": "eager"})(*inputs)
+        torch._dynamo.reset()
+        found = torch.compile(model, backend="lvsa", options={**EXACT, "inner": "eager", "disable_passes": (name,)})(*inputs)
+    assert torch.equal(found, wanted)
+    assert len(lvsa_compile.reports()[-1].sparse_sites) == len(lvsa_compile.reports()[-1].sites)
+
+
+@pytest.mark.parametrize(("given", "text"), [
+    (["rewrites"], "option disable_passes=['rewrites']: there is no pass 'rewrites'. The passes are: count_work, find_attention,"),
+    (["decide"], "option disable_passes=['decide']: nothing is known without pass 'decide'. Use backend=\"inductor\" to do without all"),
+    ("rewrite", "option disable_passes='rewrite': not a list of names. Give names of passes, such as ['rewrite']."),
+])  # fmt: skip
+def test_a_pass_that_cannot_be_switched_off_is_an_error(given, text):
+    model, inputs = randomise(VideoDiT()), dit_inputs()
+    with pytest.raises(Exception, match=re.escape(text)), torch.no_grad():
+        torch.compile(model, backend="lvsa", options={**EXACT, "disable_passes": given})(*inputs)
+
+
+def test_each_pass_says_what_it_changed(caplog):
+    model, inputs = randomise(VideoDiT()), dit_inputs()
+    with torch.no_grad(), caplog.at_level("DEBUG", logger="lvsa_compile.passes.pipeline"):
+        torch.compile(model, backend="lvsa", options={**EXACT, "inner": "eager"})(*inputs)
+    told = {done.name: done.changed for done in lvsa_compile.reports()[0].graphs[0].passes}
+    assert told["find_attention"] == "sites: 1"
+    assert told["rewrite"].startswith("decisions: 1; extra_inputs: 3; changed: True; +")
+    assert told["verify"] == "nothing changed"
+    assert re.search(r"pass \d+ rewrite: decisions: 1; extra_inputs: 3; .* \(\d+\.\d{3} s\)", caplog.text)

@@ -105,6 +105,7 @@ class Clock:
         self._branch: dict[int, Tensor | int] = {}  # by thread: the number of the call within its step
         self._explicit: dict[Caller, tuple[int | None, int]] = {}  # the explicit step of the last call, and its number within the step
         self._states = States()
+        self._caller: dict[int, Caller] = {}  # by thread: whose video its last call belongs to
         self._scalars: dict[Hashable, Tensor] = {}
         self._moves = 0  # how often the step may have changed
         self._filled: dict[Hashable, tuple[int, int | None]] = {}  # what the step was when a scalar was filled
@@ -145,6 +146,7 @@ class Clock:
         with self._lock, torch.inference_mode(False):
             self._moves += 1
             thread = threading.get_ident()
+            self._caller[thread] = (thread, size)
             if timestep is None or explicit_step() is not None:
                 self._count_explicit((thread, size))
             if timestep is None:
@@ -222,10 +224,11 @@ class Clock:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             return self._scalar(("branch", device, thread), lambda: self._branch.get(thread, 0))
 
-    def state(self, site: Hashable, state: State, device: torch.device, size: Hashable = None) -> Tensor:
-        """What a site keeps for the video of this thread and ``size``."""
+    def state(self, site: Hashable, state: State, device: torch.device) -> Tensor:
+        """What a site keeps for the video that the last call of this thread belongs to."""
+        thread = threading.get_ident()
         with self._lock:
-            return self._states.of((threading.get_ident(), size), site, state, device)
+            return self._states.of(self._caller.get(thread, (thread, None)), site, state, device)
 
     def _scalar(self, key: Any, value: Callable[[], Tensor | int]) -> Tensor:
         """An int32 scalar on ``key[1]``, always the same tensor, filled once per call: many graphs may ask, and the host would wait."""

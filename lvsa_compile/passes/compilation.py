@@ -137,6 +137,15 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class PassRun:
+    """A pass that ran: what it changed, in a line, and how many seconds it took."""
+
+    name: str
+    changed: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Compilation:
     """The state of one compile.
 
@@ -148,7 +157,7 @@ class Compilation:
     input that moved the clock before this graph runs. ``step_of`` tells which of several denoising
     steps of the graph a site belongs to.  ``flops`` are those of the whole graph, dense, 0 where a size is not a number.
     ``outgoing`` is what to say of outputs, by position, for the next graph of the same forward. A pass that changes what the graph
-    computes sets ``changed``; without it the graph is compiled as it came.
+    computes sets ``changed``; without it the graph is compiled as it came.  ``passes`` are those that ran.
     """
 
     graph_module: fx.GraphModule
@@ -180,6 +189,7 @@ class Compilation:
     outgoing: tuple[tuple[int, Axes], ...] = ()
     flops: float = 0.0
     changed: bool = False
+    passes: tuple[PassRun, ...] = ()
 
     @property
     def facts(self) -> Facts:

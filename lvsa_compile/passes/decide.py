@@ -25,6 +25,9 @@ from lvsa_compile.selection.contract import AttentionCall
 from lvsa_compile.selection.measure import seconds_of_dense
 from lvsa_compile.selection.select import select
 
+_NEEDED = ("trace_layout", "rewrite", "lower", "find_horizon")
+"""Passes without which no site can be sparse, the last where the policy asks for the training horizon."""
+
 
 def decide(compilation: Compilation) -> Compilation:
     """Fills in ``decisions``, one per site, and ``specialised``, the symbolic sizes that had to be fixed."""
@@ -68,9 +71,13 @@ def _decision(
     if isinstance(outcome, SparsePlan):
         return dataclasses.replace(decision, plan=outcome)
     decision = dataclasses.replace(decision, mendable=_is_mendable(outcome, compilation))
-    form = compilation.masks.get(site.node) if _could_be_masked(attention, outcome) and compilation.options.lower_padding_masks else None
+    form = compilation.masks.get(site.node) if _could_be_masked(attention, outcome) and _takes_masks_apart(compilation.options) else None
     apart = form if form is not None and form.queries and form.pairs is None else None
     return dataclasses.replace(decision, mask=apart, miss=outcome)
+
+
+def _takes_masks_apart(options: Options) -> bool:
+    return options.lower_padding_masks and "rewrite" not in options.disable_passes
 
 
 def _is_mendable(miss: Miss, compilation: Compilation) -> bool:
@@ -110,6 +117,10 @@ def _shown(layouts: tuple[TokenLayout, TokenLayout] | None) -> str:
 def _decide(
     site: AttentionSite, layouts: tuple[TokenLayout, TokenLayout] | None, compilation: Compilation, specialised: list[str]
 ) -> SparsePlan | Miss:
+    needed = _NEEDED if compilation.options.chosen_policy.needs_horizon else _NEEDED[:-1]
+    off = [name for name in needed if name in compilation.options.disable_passes]
+    if off:
+        return reasons.PASS_DISABLED.because(f"disable_passes={off}")
     query, key, value = (example_value(node) for node in (site.query, site.key, site.value))
     if any(isinstance(t, Tensor) and t.requires_grad for t in (query, key, value)):
         return reasons.TRAINING.because()

@@ -158,6 +158,9 @@ class Plan:
         parts: a hint: into about how many dense attentions of equal shape a row falls.
         dense_steps: denoising steps at the start in which everything is attended.
         restriction: what a constant mask leaves each query block, None where there is no such mask.
+
+    Raises:
+        PlanError: table and rows do not fit the geometry; names what is wrong.
     """
 
     policy: Any
@@ -174,6 +177,7 @@ class Plan:
     restriction: tuple[tuple[Range, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        _check(self)
         if self.density < 0.0:
             object.__setattr__(self, "density", self.table.density(self.geometry.query, self.geometry.key))
 
@@ -200,23 +204,8 @@ class Plan:
 
 @functools.lru_cache(maxsize=64)
 def plan_of(policy: Policy, geometry: Geometry, facts: Facts) -> Plan:
-    """The plan of a policy, checked.
-
-    Raises:
-        PlanError: the plan does not fit the geometry; names what is wrong with it.
-    """
-    plan = policy.plan(geometry, facts)
-    table = plan.table
-    if table.heads not in (1, geometry.heads):
-        raise PlanError(policy.name, "table", f"it has {table.heads} heads", f"Give 1 or {geometry.heads}, the query heads.")
-    if table.query_bounds[0] != 0 or table.query_bounds[-1] < geometry.query.length:
-        problem = f"its query blocks hold rows {table.query_bounds[0]} to {table.query_bounds[-1]} of {geometry.query.length}"
-        raise PlanError(policy.name, "table", problem, "Let query_bounds begin at 0 and end at the query's length.")
-    if plan.rows.count > table.rows:
-        raise PlanError(policy.name, "rows", f"a step may choose row {plan.rows.count - 1} of {table.rows}", "Give the table more rows.")
-    if any(len(blocks) != len(table.query_bounds) - 1 for heads in table.key_ranges for blocks in heads):
-        raise PlanError(policy.name, "table", "a row has more or fewer blocks than query_bounds", "Give each query block its key ranges.")
-    return plan
+    """The plan of a policy for a site to which it applies, made once."""
+    return policy.plan(geometry, facts)
 
 
 @functools.lru_cache(maxsize=64)
@@ -244,3 +233,16 @@ def _difference(two: Any, one: Any) -> Any:
     if isinstance(two, KeyRangeTable):
         return KeyRangeTable(_difference(two.query_bounds, one.query_bounds), _difference(two.key_ranges, one.key_ranges))
     return tuple(map(_difference, two, one)) if isinstance(two, tuple) else two - one
+
+
+def _check(plan: Plan) -> None:
+    table, geometry, name = plan.table, plan.geometry, plan.policy.name
+    if table.heads not in (1, geometry.heads):
+        raise PlanError(name, "table", f"it has {table.heads} heads", f"Give 1 or {geometry.heads}, the query heads.")
+    if table.query_bounds[0] != 0 or table.query_bounds[-1] < geometry.query.length:
+        problem = f"its query blocks hold rows {table.query_bounds[0]} to {table.query_bounds[-1]} of {geometry.query.length}"
+        raise PlanError(name, "table", problem, "Let query_bounds begin at 0 and end at the query's length.")
+    if any(len(blocks) != len(table.query_bounds) - 1 for heads in table.key_ranges for blocks in heads):
+        raise PlanError(name, "table", "a row has more or fewer blocks than query_bounds", "Give each query block its key ranges.")
+    if plan.rows.count > table.rows:
+        raise PlanError(name, "rows", f"a step may choose row {plan.rows.count - 1} of {table.rows}", "Give the table more rows.")

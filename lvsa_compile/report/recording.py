@@ -42,6 +42,7 @@ def report_of(compilation: Compilation) -> Report:
         compilation.specialised,
         compilation.position.breaks,
         compilation.flops,
+        passes=compilation.passes,
     )
     return Report(
         compilation.model,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lvsa_compile.forward.calls import Calls
-from lvsa_compile.passes.compilation import Segments, TrailStep
+from lvsa_compile.passes.compilation import PassRun, Segments, TrailStep
 from lvsa_compile.policies.contract import Plan
 
 UNKNOWN_HORIZON = "unknown"
@@ -93,6 +93,7 @@ class SiteReport:
 class GraphReport:
     """One graph of a forward: Dynamo makes several where the model ``breaks``.  ``flops`` are all of it, dense; 0 where not known.
 
+    ``passes`` are the passes that ran, each with what it changed and its seconds.
     ``clock_saw`` tells the timesteps that its models' clocks saw; ``calls`` counts its calls where it was compiled.
     """
 
@@ -103,6 +104,7 @@ class GraphReport:
     breaks: bool = False
     flops: float = 0.0
     clock_saw: tuple[str, ...] = ()
+    passes: tuple[PassRun, ...] = field(default=(), compare=False)
     calls: Calls | None = field(default=None, repr=False, compare=False)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from lvsa_compile.forward.calls import calls_of
 from lvsa_compile.ops import verified as verification
+from lvsa_compile.policies.contract import Plan
 from lvsa_compile.policies.given import told
 from lvsa_compile.reasons import HORIZON_UNKNOWN, NO_GRID, PATTERN_FULL, REASONS
 from lvsa_compile.report.names import together
@@ -84,13 +85,8 @@ class Report:
 
     @property
     def lengths(self) -> str:
-        """How long the videos of the sparse sites are, in words."""
-        plans = [site.plan for site in self.sparse_sites if site.plan is not None]
-        found = dict.fromkeys((plan.geometry.total_frames, plan.facts.horizon) for plan in plans)
-        return ", ".join(
-            f"{frames} latent frames" + (f", {frames / horizon.frames:.2g}× the training horizon" if horizon is not None else "")
-            for frames, horizon in found
-        )
+        """How long the videos of the sparse sites are and what makes them sparse, in words."""
+        return "; ".join(dict.fromkeys(_length_of(site.plan) for site in self.sparse_sites if site.plan is not None))
 
     @property
     def also_missing(self) -> str:
@@ -138,7 +134,7 @@ class Report:
             lines.append(f"    after that there is also {self.also_missing}")
         if self.sparse_sites:
             lines += [f"  {name}: {said}" for name, said in (("work", self.work), ("forward", self.gain)) if said]
-            lines += [f"  video: {self.lengths}, so its attention is sparse", f"  horizon: {self.horizon}"]
+            lines += [f"  video: {self.lengths}", f"  horizon: {self.horizon}"]
         turning = [graph for graph in self.graphs if any(site.decision == SPARSE for site in graph.sites)]
         clocks = dict.fromkeys("; ".join((graph.clock, *graph.clock_saw)) for graph in turning)
         lines += [f"  denoising step: {clock}" for clock in clocks]
@@ -237,6 +233,13 @@ def _with_error(site: SiteReport, compile_id: str) -> SiteReport:
 
 def _measured(site: SiteReport, compile_id: str) -> SiteReport:
     return site if site.measure is None else dataclasses.replace(site, seconds={**site.seconds, **site.measure()})
+
+
+def _length_of(plan: Plan) -> str:
+    frames, horizon = plan.geometry.total_frames, plan.facts.horizon
+    if not plan.policy.needs_horizon or horizon is None:
+        return f"{frames} latent frames, sparse by policy {plan.policy.name!r}"
+    return f"{frames} latent frames, {frames / horizon.frames:.2g}× the training horizon, so its attention is sparse"
 
 
 def _without_plan(site: SiteReport) -> SiteReport:

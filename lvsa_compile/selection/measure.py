@@ -21,9 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import in_a_line
-from lvsa_compile.ops.attention import ATTENTION
 from lvsa_compile.selection.accelerator import random_state_kept
-from lvsa_compile.selection.contract import AttentionCall, Lowering
+from lvsa_compile.selection.contract import AttentionCall, Lowering, Prepared
 from lvsa_compile.selection.cpu_kind import cpu_kind
 from lvsa_compile.source_stamp import source_stamp
 
@@ -46,30 +45,16 @@ def seconds_of_dense(call: AttentionCall) -> float | str:
 
 
 def _dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_bounds: Tensor,
-    key_ranges: Tensor,
-    phase: Tensor,
-    *,
-    scale: float | None = None,
-    key_mask: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, phase: Tensor, *, scale: float | None = None, key_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     grouped = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(query, key, value, key_mask, scale=scale, enable_gqa=grouped), query
 
 
 _DENSE = Lowering(
-    "dense attention",
-    "what is compared with",
-    0,
-    lambda device: None,
-    lambda call: None,
-    speedup=lambda call: 1.0,
-    body=_dense,
-    operator=ATTENTION,
-)
+    "dense attention", "what is compared with", 0, lambda device: None, lambda call: None, speedup=lambda call: 1.0,
+    prepare=lambda call: Prepared(_dense, ()),
+)  # fmt: skip
 
 
 def _seconds_under(lowering: Lowering, call: AttentionCall, setup: str) -> float:

@@ -1,0 +1,419 @@
+"""Policies beside LVSA, through every lowering that serves; whole, block by block, and with graph breaks."""
+
+from __future__ import annotations
+
+import html
+import importlib
+import json
+import re
+import sys
+
+import oracle
+import pytest
+import torch
+from block_policies import COUNTING, BlockDiagonal, Counting, Refusing
+from plans import plan as lvsa_plan
+from test_graph_breaks import breaks_twice
+from test_regional import Stack, with_text
+from tiny_models import VideoDiT, dit_inputs, randomise, wan, wan_inputs
+from torch import nn
+from typer.testing import CliRunner
+
+import lvsa_compile
+from lvsa_compile import FramePattern, LvsaWarning, OptionError, registry
+from lvsa_compile.cli import app
+from lvsa_compile.errors import PlanError
+from lvsa_compile.forward import state
+from lvsa_compile.options import parse_options
+from lvsa_compile.policies.contract import Facts, Geometry, Plan, plan_of
+from lvsa_compile.policies.lvsa.policy import LVSA
+from lvsa_compile.policies.tables import VideoSpan, padded
+from lvsa_compile.report.page import page
+from lvsa_compile.selection import select
+
+EAGER = {"inner": "eager", "lowering": "auto"}
+SERVING = [lowering.name for lowering in select.lowerings() if lowering.name in ("cpu", "dense_merge", "reference")]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+class PerHead(oracle.MaskedAttention):
+    """Inside it, SDPA over the video gets a mask per head."""
+
+    def __init__(self, mask):
+        super().__init__(mask[0])
+        self.per_head = mask
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        before = self.calls
+        masked, self.mask = self.mask, self.per_head[0]
+        try:
+            answer = super().__torch_function__(func, types, args, kwargs)
+        finally:
+            self.mask = masked
+        if self.calls == before:
+            return answer
+        call = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        return torch.nn.functional.scaled_dot_product_attention(**{**call, "attn_mask": self.per_head[None]})
+
+
+def diagonal(frames: int, places: int, heads: int = 2, prefix: int = 0, suffix: int = 0) -> torch.Tensor:
+    """bool [heads, S, S], from the definition."""
+    tokens = frames * places
+    edges = [prefix + tokens * n // 4 for n in range(5)]
+    block = torch.tensor([sum(edge <= at for edge in edges[1:4]) for at in range(prefix, prefix + tokens)])
+    mask = torch.ones(heads, prefix + tokens + suffix, prefix + tokens + suffix, dtype=torch.bool)
+    for head in range(heads):
+        own = block // (2 if head % 2 else 1)
+        mask[head, prefix : prefix + tokens, prefix : prefix + tokens] = own[:, None] == own[None]
+    return mask
+
+
+def masked(model, inputs, mask):
+    with PerHead(mask) as mode:
+        answer = model(*inputs) if isinstance(inputs, tuple) else model(**inputs)[0]
+    assert mode.calls
+    return answer
+
+
+def close(found, wanted):
+    return float((found - wanted).abs().max() / wanted.abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("lowering", SERVING)
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_static_pattern_per_head_by_every_lowering(lowering, inner):
+    model, inputs = wan(), wan_inputs()
+    found = torch.compile(model, backend="lvsa", options={"policy": BlockDiagonal(), "lowering": lowering, "inner": inner})(**inputs)[0]
+    assert close(found, masked(model, inputs, diagonal(9, 12)))
+    (report,) = lvsa_compile.reports()
+    assert [site.lowering for site in report.sparse_sites] == [lowering] * 2
+    assert report.sparse_sites[0].density == pytest.approx(0.375)
+
+
+@pytest.mark.inductor
+def test_a_static_pattern_per_head_by_inductor():
+    model, inputs = wan(), wan_inputs()
+    assert close(
+        torch.compile(model, backend="lvsa", options={"policy": BlockDiagonal()})(**inputs)[0], masked(model, inputs, diagonal(9, 12))
+    )
+
+
+def with_text_before(model, tokens, grid, text):
+    return model.attention(torch.cat([text, tokens], 1))[:, text.shape[1] :]
+
+
+MODELS = {
+    "text before": (lambda: VideoDiT(with_text_before), diagonal(9, 12, prefix=7), 1),
+    "breaks": (lambda: VideoDiT(breaks_twice), diagonal(9, 12), 2),
+}
+
+
+@pytest.mark.parametrize(("make", "mask", "sites"), MODELS.values(), ids=MODELS)
+def test_text_and_graph_breaks(make, mask, sites):
+    model, inputs = randomise(make()), dit_inputs()
+    assert close(torch.compile(model, backend="lvsa", options={**EAGER, "policy": BlockDiagonal()})(*inputs), masked(model, inputs, mask))
+    assert sum(len(report.sparse_sites) for report in lvsa_compile.reports()) == sites
+
+
+def test_block_by_block_and_at_a_second_size():
+    model, alone = randomise(Stack(with_text)), randomise(Stack(with_text))
+    lvsa_compile.compile_repeated_blocks(model, options={**EAGER, "policy": BlockDiagonal()})
+    for frames in (9, 13):
+        inputs = dit_inputs(frames)
+        assert close(model(*inputs), masked(alone, inputs, diagonal(frames, 12, prefix=7)))
+
+
+def test_a_free_number_of_text_tokens_before_the_video():
+    model = randomise(VideoDiT(with_text_before))
+    compiled = torch.compile(model, backend="lvsa", dynamic=True, options={**EAGER, "policy": BlockDiagonal()})
+    for text in (7, 9, 12):
+        inputs = dit_inputs(text=text)
+        assert close(compiled(*inputs), masked(model, inputs, diagonal(9, 12, prefix=text)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_dense_steps_hold_for_every_policy():
+    model = wan()
+    compiled = torch.compile(model, backend="lvsa", options={**EAGER, "policy": BlockDiagonal(), "dense_steps": 1})
+    for step, value in enumerate((900.0, 800.0, 700.0)):
+        inputs = wan_inputs(timestep=value)
+        wanted = masked(model, inputs, diagonal(9, 12)) if step else model(**inputs)[0]
+        assert close(compiled(**inputs)[0], wanted), step
+    assert [site.dense_step_calls for site in lvsa_compile.reports()[0].receipt().sites][:1] == [1]
+
+
+@pytest.mark.parametrize("policy", [BlockDiagonal(), Counting()], ids=["static", "state"])
+def test_verify_measure_report_and_page(policy, counting):
+    model, inputs = wan(), wan_inputs()
+    torch.compile(model, backend="lvsa", options={"inner": "aot_eager", "policy": policy, "verify": policy != Counting()})(**inputs)
+    (report,) = lvsa_compile.reports()
+    site = report.sparse_sites[0]
+    assert site.worst_error is None if policy == Counting() else site.worst_error < 1e-5
+    shown = html.unescape(page(report))
+    assert f"policy {policy.name!r}; density" in shown
+    assert f"video: 9 latent frames, sparse by policy {policy.name!r}" in str(report)
+    (plain,) = {json.dumps(each["policy"]) for each in json.loads(json.dumps(report.to_dict()))["graphs"][0]["sites"] if each["policy"]}
+    assert json.loads(plain) == {"name": policy.name}
+    (view,) = json.loads(re.search(r'id="patterns">(.*?)</script>', page(report), re.DOTALL)[1])
+    if policy == BlockDiagonal():
+        assert (view["turns"], len(view["phases"]), view["columns"]) == ("head", 2, 108)
+        assert view["phases"][0][1] == [[[27 * n, 27 * n + 26]] for n in range(4)]
+        assert view["phases"][1][1] == [[[0, 53]], [[0, 53]], [[54, 107]], [[54, 107]]]
+        assert set(report.measured().sparse_sites[0].seconds) == {site.lowering, "dense"}
+
+
+def counted(model, inputs, branch_calls):
+    """Eager: each site's attention times how often its branch was called."""
+
+    class Times(oracle.MaskedAttention):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            before = self.calls
+            answer = super().__torch_function__(func, types, args, kwargs)
+            return answer * branch_calls if self.calls > before else answer
+
+    with Times(torch.ones(108, 108, dtype=torch.bool)) as mode:
+        answer = model(**inputs)[0]
+    assert mode.calls
+    return answer
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    everything = (*select.lowerings(), COUNTING)
+    monkeypatch.setattr(select, "lowerings", lambda: everything)
+
+
+RUNS = {"whole": "aot_eager", "inductor": "inductor", "blocks": "aot_eager"}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_state_is_kept_by_step_site_and_branch_and_begins_with_each_video(run, counting):
+    model, alone = wan(), wan()
+    options = {"policy": Counting(), "inner": RUNS[run]}
+    if run == "blocks":
+        lvsa_compile.compile_repeated_blocks(model, options=options)
+    compiled = model if run == "blocks" else torch.compile(model, backend="lvsa", options=options)
+    for _video in range(2):
+        for step, value in enumerate((900.0, 600.0, 300.0)):
+            for _branch in range(2):
+                inputs = wan_inputs(timestep=value)
+                assert close(compiled(**inputs)[0], counted(alone, inputs, step + 1)), (step, _branch)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_branches_beyond_those_that_have_state_begin_anew_each_time(counting):
+    model, alone = wan(num_layers=1), wan(num_layers=1)
+    compiled = torch.compile(model, backend="lvsa", options={"policy": Counting(), "inner": "aot_eager"})
+    for step, value in enumerate((900.0, 600.0)):
+        for branch in range(state.BRANCHES + 1):
+            wanted = step + 1 if branch < state.BRANCHES - 1 else 1
+            inputs = wan_inputs(timestep=value)
+            assert close(compiled(**inputs)[0], counted(alone, inputs, wanted)), (step, branch)
+
+
+def test_steps_that_are_said_tell_branches_too(counting):
+    model, alone = wan(num_layers=1), wan(num_layers=1)
+    compiled = torch.compile(model, backend="lvsa", options={"policy": Counting(), "inner": "aot_eager"})
+    for _video in range(2):
+        for step in range(3):
+            for _branch in range(2):
+                with lvsa_compile.step(step):
+                    found = compiled(**wan_inputs())[0]
+                assert close(found, counted(alone, wan_inputs(), step + 1)), (step, _branch)
+
+
+def test_two_models_and_two_sizes_have_state_of_their_own_and_a_third_size_begins_anew(counting):
+    models = [wan(seed, num_layers=1) for seed in range(2)]
+    alone = [wan(seed, num_layers=1) for seed in range(2)]
+    compiled = [torch.compile(model, backend="lvsa", options={"policy": Counting(), "inner": "aot_eager"}) for model in models]
+    first, second = wan_inputs(), wan_inputs(rows=4, columns=3)
+    for step, value in enumerate((900.0, 600.0)):
+        for which, other in ((0, 0), (1, 1), (0, 1)):
+            inputs = (first, second)[other] | {"timestep": torch.tensor([value])}
+            assert close(compiled[which](**inputs)[0], counted(alone[which], inputs, step + 1)), (step, which, other)
+
+
+def test_state_lies_at_fixed_addresses_and_is_told_to_inductor_as_static(counting, monkeypatch):
+    """What lets CUDA graphs take a graph that writes to its inputs."""
+    import torch._inductor.compile_fx as fx
+
+    seen, inner = [], fx._compile_fx_inner
+
+    def spy(graph, example_inputs, **more):
+        seen.append(([node.name for node in graph.graph.find_nodes(op="placeholder")], list(more.get("static_input_idxs") or ())))
+        return inner(graph, example_inputs, **more)
+
+    addresses = []
+
+    def run(graph_module, example_inputs):
+        names = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
+
+        def call(*args):
+            addresses.append([arg.data_ptr() for name, arg in zip(names, args, strict=True) if name.startswith("lvsa_")])
+            return graph_module.forward(*args)
+
+        return call
+
+    monkeypatch.setattr(fx, "_compile_fx_inner", spy)
+    model = wan(num_layers=1)
+    torch.compile(model, backend="lvsa", options={"policy": Counting()})(**wan_inputs())
+    ((names, static),) = seen
+    appended = [n for n in range(len(names)) if n >= len(names) - 6]
+    assert sum(n in static for n in appended) == 4, "two tables and two states, not the row and the branch"
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="lvsa", options={"policy": Counting(), "inner": run})
+    for value in (900.0, 600.0, 950.0, 800.0):
+        compiled(**wan_inputs(timestep=value))
+    assert len(addresses) == 4
+    assert len({tuple(each) for each in addresses}) == 1
+
+
+def test_a_policy_that_answers_a_miss_leaves_the_site_dense_with_its_reason():
+    model, inputs = wan(), wan_inputs()
+    assert torch.equal(torch.compile(model, backend="lvsa", options={**EAGER, "policy": Refusing()})(**inputs)[0], model(**inputs)[0])
+    site = lvsa_compile.reports()[0].sites[0]
+    assert site.reason == "shape_not_supported"
+    assert site.detail == "policy 'refusing' refuses 2 heads of (9, 3, 4)"
+
+
+def test_a_policy_at_the_horizon_serves_where_lvsa_leaves_nothing_out():
+    model = wan()
+    options = {**EAGER, "reference_frames": 9, "window": 1, "policy_at_horizon": BlockDiagonal()}
+    inputs = wan_inputs(9)
+    assert close(torch.compile(model, backend="lvsa", options=options)(**inputs)[0], masked(model, inputs, diagonal(9, 12)))
+    torch._dynamo.reset()
+    longer = wan_inputs(25)
+    mask = oracle.token_mask(25, 12, 0, reference=9, window=1)
+    assert close(torch.compile(model, backend="lvsa", options=options)(**longer)[0], masked(model, longer, mask.expand(2, -1, -1)))
+
+
+def test_a_policy_at_the_horizon_may_leave_it_dense_too():
+    model, inputs = wan(), wan_inputs()
+    options = {**EAGER, "reference_frames": 9, "policy_at_horizon": BlockDiagonal(least_frames=10)}
+    assert torch.equal(torch.compile(model, backend="lvsa", options=options)(**inputs)[0], model(**inputs)[0])
+    assert lvsa_compile.reports()[0].sites[0].detail == "9 latent frames, policy 'block_diagonal' wants 10"
+
+
+def test_an_unknown_horizon_matters_only_to_a_policy_that_needs_one():
+    model, inputs = randomise(VideoDiT()), dit_inputs()
+    with pytest.warns(LvsaWarning, match="horizon_unknown"):
+        torch.compile(model, backend="lvsa", options=EAGER)(*inputs)
+    torch._dynamo.reset()
+    torch.compile(model, backend="lvsa", options={**EAGER, "policy": BlockDiagonal()})(*inputs)
+    assert lvsa_compile.reports()[0].sparse_sites
+
+
+GIVEN = {"name": "lvsa", "object": LVSA(window=1), "json": {"name": "lvsa", "window": 1}}
+
+
+@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
+def test_a_policy_is_given_by_name_as_an_object_or_as_json_has_it(given):
+    options = {"policy": given, "reference_frames": 4, **({"window": 1} if given == "lvsa" else {})}
+    assert parse_options(options).chosen_policy == LVSA(window=1)
+    model, inputs = wan(), wan_inputs()
+    found = torch.compile(model, backend="lvsa", options={**EAGER, **options})(**inputs)[0]
+    mask = oracle.token_mask(9, 12, 0, reference=4, window=1)
+    assert close(found, masked(model, inputs, mask.expand(2, -1, -1)))
+
+
+@pytest.mark.parametrize(("given", "text"), [
+    ({"policy": "lsva"}, "option policy='lsva': no policy has this name. Did you mean 'lvsa'?"),
+    ({"policy": 3}, "option policy=3: no policy. Give one of 'lvsa', or a policy object."),
+    ({"policy": LVSA}, "no policy. Give one of 'lvsa', or a policy object."),
+    ({"policy": {"name": "lvsa", "windows": 2}}, "policy 'lvsa' has no field 'windows'. Its fields are: window, first_frames,"),
+    ({"policy": {"name": "lvsa", "window": -2}}, "option window=-2: smaller than 0. Give a number of latent frames, at least 0."),
+    ({"policy": {"window": 2}}, "no policy. Give one of 'lvsa', or a policy object."),
+    ({"policy": LVSA(window=2), "window": 3, "rotate": False},
+     "option rotate=False: a field of policy 'lvsa' beside policy={'name': 'lvsa', 'window': 2}. Give it there, as in policy=LVSA(rotate="),
+    ({"policy": BlockDiagonal(), "window": 2},
+     "option window=2: a field of policy 'lvsa' beside policy={'name': 'block_diagonal'}. Leave it out."),
+    ({"policy_at_horizon": "lvsa2"}, "option policy_at_horizon='lvsa2': no policy has this name. Did you mean 'lvsa'?"),
+])  # fmt: skip
+def test_what_is_no_policy_is_an_error_that_says_what_to_give(given, text):
+    with pytest.raises(OptionError, match=re.escape(text)):
+        parse_options(given)
+
+
+def test_lvsas_options_are_its_fields():
+    options = parse_options({"window": 2, "rotate": False, "sparsity_scale": 0.5, "key_frame_interval": 7, "first_frames": 2})
+    assert options.chosen_policy == LVSA(2, 2, 0.5, 7, True, False)
+    assert parse_options({"policy": LVSA(window=2)}).changed() == {"policy": {"name": "lvsa", "window": 2}}
+
+
+class Wrong(BlockDiagonal):
+    def __init__(self, table, rows=None):
+        object.__setattr__(self, "table", table)
+
+    def __hash__(self):
+        return id(self)
+
+    def plan(self, geometry: Geometry, facts: Facts) -> Plan:
+        return Plan(self, geometry, facts, self.table)
+
+
+@pytest.mark.parametrize(("table", "text"), [
+    (padded((0, 50), [[[[(0, 108)]]]]), "its query blocks hold rows 0 to 50 of 108. Let query_bounds begin at 0 and end at the query's"),
+    (padded((0, 108), [[[[(0, 108)]]] * 3]), "it has 3 heads. Give 1 or 2, the query heads."),
+    (padded((0, 54, 108), [[[[(0, 108)]]]]), "a row has more or fewer blocks than query_bounds. Give each query block its key ranges."),
+])  # fmt: skip
+def test_a_plan_that_does_not_fit_is_an_error_of_the_policy(table, text):
+    span = VideoSpan(0, 9, 12, 0)
+    with pytest.raises(PlanError, match=re.escape(f"policy 'block_diagonal', its plan's table: {text}")):
+        plan_of(Wrong(table), Geometry.of(span, span, heads=2), Facts())
+
+
+def test_a_part_of_the_video_can_be_asked_about():
+    """Frames 6 to 8 of 9 as the query of one process."""
+    pattern, whole, part = FramePattern(9, 1, 1, 4), VideoSpan(0, 9, 4, 2), VideoSpan(0, 3, 4, 0)
+    geometry = Geometry(part, whole, (3, 2, 2), first_frame=6, total_frames=9, heads=1)
+    facts = Facts(lvsa_plan(pattern, whole, whole).facts.horizon)
+    policy = LVSA(window=1)
+    assert policy.applies(geometry, facts) is None
+    found, everything = policy.plan(geometry, facts).table, lvsa_plan(pattern, whole, whole).table
+    for row, ((own,), (of_all,)) in enumerate(zip(found.key_ranges, everything.key_ranges, strict=True)):
+        tokens = [[{t for r in block for t in range(*r)} for block in blocks] for blocks in (own, of_all[6:9])]
+        assert tokens[0] == tokens[1], row
+
+
+def test_policies_and_lowerings_of_other_packages_are_found_by_entry_point(tmp_path, monkeypatch):
+    (tmp_path / "outside.py").write_text("from block_policies import COUNTING, BlockDiagonal\n")
+    info = tmp_path / "outside-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+    points = "[lvsa_compile.policies]\nblock_diagonal = outside:BlockDiagonal\nbroken = outside:Nothing\n"
+    (info / "entry_points.txt").write_text(points + "[lvsa_compile.lowerings]\ncounting = outside:COUNTING\n")
+    stamp = registry.stamp_of_registered()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    for cached in (registry.registered, select.lowerings):
+        cached.cache_clear()
+    try:
+        assert parse_options({"policy": "block_diagonal"}).chosen_policy == BlockDiagonal()
+        assert parse_options({"policy": {"name": "block_diagonal", "least_frames": 3}}).chosen_policy == BlockDiagonal(3)
+        assert "counting" in select.lowering_names()
+        (failed,) = registry.registered(registry.POLICIES).failed
+        assert (failed.name, failed.where) == ("broken", "outside:Nothing")
+        assert "AttributeError" in failed.error
+        shown = " ".join(CliRunner().invoke(app, ["doctor"]).output.split())
+        assert "policy 'broken' of outside:Nothing is left out, it cannot be imported: AttributeError: " in shown
+        assert "block_diagonal" in shown
+        assert registry.stamp_of_registered() != stamp == ""
+        model, inputs = wan(num_layers=1), wan_inputs()
+        found = torch.compile(model, backend="lvsa", options={**EAGER, "policy": "block_diagonal"})(**inputs)[0]
+        assert close(found, masked(model, inputs, diagonal(9, 12)))
+    finally:
+        sys.modules.pop("outside", None)
+        for cached in (registry.registered, select.lowerings):
+            cached.cache_clear()
+
+
+def test_a_lowering_does_not_serve_the_op_of_another_policy():
+    model = wan(num_layers=1)
+    with pytest.warns(LvsaWarning, match="no_lowering: .*cpu: it computes attention, and policy 'counting' wants counting"):
+        torch.compile(model, backend="lvsa", options={**EAGER, "policy": Counting()})(**wan_inputs())
+    assert isinstance(model, nn.Module)
