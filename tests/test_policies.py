@@ -7,6 +7,8 @@ import importlib
 import json
 import re
 import sys
+import types
+from pathlib import Path
 
 import oracle
 import pytest
@@ -417,3 +419,14 @@ def test_a_lowering_does_not_serve_the_op_of_another_policy():
     with pytest.warns(LvsaWarning, match="no_lowering: .*cpu: it computes attention, and policy 'counting' wants counting"):
         torch.compile(model, backend="lvsa", options={**EAGER, "policy": Counting()})(**wan_inputs())
     assert isinstance(model, nn.Module)
+
+
+def test_the_policy_of_the_page_works_as_the_page_says():
+    """Every other head attends two of the four blocks."""
+    text = (Path(__file__).parent.parent / "docs/adding_a_policy.md").read_text()
+    module = types.ModuleType("of_the_page")
+    sys.modules["of_the_page"] = module
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], module.__dict__)
+    model, inputs = randomise(VideoDiT(with_text_before)), dit_inputs()
+    found = torch.compile(model, backend="lvsa", options={**EAGER, "policy": module.BlockDiagonal()})(*inputs)
+    assert close(found, masked(model, inputs, diagonal(9, 12, prefix=7)))
