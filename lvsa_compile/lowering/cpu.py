@@ -94,7 +94,7 @@ def attention_cpu(
     scale: float | None = None,
     key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes ``lvsa::attention`` (see ``attention_op.attention`` for shapes and meaning) on the CPU.
+    """Computes ``lvsa::attention`` (see ``ops.attention.attention`` for shapes and meaning) on the CPU.
 
     Raises:
         MemoryError: there is no room for the packed keys and values of a few heads, at most as large as ``key`` and ``value``.

@@ -83,7 +83,7 @@ def attention_dense_merge(
     scale: float | None = None,
     key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes ``lvsa::attention`` (see ``attention_op.attention`` for shapes and meaning); tables and phase are on the CPU."""
+    """Computes ``lvsa::attention`` (see ``ops.attention.attention`` for shapes and meaning); tables and phase are on the CPU."""
     ranges = key_ranges[int(phase)].contiguous().numpy()
     plan = plan_of(query_bounds.numpy().tobytes(), ranges.tobytes(), ranges.shape[1], query.shape[2], key.shape[2])
     output = output_like(query, value)

@@ -57,7 +57,7 @@ def attention_flashinfer(
     scale: float | None = None,
     key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes ``lvsa::attention`` (see ``attention_op.attention`` for shapes and meaning); tables and phase are on the CPU.
+    """Computes ``lvsa::attention`` (see ``ops.attention.attention`` for shapes and meaning); tables and phase are on the CPU.
 
     What is not blocks of frames, such as a step in which everything is attended, goes the way of ``dense_merge``.
     """

@@ -39,7 +39,7 @@ def attention_flex(
     scale: float | None = None,
     key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes ``lvsa::attention`` (see ``attention_op.attention`` for shapes and meaning); asks nothing of the host."""
+    """Computes ``lvsa::attention`` (see ``ops.attention.attention`` for shapes and meaning); asks nothing of the host."""
     ranges = key_ranges.index_select(0, phase.reshape(1).long())[0].clamp(max=key.shape[2])
     added = None if key_mask is None else score_mask(key_mask, key.shape[2])
     shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (query, key, value, query_bounds, ranges))

@@ -96,7 +96,7 @@ def attention_triton(
     scale: float | None = None,
     key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes ``lvsa::attention`` (see ``attention_op.attention`` for shapes and meaning); asks nothing of the host."""
+    """Computes ``lvsa::attention`` (see ``ops.attention.attention`` for shapes and meaning); asks nothing of the host."""
     batch, heads, query_length, head_dim = query.shape
     output = output_like(query, value)
     log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)

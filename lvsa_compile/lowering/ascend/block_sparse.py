@@ -42,7 +42,7 @@ class BlockSparseAttention:
         scale: float | None = None,
         key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As ``attention_op.attention``; ``key_mask`` is None."""
+        """As ``ops.attention.attention``; ``key_mask`` is None."""
         query, key, value = (tensor.to(self.call.dtype).contiguous() for tensor in (query, key, value))
         blocks = of_phase(attended, phase).index_select(0, query_regions).index_select(1, key_regions).to(torch.int8)
         output, log_sum_exp = torch.ops.npu.npu_block_sparse_attention(

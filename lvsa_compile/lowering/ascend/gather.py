@@ -52,7 +52,7 @@ class GatheredAttention:
         scale: float | None = None,
         key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As ``attention_op.attention``."""
+        """As ``ops.attention.attention``."""
         call, batch, at_a_time = self.call, query.shape[0], self.frames_at_a_time
         given = operands(query, key, value, call.dtype, scale, key_mask, self.slots.some_empty)
         own_slots = of_phase(slots, phase)

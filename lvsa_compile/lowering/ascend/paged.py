@@ -33,7 +33,7 @@ class PagedAttention:
         scale: float | None = None,
         key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As ``attention_op.attention``."""
+        """As ``ops.attention.attention``."""
         call, batch = self.call, query.shape[0]
         given = operands(query, key, value, call.dtype, scale, key_mask, self.layout.slots.some_empty)
         own_slots = of_phase(slots, phase).flatten()
