@@ -19,7 +19,7 @@ from lvsa_compile.compat import example_value
 from lvsa_compile.compilers import torchair
 from lvsa_compile.errors import AheadOfTimeError, LvsaWarning, RequireError
 from lvsa_compile.forward import clock, context
-from lvsa_compile.forward.labels import SameAxes, said_of
+from lvsa_compile.forward.labels import SameAnnotation, annotation_of
 from lvsa_compile.layout.graph_trace import input_kind
 from lvsa_compile.layout.guarded_values import SameValue
 from lvsa_compile.options import Options, parse_options
@@ -153,7 +153,7 @@ def _leave_the_clock_to_this_graph(compilation: Compilation) -> None:
     """Where a forward is several graphs, the first that sees a timestep moves the clock for all."""
     root = context.root_module()
     if compilation.position.leads_on and compilation.timestep is not None and root is not None:
-        clock.tells(root, compilation.timestep.name, compilation.compile_id.split("/")[0])
+        clock.set_clock_input(root, compilation.timestep.name, compilation.compile_id.split("/")[0])
 
 
 def _guard(compilation: Compilation) -> None:
@@ -164,8 +164,8 @@ def _guard(compilation: Compilation) -> None:
     if compat.compiling_ahead():
         return
     placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
-    for place, held in (compilation.reader.relied_on if compilation.reader is not None else {}).items():
-        node = next(node for node in placeholders if node.name == place)
+    for node_name, held in (compilation.reader.relied_on if compilation.reader is not None else {}).items():
+        node = next(node for node in placeholders if node.name == node_name)
         compat.guard_input(node, SameValue(held), "holds the values that the token layout was read from")
     around = context.parent.get()
     if around is not None and placeholders:
@@ -175,7 +175,7 @@ def _guard(compilation: Compilation) -> None:
     if shows_nothing or (compilation.position.continues and (compilation.sites or compilation.outgoing)):
         for node, value in zip(placeholders, compilation.example_inputs, strict=False):
             if isinstance(value, torch.Tensor) and value.dim() >= 2 and input_kind(node)[0] == INPUT:
-                compat.guard_input(node, SameAxes(said_of(value)), "carries the token layout it was compiled for")
+                compat.guard_input(node, SameAnnotation(annotation_of(value)), "carries the token layout it was compiled for")
 
 
 def _reset() -> None:

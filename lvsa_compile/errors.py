@@ -1,7 +1,7 @@
 """Every mistake a user can make with lvsa-compile, one exception class each.
 
 A message names the argument, the value it had and the remedy.  The template lives in the class, so that the text can be tested
-and documented from one place.
+and documented from one position.
 """
 
 from __future__ import annotations

@@ -109,14 +109,14 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def user_line(error: BaseException) -> str:
     """The innermost line of an error that is neither torch's nor of this package; of Dynamo's errors the one they tell of."""
-    told = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', str(error).partition("from user code:")[2])
+    reported = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', str(error).partition("from user code:")[2])
     raised = [(frame.filename, str(frame.lineno), frame.name) for frame in traceback.extract_tb(error.__traceback__)]
     ours = str(Path(__file__).parent)
-    frames = [found for found in told or raised if "/torch/" not in found[0] and not found[0].startswith((ours, "<lvsa"))]
+    frames = [found for found in reported or raised if "/torch/" not in found[0] and not found[0].startswith((ours, "<lvsa"))]
     return 'File "{}", line {}, in {}'.format(*frames[-1]) if frames else "an unknown line"
 
 
 def what_it_says(error: BaseException) -> str:
     """The kind of an error and its first line; of Dynamo's errors those of the error that they tell of."""
-    told = re.search(r"got (\w+)\((.*)\)$", str(error), re.MULTILINE)
-    return f"{told[1]}: {told[2]}" if told and "from user code:" in str(error) else in_a_line(error)
+    reported = re.search(r"got (\w+)\((.*)\)$", str(error), re.MULTILINE)
+    return f"{reported[1]}: {reported[2]}" if reported and "from user code:" in str(error) else in_a_line(error)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from lvsa_compile.errors import OptionError, OptionsVariableError, UnknownOptionError
 from lvsa_compile.policies.contract import Policy
-from lvsa_compile.policies.given import given_policy, told
+from lvsa_compile.policies.given import given_policy, policy_as_dict
 from lvsa_compile.policies.lvsa.policy import LVSA
 
 if TYPE_CHECKING:
@@ -215,7 +215,9 @@ class Options:
             for name in _OF_LVSA:
                 if getattr(self, name) != defaults[name]:
                     remedy = f"Give it there, as in policy=LVSA({name}=...)." if isinstance(self.policy, LVSA) else "Leave it out."
-                    raise OptionError(name, getattr(self, name), f"a field of policy 'lvsa' beside policy={_said(self.policy)!r}", remedy)
+                    raise OptionError(
+                        name, getattr(self, name), f"a field of policy 'lvsa' beside policy={_as_reported(self.policy)!r}", remedy
+                    )
         self.chosen_policy  # noqa: B018 - combinations that no frame could use are an error now, not at the first forward
 
     @property
@@ -258,7 +260,9 @@ class Options:
 
     def changed(self) -> dict[str, Any]:
         """The options that are not at their defaults, Inductor's own too."""
-        return {f.name: _said(getattr(self, f.name)) for f in option_fields() if getattr(self, f.name) != f.default} | dict(self.inductor)
+        return {f.name: _as_reported(getattr(self, f.name)) for f in option_fields() if getattr(self, f.name) != f.default} | dict(
+            self.inductor
+        )
 
     @functools.cached_property
     def chosen_policy(self) -> Policy:
@@ -271,10 +275,10 @@ class Options:
         return None if self.policy_at_horizon == "dense" else given_policy("policy_at_horizon", self.policy_at_horizon)
 
 
-def _said(value: Any) -> Any:
+def _as_reported(value: Any) -> Any:
     """An option's value as reports show it, a function by its name, a policy by its name and fields."""
     if isinstance(value, Policy):
-        return told(value)
+        return policy_as_dict(value)
     return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__name__)}" if callable(value) else value
 
 

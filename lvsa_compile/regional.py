@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lvsa_compile import compat
 from lvsa_compile.errors import RegionError
 from lvsa_compile.forward import clock, context
-from lvsa_compile.forward.labels import begin_forward, say
+from lvsa_compile.forward.labels import annotate, begin_forward
 from lvsa_compile.forward.timestep_names import timestep_among
 from lvsa_compile.layout.guarded_values import SameValue
 from lvsa_compile.layout.model_trace import NOT_COPIED, ForwardInputs, ParentTrace, hooks_of_users, trace_parent
@@ -138,7 +138,7 @@ class _Region:
         timestep = timestep_among(inputs.names)
         value = None if timestep is None else inputs.leaves[timestep]
         if timestep is not None:
-            clock.tells(model, inputs.names[timestep], "")
+            clock.set_clock_input(model, inputs.names[timestep], "")
         size = tuple(tuple(leaf.shape[-4:]) for leaf in inputs.leaves if isinstance(leaf, Tensor) and leaf.dim() == 5)
         clock.clock_of(model).tick(value if isinstance(value, Tensor | None) else torch.tensor(float(value)), size)
         running = _Running(self, trace, context.Parent(model))
@@ -208,7 +208,7 @@ class _Region:
             running = _running.get()
             if running and running[-1].region is self:
                 running[-1].parent.hooks = tuple(id(hook) for module in inside for hook in hooks_of_users(module))
-                running[-1].parent.problem = _say_what_is_known(running[-1], path, (args, kwargs))
+                running[-1].parent.problem = _annotate_arguments(running[-1], path, (args, kwargs))
                 return compiled(*args, **kwargs)
             token = context.parent.set(context.Parent(self._model(), path, token=self, called_by_others=True))
             try:
@@ -219,7 +219,7 @@ class _Region:
         return call
 
 
-def _say_what_is_known(running: _Running, path: str, arguments: Any) -> str:
+def _annotate_arguments(running: _Running, path: str, arguments: Any) -> str:
     """Says of the tensors a block is called with what the trace of the model knows of them; returns why it could not, or ""."""
     running.parent.block = path
     number = running.calls[path] = running.calls.get(path, -1) + 1
@@ -232,7 +232,7 @@ def _say_what_is_known(running: _Running, path: str, arguments: Any) -> str:
         return f"{path} got {len(shapes)} tensors, and {len(known.shapes)} where the model was traced"
     for tensor, shape, axes in zip(tensors, known.shapes, known.axes, strict=True):
         if tuple(tensor.shape) == shape:
-            say(tensor, axes, at_once=True)  # a tensor of another shape, such as one process's part, is what the block before it said
+            annotate(tensor, axes, at_once=True)  # a tensor of another shape, such as one process's part, is what the block before it said
     return "" if shapes == known.shapes else f"{path} got tensors of {shapes}, and of {known.shapes} where the model was traced"
 
 

@@ -15,7 +15,7 @@ from lvsa_compile.axes.carried import in_numbers
 from lvsa_compile.forward import context
 from lvsa_compile.forward.calls import calls_of
 from lvsa_compile.forward.clock import Clock, clock_of
-from lvsa_compile.forward.labels import begin_forward, say
+from lvsa_compile.forward.labels import annotate, begin_forward
 from lvsa_compile.passes.compilation import Compilation, ExtraInput, TimestepInput
 
 
@@ -124,7 +124,7 @@ def with_labels(compiled: Callable[..., Any], compilation: Compilation) -> Calla
             known[numbers] = tuple((i, in_numbers(axes, lambda size: compat.number_of(size, values))) for i, axes in outgoing)
         for position, axes in known[numbers]:
             if isinstance(outputs[position], Tensor):
-                say(outputs[position], axes)
+                annotate(outputs[position], axes)
         return outputs
 
     return run

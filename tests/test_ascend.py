@@ -162,7 +162,7 @@ def test_it_passes_the_trial_that_it_meets_on_an_npu(name, masked):
 def test_the_trial_of_pages_needs_shared_ones():
     """As a model's does: fewer pages than all sequences together use."""
     pattern = trial._POLICY.pattern(trial._FRAMES, trial._HORIZON.frames)
-    tokens, text = LOWERINGS["paged"].trial_tokens
+    tokens, text = LOWERINGS["paged"].smoke_test_tokens
     layout = PageLayout(frame_slots(pattern, pattern.phases), tokens, text)
     assert layout.full
     assert layout.around_full

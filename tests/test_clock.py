@@ -300,7 +300,7 @@ def set_timesteps(scheduler, count):
 )
 def test_no_scheduler_of_a_video_pipeline_raises_a_doubt(variant):
     """Two videos with guidance, then one that begins in the middle, as video-to-video does; few steps and many."""
-    tried = 0
+    smoke_tested = 0
     for kind in schedulers():
         try:
             scheduler = kind(**variant)
@@ -316,8 +316,8 @@ def test_no_scheduler_of_a_video_pipeline_raises_a_doubt(variant):
                 runs = [number for number, _ in itertools.groupby(values[begin:])]
                 assert not doubts, (kind, variant, count, values)
                 assert list(dict.fromkeys(found)) == list(range(len(runs))), (kind, variant, count, values)
-            tried += 1
-    assert tried > 10, tried
+            smoke_tested += 1
+    assert smoke_tested > 10, smoke_tested
 
 
 @pytest.mark.parametrize("number", [float, int])

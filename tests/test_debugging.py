@@ -95,7 +95,7 @@ def test_bisecting_finds_the_first_site_that_moves_the_output():
     for number, block in enumerate(model.blocks):
         if number != 2:
             torch.nn.init.zeros_(block.attn1.to_out[0].weight)
-    found = bisect(model, wan_inputs(), tolerance=1e-6, options={**EXACT, "inner": "eager"}, say=said.append)
+    found = bisect(model, wan_inputs(), tolerance=1e-6, options={**EXACT, "inner": "eager"}, annotate=said.append)
     assert (found.sites, found.number, found.site) == (5, 3, "blocks.2.attn1")
     assert found.error > 1e-4
     assert found.error_before < 1e-6

@@ -39,10 +39,10 @@ def lowering(name: str, speedup: float = 1.0, **more) -> Lowering:
 
 @pytest.fixture(autouse=True)
 def nothing_tried_or_remembered():
-    trial._tried.cache_clear()
+    trial._smoke_test.cache_clear()
     measured._remembered.clear()
     yield
-    trial._tried.cache_clear()
+    trial._smoke_test.cache_clear()
     measured._remembered.clear()
 
 
@@ -50,10 +50,12 @@ def nothing_tried_or_remembered():
     ("triton", torch.float32, True), ("dense_merge", torch.float32, True), ("dense_merge", torch.bfloat16, False),
 ])  # fmt: skip
 def test_a_trial_runs_the_lowering_and_compares(name, dtype, masked, monkeypatch):
-    found = dataclasses.replace(LOWERINGS[name], trial_tokens=(9, 12)) if name == "triton" else LOWERINGS[name]  # its interpreter is slow
+    found = (
+        dataclasses.replace(LOWERINGS[name], smoke_test_tokens=(9, 12)) if name == "triton" else LOWERINGS[name]
+    )  # its interpreter is slow
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert trial._tried(found, CPU, dtype, 2, 24, masked) is None
+        assert trial._smoke_test(found, CPU, dtype, 2, 24, masked) is None
 
 
 def test_a_trial_that_fails_or_is_wrong_is_one_warning_and_a_reason():
@@ -62,25 +64,25 @@ def test_a_trial_that_fails_or_is_wrong_is_one_warning_and_a_reason():
 
     failing = lowering("brittle", body=broken)
     with pytest.warns(
-        LvsaWarning, match="lowering 'brittle' is not used on cpu for torch.float32 and head_dim 16: its trial failed"
+        LvsaWarning, match="lowering 'brittle' is not used on cpu for torch.float32 and head_dim 16: its smoke test failed"
     ) as said:
-        reasons = {trial._tried(failing, CPU, torch.float32, 1, 16, False) for _ in range(3)}
-    assert reasons == {"its trial failed (RuntimeError: out of resource: shared memory)"}
+        reasons = {trial._smoke_test(failing, CPU, torch.float32, 1, 16, False) for _ in range(3)}
+    assert reasons == {"its smoke test failed (RuntimeError: out of resource: shared memory)"}
     assert len(said) == 1
     right = LOWERINGS["dense_merge"].body
     wrong = lowering("wrong", body=lambda *args, **kwargs: [t * 1.01 for t in right(*args, **kwargs)])
     with pytest.warns(LvsaWarning):
-        assert trial._tried(wrong, CPU, torch.float32, 1, 32, False) == "its trial gave a wrong answer (relative error 1.0e-02)"
+        assert trial._smoke_test(wrong, CPU, torch.float32, 1, 32, False) == "its smoke test gave a wrong answer (relative error 1.0e-02)"
 
 
 def test_the_fastest_that_serves_is_chosen_and_the_next_where_its_trial_fails(monkeypatch):
     fast, slow = lowering("fast", 3.0), lowering("slow", 2.0)
     never = lowering("never", 9.0, refuses=lambda call: "it does not like the call")
     monkeypatch.setattr(select, "lowerings", lambda: (slow, never, fast))
-    monkeypatch.setattr(select, "tried", lambda lowering, call: None)
+    monkeypatch.setattr(select, "smoke_tested", lambda lowering, call: None)
     choice = select.select(call_of())
     assert (choice.lowering.name, choice.passed_over) == ("fast", (("never", "it does not like the call"),))
-    monkeypatch.setattr(select, "tried", lambda lowering, call: "it broke" if lowering.name == "fast" else None)
+    monkeypatch.setattr(select, "smoke_tested", lambda lowering, call: "it broke" if lowering.name == "fast" else None)
     choice = select.select(call_of())
     assert (choice.lowering.name, dict(choice.passed_over)["fast"]) == ("slow", "it broke")
     with pytest.raises(LoweringUnavailableError, match="lowering 'fast' cannot be used here: fast: it broke"):
@@ -94,7 +96,7 @@ def test_the_fastest_that_serves_is_chosen_and_the_next_where_its_trial_fails(mo
 def test_what_is_expected_to_be_fastest_on_parts_that_are_not_here(monkeypatch, target, graphs, chosen):
     everything = [dataclasses.replace(x, unavailable=lambda device: None) for x in select.lowerings() if x.name != "cpu"]
     monkeypatch.setattr(select, "lowerings", lambda: everything)
-    monkeypatch.setattr(select, "tried", lambda lowering, call: None)
+    monkeypatch.setattr(select, "smoke_tested", lambda lowering, call: None)
     monkeypatch.setattr(rates, "_kind_of", lambda device: rates.nearest(target, rates.KINDS))
     call = call_of(device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=64, value_dim=64, device_only=graphs)
     choice = select.select(call)
@@ -116,7 +118,7 @@ def test_measuring_takes_the_fastest_found_and_remembers_it_beside_inductors_cac
 
     monkeypatch.setattr(measured, "_measure", found)
     monkeypatch.setattr(select, "lowerings", lambda: (slow, broken, fast))
-    monkeypatch.setattr(select, "tried", lambda lowering, call: None)
+    monkeypatch.setattr(select, "smoke_tested", lambda lowering, call: None)
     choice = select.select(call_of(), measure=True)
     assert (choice.lowering.name, choice.seconds) == ("fast", {"slow": 0.002, "fast": 0.001})
     assert dict(choice.passed_over) == {"broken": "measuring it failed (RuntimeError: no memory)"}
@@ -133,7 +135,7 @@ def test_measuring_takes_the_fastest_found_and_remembers_it_beside_inductors_cac
 
 def test_what_found_no_room_to_be_measured_may_serve_all_the_same(monkeypatch):
     monkeypatch.setattr(select, "lowerings", lambda: (lowering("meaning", 0.0), lowering("fast", 3.0), lowering("faster", 4.0)))
-    monkeypatch.setattr(select, "tried", lambda lowering, call: None)
+    monkeypatch.setattr(select, "smoke_tested", lambda lowering, call: None)
     monkeypatch.setattr(select, "seconds_of", lambda lowering, call: "measuring it failed (OutOfMemoryError: no room)")
     choice = select.select(call_of(), measure=True)
     assert (choice.lowering.name, choice.seconds) == ("faster", {})

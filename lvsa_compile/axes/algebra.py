@@ -26,8 +26,8 @@ class Source:
 
     ``kind`` is INPUT (a graph input), PARAMETER (a weight or buffer), ARANGE, LOST (an op of which no rule says how it orders what
     came from an input), CREATED (made from nothing, or from weights and counts alone) or BROADCAST (repeats); ``name`` is the
-    input's name or the op's; ``place`` the graph node it is or was made at; ``rank`` the number of axes of the whole tensor;
-    ``origins`` the places of the inputs that a LOST axis may count; ``made_of`` what the axis was before it was taken for one piece,
+    input's name or the op's; ``node_name`` the graph node it is or was made at; ``rank`` the number of axes of the whole tensor;
+    ``origins`` the names of the inputs that a LOST axis may count; ``stands_for_axis`` what the axis was before it was taken for one piece,
     so that it could be cut anywhere.
     """
 
@@ -35,10 +35,10 @@ class Source:
     name: str
     axis: int = 0
     size: Size = 1
-    place: str = ""
+    node_name: str = ""
     rank: int = 1
     origins: frozenset[str] = frozenset()
-    made_of: Axis = ()
+    stands_for_axis: Axis = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Digit:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it counts its source's axis from the first place to the last, in steps of ``stride``."""
+        """Whether it counts its source's axis from the first position to the last, in steps of ``stride``."""
         return same(self.start, 0) and same(self.size * self.stride, self.source.size)
 
 
@@ -212,7 +212,7 @@ def slice_axis(axis: Axis, start: Size, stop: Size) -> Axis | None:
         return None
     if isinstance(first, Factor):
         if same(high, low + 1) and INPUT not in first.kinds:
-            return rest  # a place of an input's axis is kept, so that slices can be joined again; others only stand in the way
+            return rest  # a position of an input's axis is kept, so that slices can be joined again; others only stand in the way
         digits = frozenset(Digit(d.source, high - low, d.stride, d.start + low) for d in first.digits)
         return (Factor(high - low, digits), *rest)
     pieces = _parts_between(first.parts, low, high)
@@ -303,7 +303,7 @@ def _refine(a: Axis, b: Axis) -> Axis | None:
 def align(first: Axis, second: Axis) -> list[tuple[Factor | Concat, Factor | Concat | None]] | None:
     """Pairs of factors of equal size from two products of equal size, larger ones split; None where boundaries cross.
 
-    A factor of size 1, one place of an axis, stands alone.
+    A factor of size 1, one position of an axis, stands alone.
     """
     a, b = list(first), list(second)
     pairs: list[tuple[Factor | Concat, Factor | Concat | None]] = []
@@ -340,7 +340,9 @@ def _combine_factors(a: Factor | Concat, b: Factor | Concat) -> Axis:
         parts, whole = (a.parts, b) if isinstance(a, Concat) else (b.parts, a)  # type: ignore[union-attr]
         return _combine_along(parts, (whole,))
     telling = frozenset(d for d in a.digits | b.digits if d.source.kind in (INPUT, ARANGE))
-    lost = sorted((d for d in a.digits | b.digits if d.source.kind == LOST), key=lambda d: (d.source.place, d.source.name, d.source.axis))
+    lost = sorted(
+        (d for d in a.digits | b.digits if d.source.kind == LOST), key=lambda d: (d.source.node_name, d.source.name, d.source.axis)
+    )
     if telling or lost:  # a lost order stays lost; weights and repeats say nothing more, and would grow with every layer
         return (Factor(a.size, telling | frozenset(lost[:1])),)
     return (a,) if _knowledge((a,)) >= _knowledge((b,)) else (b,)
@@ -379,12 +381,12 @@ def leaves(axis: Axis) -> list[Factor]:
 
 
 def repeats(axis: Axis) -> bool:
-    """Whether an axis of more than one place holds the same at all of them."""
+    """Whether an axis of more than one position holds the same at all of them."""
     return bool(axis) and all(isinstance(factor, Factor) and factor.kinds == {BROADCAST} for factor in axis)
 
 
 def origins(axes: Iterable[Axis]) -> frozenset[str]:
-    """Places of the inputs that the axes count, directly or by a lost trail."""
+    """Names of the inputs that the axes count, directly or by a lost trail."""
     digits = [digit for axis in axes for factor in leaves(axis) for digit in factor.digits]
-    direct = {digit.source.place for digit in digits if digit.source.kind == INPUT}
+    direct = {digit.source.node_name for digit in digits if digit.source.kind == INPUT}
     return frozenset(direct.union(*(digit.source.origins for digit in digits)))

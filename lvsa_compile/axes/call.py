@@ -1,4 +1,4 @@
-"""What a rule is told: one ATen call, its tensors and their axes."""
+"""The input of a rule: one ATen call, its tensors and their axes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Call:
     kwargs: dict[str, Any]
     outputs: tuple[Tensor, ...]
     axes_of: Callable[[Tensor], Axes]
-    place: str
+    node_name: str
     value_of: Callable[[Tensor], Array | None] = lambda tensor: None
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
@@ -51,10 +51,10 @@ class Call:
         counted = self.all_axes if of is None else (of,)
         lost = any(factor.kinds & {INPUT, LOST} for counted_axis in counted for factor in leaves(counted_axis))
         kind = kind or (LOST if lost else CREATED)
-        return axis_of(Source(kind, self.op, axis, size, self.place, origins=origins(counted) if kind == LOST else frozenset()))
+        return axis_of(Source(kind, self.op, axis, size, self.node_name, origins=origins(counted) if kind == LOST else frozenset()))
 
     def uneven(self, axis: Axis, position: int) -> Axis:
-        """The axis, or a new one in its place where the axis only said that its places hold the same."""
+        """The axis, or a new one in its place where the axis only said that its positions hold the same."""
         return self.new_axis(axis_size(axis), CREATED, position) if repeats(axis) else axis
 
     def new_axes(self, output: Tensor, kind: str = "") -> Axes:

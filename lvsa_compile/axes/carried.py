@@ -12,24 +12,24 @@ _GENERATED, _CONDITIONING = "^", "~"
 _OTHER = f"{_CONDITIONING}other"
 
 
-def is_conditioning(place: str) -> bool:
+def is_conditioning(node_name: str) -> bool:
     """Whether what comes from another graph is known not to be the generated video."""
-    return place.startswith(_CONDITIONING)
+    return node_name.startswith(_CONDITIONING)
 
 
 def shows_generated(axes: Axes) -> bool:
     """Whether axes that were handed on run along the generated video."""
-    return any(is_generated(digit.source.place) for axis in axes for factor in leaves(axis) for digit in factor.digits)
+    return any(is_generated(digit.source.node_name) for axis in axes for factor in leaves(axis) for digit in factor.digits)
 
 
-def is_told(place: str) -> bool:
+def is_known_video(node_name: str) -> bool:
     """Whether what comes from another graph is known to be a video, generated or not."""
-    return place.startswith((_GENERATED, _CONDITIONING)) and place != _OTHER
+    return node_name.startswith((_GENERATED, _CONDITIONING)) and node_name != _OTHER
 
 
-def is_generated(place: str) -> bool:
+def is_generated(node_name: str) -> bool:
     """Whether what comes from another graph is known to be the generated video."""
-    return place.startswith(_GENERATED)
+    return node_name.startswith(_GENERATED)
 
 
 LostAt = Callable[[Source], str]
@@ -39,11 +39,11 @@ LostAt = Callable[[Source], str]
 def carried(axes: Axes, generated: Container[str], lost_at: LostAt) -> Axes | None:
     """What the next graph should know of a tensor's axes; None where they show no picture, video or table of counts.
 
-    Blocks that pass the same video on get equal axes, whatever else they did to it: only the places of latents, counts of a rope table
-    and lost orders are kept.  ``generated`` are the places of inputs that hold the generated video.
+    Blocks that pass the same video on get equal axes, whatever else they did to it: only the names of latents, counts of a rope table
+    and lost orders are kept.  ``generated`` are the names of inputs that hold the generated video.
     """
     kept = tuple(_kept(axis, position, generated, lost_at) for position, axis in enumerate(axes))
-    return kept if any(digit.source.place != _OTHER for axis in kept for factor in leaves(axis) for digit in factor.digits) else None
+    return kept if any(digit.source.node_name != _OTHER for axis in kept for factor in leaves(axis) for digit in factor.digits) else None
 
 
 def _kept(axis: Axis, position: int, generated: Container[str], lost_at: LostAt) -> Axis:
@@ -53,10 +53,12 @@ def _kept(axis: Axis, position: int, generated: Container[str], lost_at: LostAt)
         if isinstance(factor, Concat):
             done.append(Concat(tuple(_kept(part, position, generated, lost_at) for part in factor.parts)))
         else:
-            told = {Digit(_renamed(d.source, generated, lost_at), d.size, d.stride, d.start) for d in factor.digits if d.source in telling}
-            done.append(Factor(factor.size, frozenset(told or {_other(position, factor.size)})))
+            digits = {
+                Digit(_renamed(d.source, generated, lost_at), d.size, d.stride, d.start) for d in factor.digits if d.source in telling
+            }
+            done.append(Factor(factor.size, frozenset(digits or {_other(position, factor.size)})))
     whole = Factor(axis_size(axis), frozenset({_other(position, axis_size(axis))}))
-    return tuple(done) if not axis or any(d.source.place != _OTHER for f in leaves(tuple(done)) for d in f.digits) else (whole,)
+    return tuple(done) if not axis or any(d.source.node_name != _OTHER for f in leaves(tuple(done)) for d in f.digits) else (whole,)
 
 
 def _other(position: int, size: Size) -> Digit:
@@ -70,31 +72,31 @@ def _telling(sources: Sequence[Source], generated: Container[str]) -> frozenset[
     the counts of a rope table, and the generated video where they count it.
     """
     lost = [source for source in sources if source.kind == LOST and source.origins]
-    inputs = [source for source in sources if source.kind == INPUT and source.place != _OTHER]
-    packed = [source for source in inputs if source.made_of]
-    latents = packed or [source for source in inputs if source.rank >= 5 or (source.rank == 4 and source.place in generated)]
-    witnessed = [source for source in sources if source.kind == ARANGE and source.place == ""]
+    inputs = [source for source in sources if source.kind == INPUT and source.node_name != _OTHER]
+    packed = [source for source in inputs if source.stands_for_axis]
+    latents = packed or [source for source in inputs if source.rank >= 5 or (source.rank == 4 and source.node_name in generated)]
+    counted = [source for source in sources if source.kind == ARANGE and source.node_name == ""]
     counts = {source for source in sources if source.kind == ARANGE}
     if latents:
         return frozenset((*lost, *latents))
-    by_rank = sorted(inputs, key=lambda source: (-source.rank, source.place))
-    if witnessed:
-        return frozenset((*lost, *witnessed, *by_rank[:1]))
-    video = [source for source in by_rank if source.place in generated or is_generated(source.place)]
+    by_rank = sorted(inputs, key=lambda source: (-source.rank, source.node_name))
+    if counted:
+        return frozenset((*lost, *counted, *by_rank[:1]))
+    video = [source for source in by_rank if source.node_name in generated or is_generated(source.node_name)]
     return frozenset((*lost, *counts, *video[:1])) if len(counts) >= 3 else frozenset(lost)
 
 
 def _renamed(source: Source, generated: Container[str], lost_at: LostAt) -> Source:
-    """The source under a place that no node of another graph has."""
+    """The source under a name that no node of another graph has."""
 
-    def marked(place: str) -> str:
-        if place[:1] in (_GENERATED, _CONDITIONING):
-            return place
-        return (_GENERATED if place in generated else _CONDITIONING) + place
+    def marked(node_name: str) -> str:
+        if node_name[:1] in (_GENERATED, _CONDITIONING):
+            return node_name
+        return (_GENERATED if node_name in generated else _CONDITIONING) + node_name
 
     if source.kind == LOST:
         return Source(LOST, lost_at(source), 0, source.size, "", 1, frozenset(map(marked, source.origins)))
-    return dataclasses.replace(source, place=marked(source.place) if source.place else "")
+    return dataclasses.replace(source, node_name=marked(source.node_name) if source.node_name else "")
 
 
 def in_numbers(axes: Axes, number: Callable[[Size], int]) -> Axes:

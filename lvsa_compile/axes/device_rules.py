@@ -14,13 +14,13 @@ def npu_attention(call: Call) -> Sequence[Axes]:
 
 
 def repeat_interleave(call: Call) -> Sequence[Axes] | None:
-    """Each place of an axis several times in a row."""
+    """Each position of an axis several times in a row."""
     times, dim = call.arg(1, "repeats"), call.arg(2, "dim")
     if not isinstance(times, int) or dim is None:
         return None
     axes = list(call.input())
-    place = axis_index(dim, len(axes))
-    axes[place] = (*axes[place], *call.new_axis(times, BROADCAST, place))
+    position = axis_index(dim, len(axes))
+    axes[position] = (*axes[position], *call.new_axis(times, BROADCAST, position))
     return [tuple(axes)]
 
 

@@ -1,4 +1,4 @@
-"""What is known of a tensor's axes after some of its places were overwritten."""
+"""What is known of a tensor's axes after some of its positions were overwritten."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.values import Array
 
 Run = tuple[Size, Size]
-"""Consecutive places ``[start, stop)``."""
+"""Consecutive positions ``[start, stop)``."""
 
 
 def overwritten(before: Axes, new: Axes, dim: int, runs: Sequence[Run] | None, lost: Axes, *, added: bool = False) -> Axes:
-    """Axes after the places ``runs`` along ``dim`` took the elements of ``new`` in turn, or had them ``added``.
+    """Axes after the positions ``runs`` along ``dim`` took the elements of ``new`` in turn, or had them ``added``.
 
-    ``runs`` None: some places, nobody knows which.  ``lost`` are the axes of a tensor of which nothing is known.
+    ``runs`` None: some positions, nobody knows which.  ``lost`` are the axes of a tensor of which nothing is known.
     """
     along = None if runs is None else _along(before[dim], new[dim], runs, added)
     if runs is not None and len(runs) == 1 and same(runs[0][0], 0) and same(runs[0][1], axis_size(before[dim])) and not added:
@@ -46,7 +46,7 @@ def overwritten(before: Axes, new: Axes, dim: int, runs: Sequence[Run] | None, l
 
 
 def _along(before: Axis, new: Axis, runs: Sequence[Run], added: bool) -> Axis | None:
-    """The axis whose places were written to: pieces of the old one and of the new one in the order of places."""
+    """The axis whose positions were written to: pieces of the old one and of the new one in the order of positions."""
     pieces: list[Axis | None] = []
     taken: Size = 0
     sources = []
@@ -68,14 +68,14 @@ def _along(before: Axis, new: Axis, runs: Sequence[Run], added: bool) -> Axis | 
     return concat(known) if len(known) == len(pieces) else None
 
 
-def lost_axes(name: str, place: str, sizes: Sequence[Size], counted: Sequence[Axis]) -> Axes:
-    """Axes of a tensor that was written to at places that are not followed; ``counted`` are all axes that went into it."""
+def lost_axes(name: str, node_name: str, sizes: Sequence[Size], counted: Sequence[Axis]) -> Axes:
+    """Axes of a tensor that was written to at positions that are not followed; ``counted`` are all axes that went into it."""
     kind = LOST if any(factor.kinds & {INPUT, LOST} for axis in counted for factor in leaves(axis)) else CREATED
-    return tuple(axis_of(Source(kind, name, i, size, place, origins=origins(counted))) for i, size in enumerate(sizes))
+    return tuple(axis_of(Source(kind, name, i, size, node_name, origins=origins(counted))) for i, size in enumerate(sizes))
 
 
 def runs_of(positions: Array | None, size: Size, most: int = 1024) -> list[Run] | None:
-    """Positions ``[n]`` on an axis of ``size`` as runs of consecutive places, in the order given.
+    """Positions ``[n]`` on an axis of ``size`` as runs of consecutive positions, in the order given.
 
     None where they are unknown, repeat, or make more than ``most`` runs.
     """
@@ -104,7 +104,7 @@ def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:
         return old
     if not informed(new):
         return lost if repeats(old) and not repeats(new) else old
-    old, new = (tuple(factor for factor in axis if not same(factor.size, 1)) for axis in (old, new))  # places that parts were taken at
+    old, new = (tuple(factor for factor in axis if not same(factor.size, 1)) for axis in (old, new))  # positions that parts were taken at
     if old == new:
         return old
     if not informed(old):

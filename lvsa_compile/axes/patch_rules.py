@@ -32,7 +32,7 @@ def convolution(call: Call) -> Sequence[Axes]:
 
 
 def mixes_places(op: str, args: Sequence[Any]) -> bool:
-    """Whether an op is a convolution or a pool that mixes places which lie in two of its windows."""
+    """Whether an op is a convolution or a pool that mixes positions which lie in two of its windows."""
     if op in _POOLS:
         return bool(args[2:]) and list(args[2]) not in ([], list(args[1]))
     if op != "convolution":
@@ -42,9 +42,9 @@ def mixes_places(op: str, args: Sequence[Any]) -> bool:
 
 
 def _under_window(axis: Axis, size: Size, step: Any, window: Size) -> Axis | None:
-    """What the ``size`` places of a window that moves by ``step`` run along, or None.
+    """What the ``size`` positions of a window that moves by ``step`` run along, or None.
 
-    A window that moves by one over a padded axis runs along what was padded, wherever in the window its place is.
+    A window that moves by one over a padded axis runs along what was padded, wherever in the window its position is.
     """
     if same(axis_size(axis), size):
         return axis
@@ -88,7 +88,7 @@ def pool(call: Call) -> Sequence[Axes]:
 
 
 def pixel_shuffle(call: Call) -> Sequence[Axes]:
-    """Channels become places of a finer grid, or the other way round."""
+    """Channels become positions of a finer grid, or the other way round."""
     axes, sizes = call.input(), sizes_of(call.outputs[0])
     channels = call.new_axis(sizes[-3], axis=len(axes) - 3)
     spatial: list[Axis] = []

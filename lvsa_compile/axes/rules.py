@@ -77,7 +77,7 @@ def copied(call: Call) -> Sequence[Axes]:
 
 
 def unchanged(call: Call) -> Sequence[Axes]:
-    """Every output of the first input's shape keeps its axes, though what repeated along one may now differ from place to place."""
+    """Every output of the first input's shape keeps its axes, though what repeated along one may now differ from position to position."""
     return [tuple(call.uneven(axis, i) for i, axis in enumerate(axes)) for axes in copied(call)]
 
 
@@ -88,7 +88,7 @@ def created(call: Call) -> Sequence[Axes]:
 
 def arange(call: Call) -> Sequence[Axes]:
     """Counting: a source of its own, since rope tables are made from such counts of frames, height and width."""
-    return [(axis_of(Source(ARANGE, call.place, 0, sizes_of(call.outputs[0])[0], call.place)),)]
+    return [(axis_of(Source(ARANGE, call.node_name, 0, sizes_of(call.outputs[0])[0], call.node_name)),)]
 
 
 def view_as_complex(call: Call) -> Sequence[Axes]:
@@ -172,14 +172,14 @@ def cat(call: Call) -> Sequence[Axes]:
 
 
 def stack(call: Call) -> Sequence[Axes]:
-    """Concatenation along a new axis, which is an input's axis again where the parts are its places in order."""
+    """Concatenation along a new axis, which is an input's axis again where the parts are its positions in order."""
     rank = call.outputs[0].dim()
     dim = axis_index(call.arg(1, "dim", 0), rank)
     parts = [call.axes_of(t) for t in call.arg(0, "tensors")]
     for beside in range(rank - 1):
-        places = [axes[beside][:1] for axes in parts]
-        if all(place and same(place[0].size, 1) for place in places):
-            along = concat(list(places))
+        taken = [axes[beside][:1] for axes in parts]
+        if all(one and same(one[0].size, 1) for one in taken):
+            along = concat(list(taken))
             if len(along) == 1 and isinstance(along[0], Factor) and along[0].digits:
                 apart = [with_axis(axes, beside, axes[beside][1:]) for axes in parts]
                 common = [_common([axes[i] for axes in apart]) for i in range(rank - 1)]
@@ -237,7 +237,7 @@ def _taken(call: Call, axes: Axes, dim: int, by: Tensor) -> Sequence[Axes] | Non
     """Axes after the elements of one axis were taken in the order of an index.
 
     What is taken of a table runs along the index; what is taken of an input keeps its order where the index has known values that are
-    runs of places, and has lost it otherwise.
+    runs of positions, and has lost it otherwise.
     """
     along: Axes
     if not any(factor.kinds & {INPUT, LOST} for factor in leaves(axes[dim])):
@@ -255,7 +255,7 @@ def _taken(call: Call, axes: Axes, dim: int, by: Tensor) -> Sequence[Axes] | Non
 
 
 def index_put(call: Call) -> Sequence[Axes] | None:
-    """``x[index_tensor] = y``: places in the order of the index are overwritten, or added to."""
+    """``x[index_tensor] = y``: positions in the order of the index are overwritten, or added to."""
     used = [(dim, by) for dim, by in enumerate(call.arg(1, "indices")) if by is not None]
     if len(used) == 1 and used[0][1].dtype in _MASK_DTYPES and not any(informed(axis) for axis in call.axes_of(call.arg(2, "values"))):
         return unchanged(call)  # some elements become a constant, all stay where they are
@@ -300,18 +300,18 @@ def slice_scatter(call: Call) -> Sequence[Axes] | None:
         low, high = slice_bounds(size, call.arg(3, "start"), call.arg(4, "end"))
     else:
         return None
-    lost = lost_axes(call.op, call.place, sizes_of(call.outputs[0]), (*before, *new))
+    lost = lost_axes(call.op, call.node_name, sizes_of(call.outputs[0]), (*before, *new))
     return [overwritten(before, new, dim, [(low, high)], lost)]
 
 
 def _placed(call: Call, dim: int, positions: Array | None, source: Tensor, added: bool) -> Sequence[Axes] | None:
     before, new = call.input(), call.axes_of(source)
     new = (*(() for _ in range(len(before) - len(new))), *new)
-    lost = lost_axes(call.op, call.place, sizes_of(call.outputs[0]), (*before, *new))
+    lost = lost_axes(call.op, call.node_name, sizes_of(call.outputs[0]), (*before, *new))
     runs = runs_of(positions, axis_size(before[dim]))
     if len(new) != len(before) or (runs is not None and not same(axis_size(new[dim]), sum(stop - start for start, stop in runs))):
         runs, new = None, before
-    if runs is None:  # somewhere along the axis, and for one place of another axis elsewhere than for the next
+    if runs is None:  # somewhere along the axis, and for one position of another axis elsewhere than for the next
         new = tuple(call.uneven(axis, i) for i, axis in enumerate(new))
     return [overwritten(before, new, dim, runs, lost, added=added)]
 
@@ -319,11 +319,11 @@ def _placed(call: Call, dim: int, positions: Array | None, source: Tensor, added
 def reordered(call: Call) -> Sequence[Axes]:
     """``flip``, ``roll``, ``sort``, ``gather`` along some axes: those lose their order, the others keep it."""
     axes = call.input()
-    place = 2 if call.op in ("roll", "topk") else 1
-    dims = call.arg(place, "dims", call.arg(place, "dim", [] if call.op == "roll" else -1))
+    argument = 2 if call.op in ("roll", "topk") else 1
+    dims = call.arg(argument, "dims", call.arg(argument, "dim", [] if call.op == "roll" else -1))
     moved = {axis_index(dim, len(axes)) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])} or set(range(len(axes)))
     sizes = sizes_of(call.outputs[0])
-    if call.op == "gather":  # each place of another axis has an order of its own, unless the index repeats along it
+    if call.op == "gather":  # each position of another axis has an order of its own, unless the index repeats along it
         by = call.axes_of(call.arg(2, "index"))
         axes = tuple(axis if repeats(along) else call.uneven(axis, i) for i, (axis, along) in enumerate(zip(axes, by, strict=True)))
     return [tuple(call.new_axis(sizes[i], axis=i, of=axis) if i in moved else axis for i, axis in enumerate(axes))] * len(call.outputs)

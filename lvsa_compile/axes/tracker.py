@@ -43,15 +43,15 @@ class _ViewCall:
 class AxisTracker(compat.TorchDispatchMode):
     """Knows the axes of every fake tensor made while it is active.
 
-    ``place`` and ``moment`` are the name and the number of the step that runs, as the caller says; ``last_written`` holds the moment of
-    the last write to each piece of memory, ``convolved`` the places of inputs over which a convolution with overlapping windows ran.
+    ``node_name`` and ``moment`` are the name and the number of the step that runs, as the caller says; ``last_written`` holds the moment of
+    the last write to each piece of memory, ``convolved`` the names of inputs over which a convolution with overlapping windows ran.
     """
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.place, self.moment = "", 0
+        self.node_name, self.moment = "", 0
         self.last_written: dict[int, int] = {}
         self.convolved: set[str] = set()
         self._axes: dict[int, tuple[Tensor, Axes]] = {}
@@ -67,8 +67,8 @@ class AxisTracker(compat.TorchDispatchMode):
         part = compat.local_part(tensor)
         if part is not None and id(part[0]) in self._axes:
             return self._other_side(self._axes[id(part[0])][1], sizes_of(tensor), part[1])
-        place = self.place
-        return tuple(axis_of(Source(CREATED, "constant", i, size, place)) for i, size in enumerate(sizes_of(tensor)))
+        node_name = self.node_name
+        return tuple(axis_of(Source(CREATED, "constant", i, size, node_name)) for i, size in enumerate(sizes_of(tensor)))
 
     def set_axes(self, tensor: Tensor, axes: Axes) -> None:
         """Says what a tensor's axes are; the tensor is kept alive so that its identity stays its own."""
@@ -80,7 +80,7 @@ class AxisTracker(compat.TorchDispatchMode):
     def _other_side(self, axes: Axes, sizes: list[Size], cut: frozenset[int]) -> Axes:
         """Axes of a distributed tensor from those of the process's part, or the other way round; axes that are cut start anew."""
         counted = [axis if i in cut else () for i, axis in enumerate(axes)]
-        fresh = lost_axes("shard", self.place, sizes, counted)
+        fresh = lost_axes("shard", self.node_name, sizes, counted)
         return tuple(fresh[i] if i in cut else axis for i, axis in enumerate(axes))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -108,7 +108,7 @@ class AxisTracker(compat.TorchDispatchMode):
         if mixes_places(op, args):
             self.convolved |= origins(self.axes_of(args[0])[2:])
         in_place = op.endswith("_") and not op.endswith("__") and bool(args) and outputs[0] is args[0]
-        call = Call(op.rstrip("_") if op in _RESHAPED_IN_PLACE else op, args, kwargs, outputs, self.axes_of, self.place, self.values.of)
+        call = Call(op.rstrip("_") if op in _RESHAPED_IN_PLACE else op, args, kwargs, outputs, self.axes_of, self.node_name, self.values.of)
         if in_place and op not in _RESHAPED_IN_PLACE:
             self._write_value(func, args, kwargs)
             self._write(args[0], self._written_axes(func, call))
@@ -126,7 +126,7 @@ class AxisTracker(compat.TorchDispatchMode):
         """Marks what a call writes to beside its first argument: ``out=`` and the ``_foreach`` ops are not followed."""
         counted = [axis for tensor in tensors_in(args, kwargs.values()) for axis in self.axes_of(tensor)]
         for target in compat.written_by(func, args, kwargs):
-            self._write(target, lost_axes(compat.schema_of(func).name.split("::")[1], self.place, sizes_of(target), counted))
+            self._write(target, lost_axes(compat.schema_of(func).name.split("::")[1], self.node_name, sizes_of(target), counted))
             self._set_value(self._root(target)[0], None)
 
     def _output_axes(self, func: compat.OpOverload, call: Call) -> list[Axes]:
@@ -145,7 +145,7 @@ class AxisTracker(compat.TorchDispatchMode):
         """Axes of a tensor after an op wrote to it in place."""
         target = call.args[0]
         if call.op == "copy_":
-            return expand(Call("expand", (call.args[1],), {}, (target,), self.axes_of, self.place))[0]
+            return expand(Call("expand", (call.args[1],), {}, (target,), self.axes_of, self.node_name))[0]
         if call.op in _FILLS:
             return self.axes_of(target)
         return self._output_axes(func, dataclasses.replace(call, op=call.op[:-1]))[0]
@@ -209,7 +209,7 @@ class AxisTracker(compat.TorchDispatchMode):
                 low = sum(sizes_of(output)[dim] for output in call.outputs[:position])
                 high = low + sizes_of(call.outputs[position])[dim]
             return overwritten(self.axes_of(parent), child, dim, [(low, high)], self._lost(parent, child))
-        if call.op == "slice":  # every n-th place: their order along the axis is not followed
+        if call.op == "slice":  # every n-th position: their order along the axis is not followed
             return overwritten(self.axes_of(parent), child, call.arg(1, "dim", 0) % rank, None, self._lost(parent, child))
         if call.op in ("select", "unbind"):
             dim = call.arg(1, "dim", 0) % rank
@@ -220,8 +220,8 @@ class AxisTracker(compat.TorchDispatchMode):
         return self._lost(parent, child)
 
     def _lost(self, tensor: Tensor, child: Axes) -> Axes:
-        """Axes of a tensor in which ``child`` was written at places that are not followed."""
-        return lost_axes("setitem", self.place, sizes_of(tensor), (*self.axes_of(tensor), *child))
+        """Axes of a tensor in which ``child`` was written at positions that are not followed."""
+        return lost_axes("setitem", self.node_name, sizes_of(tensor), (*self.axes_of(tensor), *child))
 
 
 def _order(call: Call, rank: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lvsa_compile.axes.algebra import BROADCAST, INPUT, Factor, Size, axis_size, regroup, same, slice_axis
 from lvsa_compile.axes.call import Axes, Call, axis_index, sizes_of, with_axis
-from lvsa_compile.axes.pieces import cut_axis
+from lvsa_compile.axes.opaque import cut_axis
 from lvsa_compile.compat import settle_slice, size_expression
 
 
@@ -97,25 +97,25 @@ def slice_(call: Call) -> Sequence[Axes]:
 
 
 def select(call: Call) -> Sequence[Axes]:
-    """One element of an axis: the axis is gone, its place kept for the case that all places are stacked again."""
+    """One element of an axis: the axis is gone, its position kept for the case that all positions are stacked again."""
     dim = axis_index(call.arg(1, "dim"), len(call.input()))
     return [_without(call.input(), dim, call.arg(2, "index"))]
 
 
 def _without(axes: Axes, dim: int, index: Any) -> Axes:
-    """Axes without one of them.  Which place of an input's axis was taken goes before the next axis as a factor of size 1."""
+    """Axes without one of them.  Which position of an input's axis was taken goes before the next axis as a factor of size 1."""
     left = (*axes[:dim], *axes[dim + 1 :])
     size = axis_size(axes[dim])
     if not (left and isinstance(index, int) and isinstance(size, int)):
         return left
-    place = slice_axis(axes[dim], index % size, index % size + 1) if size > 1 else axes[dim]
-    kept = tuple(factor for factor in place or () if isinstance(factor, Factor) and INPUT in factor.kinds and same(factor.size, 1))
+    taken = slice_axis(axes[dim], index % size, index % size + 1) if size > 1 else axes[dim]
+    kept = tuple(factor for factor in taken or () if isinstance(factor, Factor) and INPUT in factor.kinds and same(factor.size, 1))
     beside = min(dim, len(left) - 1)
     return with_axis(left, beside, (*kept, *left[beside]))
 
 
 def with_place_apart(axes: Axes, dim: int) -> Axes:
-    """Axes with a new one of size 1 at ``dim``: the place that ``select`` put before its neighbour."""
+    """Axes with a new one of size 1 at ``dim``: the position that ``select`` put before its neighbour."""
     beside = min(dim, len(axes) - 1)
     if beside < 0 or not axes[beside] or not same(axes[beside][0].size, 1):
         return (*axes[:dim], (), *axes[dim:])

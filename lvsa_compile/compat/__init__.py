@@ -39,10 +39,10 @@ from lvsa_compile.compat.fakes import (
     fake_mode_of,
     fake_mode_of_graph,
     is_fake,
+    isolated_run,
     new_fake_mode,
     tracing_fake_mode,
     tracing_on_fakes,
-    trial_run,
 )
 from lvsa_compile.compat.frames import frames, line_of
 from lvsa_compile.compat.graphs import add_tensor_input, copy_graph, example_value, placeholder_source, source_line, source_name
@@ -164,6 +164,7 @@ __all__ = [
     "is_disabled",
     "is_dynamos",
     "is_fake",
+    "isolated_run",
     "known_only_at_run_time",
     "line_of",
     "load_cpp",
@@ -211,7 +212,6 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
-    "trial_run",
     "uncompiled",
     "version_of",
     "was_given_up",

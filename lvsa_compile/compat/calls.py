@@ -110,9 +110,9 @@ def named_leaves(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
     plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     found, structure = pytree.tree_flatten_with_path((args, dict(kwargs)))
     names = []
-    for (side, place, *inside), _ in found:
-        position = place.idx if side.idx == 0 else None  # type: ignore[attr-defined]
-        name = place.key if position is None else plain[position] if position < len(plain) else f"args[{position}]"  # type: ignore[attr-defined]
+    for (side, entry, *inside), _ in found:
+        position = entry.idx if side.idx == 0 else None  # type: ignore[attr-defined]
+        name = entry.key if position is None else plain[position] if position < len(plain) else f"args[{position}]"  # type: ignore[attr-defined]
         names.append(f"{name}{pytree.keystr(tuple(inside))}")
     return tuple(names), tuple(leaf for _, leaf in found), structure
 

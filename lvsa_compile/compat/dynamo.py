@@ -103,8 +103,8 @@ def compiles_of_this_code() -> int:
 def recompile_reason() -> str:
     """What changed since the code being compiled was compiled last, in Dynamo's words; "" where it is compiled for the first time."""
     compiles = (frame.f_locals for frame in frames() if frame.f_code.co_name == "_compile" and "recompile_reason" in frame.f_locals)
-    said = next((scope["recompile_reason"] for scope in compiles), None)
-    return " ".join(str(said or "").partition(": ")[2].split())
+    reason = next((scope["recompile_reason"] for scope in compiles), None)
+    return " ".join(str(reason or "").partition(": ")[2].split())
 
 
 def recompile_limit() -> int:
@@ -149,7 +149,7 @@ def argument_scope() -> dict[str, Any]:
 
 
 def guard_input(node: fx.Node, holds: Callable[[Tensor], bool], text: str) -> None:
-    """Has Dynamo compile anew when ``holds`` is no longer true of the input behind a placeholder."""
+    """Adds a Dynamo guard on the input behind a placeholder: the code is compiled again once ``holds(input)`` is false."""
     from torch._guards import Guard, TracingContext
 
     context, source = TracingContext.try_get(), getattr(node, "_dynamo_source", None)

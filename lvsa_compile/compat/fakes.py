@@ -73,7 +73,7 @@ def tracing_on_fakes(fake_mode: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def trial_run(fake_mode: Any) -> Iterator[None]:
+def isolated_run(fake_mode: Any) -> Iterator[None]:
     """``tracing_on_fakes`` that leaves nothing behind: guards, replacements, symbols and caches are afterwards what they were.
 
     That counts for caches too: an answer that Dynamo got ("it cannot be told whether u0 <= 64"), when it is pushed out of a cache and

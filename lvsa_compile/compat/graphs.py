@@ -45,7 +45,7 @@ def source_line(node: fx.Node) -> str:
     """
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
     home = next((file for _, kind in reversed((node.meta.get("nn_module_stack") or {}).values()) if (file := _file_of(kind))), None)
-    at = next((place for place in reversed(range(len(lines))) if lines[place].startswith(f'File "{home}"')), None)
+    at = next((position for position in reversed(range(len(lines))) if lines[position].startswith(f'File "{home}"')), None)
     if at is not None and not lines[at].startswith(LIBRARIES):
         return lines[at]
     own = [line for line in lines[at or 0 :] if not line.startswith(LIBRARIES)]

@@ -139,7 +139,7 @@ def local_part(tensor: Tensor) -> tuple[Tensor, frozenset[int]] | None:
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is None or not isinstance(tensor, distributed.DTensor):
         return None
-    return tensor._local_tensor, frozenset(place.dim for place in tensor.placements if place.is_shard())
+    return tensor._local_tensor, frozenset(placement.dim for placement in tensor.placements if placement.is_shard())
 
 
 def group_of(name: str) -> tuple[int, int]:

@@ -111,19 +111,19 @@ class Clock:
         self._filled: dict[Hashable, tuple[int, int | None]] = {}  # what the step was when a scalar was filled
         self._doubts = Doubts()
         self._saw: Tensor | None = None  # float64 [6]: see ClockSaw
-        self._said = 0
+        self._explicit_calls = 0
 
     def saw(self) -> ClockSaw:
         """What it saw so far; waits for the device."""
         if self._saw is None:
             return ClockSaw()
         calls, moves, videos, doubts, least, most = self._saw.tolist()
-        return ClockSaw(int(calls), int(moves), int(videos), int(doubts), least, most, self._said)
+        return ClockSaw(int(calls), int(moves), int(videos), int(doubts), least, most, self._explicit_calls)
 
     def forget_what_it_saw(self) -> None:
         """Counts what it sees anew; the step is what it was."""
         with self._lock:
-            self._saw, self._said = None, 0
+            self._saw, self._explicit_calls = None, 0
 
     def reset(self) -> None:
         """The next timestep begins a new video."""
@@ -184,7 +184,7 @@ class Clock:
         self._saw[:4].add_(torch.stack([torch.ones_like(value), *counted]))
         self._saw[4].clamp_(max=value)
         self._saw[5].clamp_(min=value)
-        self._said += explicit_step() is not None
+        self._explicit_calls += explicit_step() is not None
 
     def _row(self, thread: int, size: Hashable, value: Tensor) -> int:
         """The row of a caller; a new one gets a video of its own, or the one of the last caller where ``value`` goes on from there."""
@@ -206,17 +206,17 @@ class Clock:
             self._states.adopt(caller, next(other for other, own in self._rows.items() if own == last), goes_on)
         return row
 
-    def phase(self, phases: Rows | int, device: torch.device, place: int = 0) -> Tensor:
+    def phase(self, phases: Rows | int, device: torch.device, number: int = 0) -> Tensor:
         """The row that a rule chooses at the current step, as an int32 scalar on ``device``; a number ``phases`` is ``Turn(phases)``.
 
-        Always the same tensor for the same thread and ``place``, the number of the step in a graph of several, as CUDA graphs need it.
+        Always the same tensor for the same thread and ``node_name``, the number of the step in a graph of several, as CUDA graphs need it.
         """
         thread, rows = threading.get_ident(), Turn(phases) if isinstance(phases, int) else phases
         with self._lock, torch.inference_mode(False), torch.no_grad():
             counted, explicit = self._steps.get(thread), explicit_step()
             if explicit is not None or counted is None:
-                return self._scalar((rows, device, thread, place), lambda: int(rows(torch.tensor(explicit or 0))))
-            return self._scalar((rows, device, thread, place), lambda: rows(counted))
+                return self._scalar((rows, device, thread, number), lambda: int(rows(torch.tensor(explicit or 0))))
+            return self._scalar((rows, device, thread, number), lambda: rows(counted))
 
     def branch(self, device: torch.device) -> Tensor:
         """The number of the current call within its step, as an int32 scalar on ``device``: guidance calls a model more than once."""
@@ -249,7 +249,7 @@ class Clock:
 @dataclass(frozen=True)
 class ClockSaw:
     """The timesteps that a clock saw: calls, how often the value was another, the videos that began, the moves that nobody can tell,
-    the smallest and the largest value; ``said`` are the calls for which ``lvsa_compile.step`` said the step.
+    the smallest and the largest value; ``explicit`` are the calls inside ``lvsa_compile.step``.
     """
 
     calls: int = 0
@@ -258,14 +258,14 @@ class ClockSaw:
     doubts: int = 0
     least: float = 0.0
     most: float = 0.0
-    said: int = 0
+    explicit: int = 0
 
     def __str__(self) -> str:
         if not self.calls:
             return ""
-        said = f"{self.calls} calls, timesteps from {self.least:.6g} to {self.most:.6g}, {self.moves} moves, {self.videos} videos begun"
-        said += f", {self.doubts} moves that do not tell the step" if self.doubts else ""
-        return said + (f"; in {self.said} calls lvsa_compile.step(i) said the step" if self.said else "")
+        text = f"{self.calls} calls, timesteps from {self.least:.6g} to {self.most:.6g}, {self.moves} moves, {self.videos} videos begun"
+        text += f", {self.doubts} moves that do not tell the step" if self.doubts else ""
+        return text + (f"; in {self.explicit} calls lvsa_compile.step(i) said the step" if self.explicit else "")
 
 
 def _moved(before: Tensor, value: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -345,7 +345,7 @@ DOUBT = (
 
 _clocks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of parameters and of the modules that own them
 _clocks_lock = threading.Lock()
-_told: WeakIdKeyDictionary = dropped_on_reset(WeakIdKeyDictionary())
+_clock_inputs: WeakIdKeyDictionary = dropped_on_reset(WeakIdKeyDictionary())
 _everywhere: weakref.WeakSet[Clock] = weakref.WeakSet()
 
 
@@ -369,14 +369,14 @@ def clock_of(parameter: object, model: Callable[[], object | None] = lambda: Non
         return clock
 
 
-def tells(model: object, name: str, code: str) -> None:
-    """Says that the graphs of ``code``, the first of a model's forward to see a timestep, move its clock by their input ``name``."""
-    _told[model] = (name, code)
+def set_clock_input(model: object, name: str, code: str) -> None:
+    """The graphs of ``code``, the first of a model's forward to see a timestep, move its clock by their input ``name``."""
+    _clock_inputs[model] = (name, code)
 
 
-def told_before(model: object, code: str) -> str:
+def clock_input_before(model: object, code: str) -> str:
     """The input that moves a model's clock before graphs of ``code`` run; "" where none does."""
-    name, first = ("", "") if model is None else _told.get(model, ("", ""))
+    name, first = ("", "") if model is None else _clock_inputs.get(model, ("", ""))
     return "" if first == code else name
 
 

@@ -16,42 +16,43 @@ from lvsa_compile import compat
 from lvsa_compile.axes.algebra import axis_size
 from lvsa_compile.axes.call import Axes
 
-_labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_annotations: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _forward = threading.local()
 
 
 def begin_forward() -> None:
-    """A model's forward begins: what was said before is of another one, and holds no more in this thread."""
+    """A model's forward begins: earlier annotations belong to another forward and no longer hold in this thread."""
     _forward.number = next(_numbers)
 
 
 _numbers = itertools.count(1)
 
 
-def say(tensor: Tensor, axes: Axes | None, at_once: bool = False) -> None:
-    """Says what the axes of a real tensor are, or that nothing is known any more.
+def annotate(tensor: Tensor, axes: Axes | None, at_once: bool = False) -> None:
+    """Annotates a real tensor with its axes; None forgets them.
 
-    Writes to tensors of inference mode are not counted, so of those something is said only where the next graph runs ``at_once``.
+    Tensors of inference mode have no version counter, so that a stale annotation would go unnoticed: they are annotated only where the next
+    graph runs ``at_once``.
     """
     if axes is None or (tensor.is_inference() and not at_once):
-        _labels.pop(tensor, None)
+        _annotations.pop(tensor, None)
     elif [axis_size(axis) for axis in axes] == list(tensor.shape):
-        _labels[tensor] = (axes, compat.version_of(tensor), getattr(_forward, "number", 0))
+        _annotations[tensor] = (axes, compat.version_of(tensor), getattr(_forward, "number", 0))
 
 
-def said_of(tensor: Tensor) -> Axes | None:
-    """What was said of a tensor's axes in this forward; None where nothing was, or it was written to since."""
-    found = _labels.get(tensor)
+def annotation_of(tensor: Tensor) -> Axes | None:
+    """The annotation of a tensor in this forward; None where there is none, or the tensor was written to since."""
+    found = _annotations.get(tensor)
     return found[0] if found is not None and found[1:] == (compat.version_of(tensor), getattr(_forward, "number", 0)) else None
 
 
-class SameAxes:
-    """Whether a tensor carries the axes a graph was compiled for."""
+class SameAnnotation:
+    """Whether a tensor has the annotation that a graph was compiled for."""
 
     def __init__(self, expected: Axes | None) -> None:
         self._expected = expected
 
     def __call__(self, tensor: Tensor) -> bool:
         """Compares."""
-        axes = said_of(tensor)
+        axes = annotation_of(tensor)
         return axes is self._expected or axes == self._expected

@@ -87,8 +87,8 @@ def _compiled(target: str, dtype: str, head_dim: int, masked: bool, described: b
         name: f"tensordesc<{dtype}[1, 1, {configuration.block_n}, {width}]>" for name, width in parts.items() if name not in constants
     }
     attributes = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(attention_kernel.arg_names)
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(attention_kernel.arg_names)
         if signature[name].startswith("*") or re.fullmatch(r"(query|key|value|output)_(batch|head|row)", name)
     }
     kind, _, version = target.partition(":")
@@ -136,7 +136,7 @@ def _registers(asm: dict[str, Any]) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    used = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", said)
-    assert used is not None, said
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    assert used is not None, usage
     return int(used[1]), int(used[2]) + int(used[3])

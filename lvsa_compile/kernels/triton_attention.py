@@ -27,7 +27,7 @@ def schedule_kernel(
     A sweep over the keys: from each place to the next at which any range of the tile's blocks, or the zone, begins or ends.
     """
     tile = tl.program_id(0)
-    place_out = tl.program_id(1) * tl.num_programs(0) + tile
+    tile_out = tl.program_id(1) * tl.num_programs(0) + tile
     first_row = tile * BLOCK_M
     last_row = tl.minimum(first_row + BLOCK_M, query_length) - 1
     first_block = 0
@@ -49,12 +49,12 @@ def schedule_kernel(
     block = first_block + tl.arange(0, BLOCKS)
     present = block <= last_block
     present &= tl.load(query_bounds + block, mask=present, other=0) < tl.load(query_bounds + block + 1, mask=present, other=0)
-    place = (tl.load(phase) * query_blocks + block)[:, None] * ranges + tl.arange(0, RANGES)[None, :]
+    offset = (tl.load(phase) * query_blocks + block)[:, None] * ranges + tl.arange(0, RANGES)[None, :]
     known = present[:, None] & (tl.arange(0, RANGES) < ranges)[None, :]
-    start = tl.load(key_ranges + 2 * place, mask=known, other=0)
-    end = tl.minimum(tl.load(key_ranges + 2 * place + 1, mask=known, other=0), limit)
+    start = tl.load(key_ranges + 2 * offset, mask=known, other=0)
+    end = tl.minimum(tl.load(key_ranges + 2 * offset + 1, mask=known, other=0), limit)
 
-    segments += place_out * most_segments * 3
+    segments += tile_out * most_segments * 3
     count = 0
     keys = 0
     kind = 0  # of the segment that began at ``opened``; 0 where nobody attends
@@ -82,10 +82,10 @@ def schedule_kernel(
     tl.store(segments + 3 * count, opened, mask=closes)
     tl.store(segments + 3 * count + 1, limit, mask=closes)
     tl.store(segments + 3 * count + 2, kind, mask=closes)
-    tl.store(tiles + 3 * place_out, count + closes.to(tl.int32))
-    tl.store(tiles + 3 * place_out + 1, first_block)
-    tl.store(tiles + 3 * place_out + 2, last_block)
-    tl.store(key_counts + place_out, keys + tl.where(closes, limit - opened, 0))
+    tl.store(tiles + 3 * tile_out, count + closes.to(tl.int32))
+    tl.store(tiles + 3 * tile_out + 1, first_block)
+    tl.store(tiles + 3 * tile_out + 2, last_block)
+    tl.store(key_counts + tile_out, keys + tl.where(closes, limit - opened, 0))
 
 
 @triton.jit
@@ -97,14 +97,14 @@ def _load_columns(
     ``count`` on.
     """
     columns = FIRST + tl.arange(0, WIDTH)
-    places = first + rows[:, None] * row_stride + columns[None, :] * column_stride
+    offsets = first + rows[:, None] * row_stride + columns[None, :] * column_stride
     if FIRST + WIDTH > HEAD_DIM:
         if COUNTED:
-            return tl.load(places, mask=(rows < count)[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
-        return tl.load(places, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+            return tl.load(offsets, mask=(rows < count)[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(offsets, mask=(columns < HEAD_DIM)[None, :], other=0.0)
     if COUNTED:
-        return tl.load(places, mask=(rows < count)[:, None], other=0.0)
-    return tl.load(places)
+        return tl.load(offsets, mask=(rows < count)[:, None], other=0.0)
+    return tl.load(offsets)
 
 
 @triton.jit
@@ -118,8 +118,8 @@ def _load_keys(
     """
     if DESCRIBED:
         return described.load([b, h, n, FIRST]).reshape([BLOCK_N, WIDTH])
-    place = first + tl.cast(n, tl.int64) * row_stride
-    return _load_columns(place, tl.arange(0, BLOCK_N), row_stride, column_stride, end - n, FIRST, WIDTH, HEAD_DIM, EDGE)
+    offset = first + tl.cast(n, tl.int64) * row_stride
+    return _load_columns(offset, tl.arange(0, BLOCK_N), row_stride, column_stride, end - n, FIRST, WIDTH, HEAD_DIM, EDGE)
 
 
 @triton.jit
@@ -247,13 +247,13 @@ def attention_kernel(
     columns = tl.arange(0, WIDTH_0)
     inside = (row < rows_here)[:, None]
     answer = (sum_0 * factor[:, None]).to(output.dtype.element_ty)
-    places = output + row[:, None] * output_row + columns[None, :] * output_column
-    tl.store(places, answer, mask=inside & (columns < HEAD_DIM)[None, :])
+    offsets = output + row[:, None] * output_row + columns[None, :] * output_column
+    tl.store(offsets, answer, mask=inside & (columns < HEAD_DIM)[None, :])
     if WIDTH_1 > 0:
         columns = WIDTH_0 + tl.arange(0, WIDTH_1)
         answer = (sum_1 * factor[:, None]).to(output.dtype.element_ty)
-        places = output + row[:, None] * output_row + columns[None, :] * output_column
-        tl.store(places, answer, mask=inside & (columns < HEAD_DIM)[None, :])
+        offsets = output + row[:, None] * output_row + columns[None, :] * output_column
+        tl.store(offsets, answer, mask=inside & (columns < HEAD_DIM)[None, :])
     natural = tl.where(total == 0.0, float("-inf"), (largest + tl.log2(tl.where(total == 0.0, 1.0, total))) * 0.6931471805599453)
     log_sum_exp += tl.program_id(1).to(tl.int64) * query_length + first_row
     tl.store(log_sum_exp + row, natural, mask=row < rows_here)

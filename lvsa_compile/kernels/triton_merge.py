@@ -23,7 +23,7 @@ def merge_kernel(
     inside = row < rows
     block = inside[:, None] & (column < WIDTH)[None, :]
     lse_place = log_sum_exp + b * lse_batch + h * lse_head + row * lse_row
-    place = output + b * output_batch + h * output_head + row[:, None] * output_row + column[None, :] * output_column
+    offset = output + b * output_batch + h * output_head + row[:, None] * output_row + column[None, :] * output_column
     part_place = part + b * part_batch + h * part_head + row[:, None] * part_row + column[None, :] * part_column
     a = tl.load(lse_place, mask=inside, other=0.0)
     c = tl.load(part_lse + b * part_lse_batch + h * part_lse_head + row * part_lse_row, mask=inside, other=0.0)
@@ -33,7 +33,7 @@ def merge_kernel(
     weight_c = tl.exp(c - base)
     total = weight_a + weight_c
     divisor = tl.where(total == 0.0, 1.0, total)
-    first = tl.load(place, mask=block, other=0.0).to(tl.float32) * (weight_a / divisor)[:, None]
+    first = tl.load(offset, mask=block, other=0.0).to(tl.float32) * (weight_a / divisor)[:, None]
     second = tl.load(part_place, mask=block, other=0.0).to(tl.float32) * (weight_c / divisor)[:, None]
-    tl.store(place, (first + second).to(output.dtype.element_ty), mask=block)
+    tl.store(offset, (first + second).to(output.dtype.element_ty), mask=block)
     tl.store(lse_place, tl.where(total == 0.0, float("-inf"), base + tl.log(divisor)), mask=inside)

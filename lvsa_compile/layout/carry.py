@@ -1,4 +1,4 @@
-"""What the next graph of a forward is told of a tensor's axes."""
+"""The annotation of a tensor for the next graph of a forward."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable
 from lvsa_compile.axes.algebra import Axis, Digit, Factor, Source, axis_size, origins
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.carried import carried
-from lvsa_compile.axes.pieces import in_one_piece
+from lvsa_compile.axes.opaque import opaque_source
 from lvsa_compile.layout.token_layout import UNKNOWN, VIDEO, Targets, token_layout
 
 
-def handed_on(axes: Axes, targets: Targets, lost_at: Callable[[Source], str] = lambda lost: lost.name) -> Axes | None:
-    """Axes for the next graph, None where they show nothing worth telling; ``lost_at`` says where a trail was lost.
+def outgoing_annotation(axes: Axes, targets: Targets, lost_at: Callable[[Source], str] = lambda lost: lost.name) -> Axes | None:
+    """The axes that the next graph should know; None where they show nothing of use.  ``lost_at`` words where a trail was lost.
 
-    An axis of tokens that holds the generated video whole is told in one piece: it may then be cut anywhere, as parallel models do, and
-    put together again.
+    A token axis that holds the whole generated video becomes opaque: context parallelism may then cut it anywhere and join it again.
     """
-    kept = carried(axes, targets, lost_at)
-    if kept is None:
+    annotations = carried(axes, targets, lost_at)
+    if annotations is None:
         return None
     return tuple(
-        _in_one_piece(told) if _holds_video(axis, targets) and origins([told]) else told for axis, told in zip(axes, kept, strict=True)
+        _as_opaque(annotation) if _holds_video(axis, targets) and origins([annotation]) else annotation
+        for axis, annotation in zip(axes, annotations, strict=True)
     )
 
 
@@ -32,6 +32,6 @@ def _holds_video(axis: Axis, targets: Targets) -> bool:
     return kinds.count(VIDEO) == 1 and UNKNOWN not in kinds
 
 
-def _in_one_piece(axis: Axis) -> Axis:
+def _as_opaque(axis: Axis) -> Axis:
     size = axis_size(axis)
-    return (Factor(size, frozenset((Digit(in_one_piece(axis), size),))),)
+    return (Factor(size, frozenset((Digit(opaque_source(axis), size),))),)

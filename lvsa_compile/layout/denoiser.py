@@ -2,7 +2,7 @@
 
 A VAE, an encoder, an upscaler, a classifier or a discriminator attends over videos too.  A denoiser gets a timestep and returns at least
 as much as a video.  Where no timestep is known more is asked, since an autoencoder returns a video, too: it has the size of the one that
-comes in, and on the way no convolution mixes neighbouring places.
+comes in, and on the way no convolution mixes neighbouring positions.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def why_no_denoiser(
     """Why none of ``targets`` is a video that a denoiser generates; "" where one is, or nothing speaks against it.
 
     ``tokens`` are the token axes of all attention, ``outputs`` what is returned, None where that is not known; ``timed`` says that there
-    is a timestep, ``convolved`` are the places of inputs over which a convolution with overlapping windows runs.
+    is a timestep, ``convolved`` are the names of inputs over which a convolution with overlapping windows runs.
     """
-    whys = [_why_not(_latent(place, tokens), outputs, timed, place in convolved) for place in sorted(targets)]
+    whys = [_why_not(_latent(node_name, tokens), outputs, timed, node_name in convolved) for node_name in sorted(targets)]
     return "" if not all(whys) else "; ".join(whys)
 
 
-def _latent(place: str, tokens: Sequence[Axis]) -> list[Source]:
+def _latent(node_name: str, tokens: Sequence[Axis]) -> list[Source]:
     """Frames, rows and columns of a latent; empty for packed tokens and what an earlier graph told of."""
-    digits = [digit for axis in tokens for factor in leaves(axis) for digit in factor.digits if digit.source.place == place]
+    digits = [digit for axis in tokens for factor in leaves(axis) for digit in factor.digits if digit.source.node_name == node_name]
     sources = {digit.source.axis: digit.source for digit in digits if digit.source.kind == INPUT}
-    axes = [source for _, source in sorted(sources.items()) if source.rank >= 4 and not source.made_of]
-    return axes if len(axes) == 3 and not is_generated(place) else []
+    axes = [source for _, source in sorted(sources.items()) if source.rank >= 4 and not source.stands_for_axis]
+    return axes if len(axes) == 3 and not is_generated(node_name) else []
 
 
 def _why_not(latent: list[Source], outputs: Sequence[Tensor] | None, timed: bool, convolved: bool) -> str:

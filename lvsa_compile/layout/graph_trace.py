@@ -55,7 +55,7 @@ class LayoutInterpreter(fx.Interpreter):
             outputs = n.args[0] if isinstance(n.args[0], (tuple, list)) else n.args[:1]
             tensors = {i: self.env[arg] for i, arg in enumerate(outputs) if isinstance(arg, fx.Node) and isinstance(self.env[arg], Tensor)}
             self.output_axes = {i: self.tracker.axes_of(tensor) for i, tensor in tensors.items()}
-        self.tracker.place, self.tracker.moment = n.name, len(self._ran)
+        self.tracker.node_name, self.tracker.moment = n.name, len(self._ran)
         self._ran[n] = self.tracker.moment
         try:
             result = super().run_node(n)
@@ -160,6 +160,6 @@ def run_on_fakes(
     reader = Reader(dict(zip(placeholders, example_inputs, strict=False)))
     interpreter = LayoutInterpreter(graph_module, tracker, watched, reader, brought, unwritten)
     inputs = [None for _ in placeholders]
-    with compat.trial_run(fake_mode), interpreter.surroundings(), tracker:
+    with compat.isolated_run(fake_mode), interpreter.surroundings(), tracker:
         interpreter.run(*inputs, enable_io_processing=False)
     return interpreter

@@ -17,39 +17,39 @@ _MOST = 1 << 24
 
 
 class Reader:
-    """Reads the inputs of a graph or a model, by place, and remembers which."""
+    """Reads the inputs of a graph or a model, by name, and remembers which."""
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:
-        self._real = {place: value for place, value in inputs.items() if isinstance(value, Tensor) and _is_real(value)}
+        self._real = {node_name: value for node_name, value in inputs.items() if isinstance(value, Tensor) and _is_real(value)}
         self._read: dict[str, Tensor] = {}
         self._looked_at: dict[str, Array] = {}
 
-    def later(self, place: str) -> Later | None:
+    def later(self, node_name: str) -> Later | None:
         """The value of an input, read when it is asked for."""
-        return Later(lambda: self.read(place), constant=False) if place in self._real else None
+        return Later(lambda: self.read(node_name), constant=False) if node_name in self._real else None
 
-    def read(self, place: str) -> Tensor | None:
+    def read(self, node_name: str) -> Tensor | None:
         """The value of an input, on the CPU; None where the caller gave no real tensor."""
-        if place not in self._real:
+        if node_name not in self._real:
             return None
-        if place not in self._read:
+        if node_name not in self._read:
             with compat.no_modes():
-                self._read[place] = self._real[place].detach().to("cpu", copy=True)
-        return self._read[place]
+                self._read[node_name] = self._real[node_name].detach().to("cpu", copy=True)
+        return self._read[node_name]
 
-    def look_at(self, place: str) -> Array | None:
-        """The value of an input that may be coordinates (an axis of three), not relied on yet: whoever does must ``read`` it."""
-        tensor = self._real.get(place)
+    def peek(self, node_name: str) -> Array | None:
+        """Peeks at an input that may be coordinates (an axis of three), without a guard: ``read`` it before depending on the value."""
+        tensor = self._real.get(node_name)
         if tensor is None or tensor.is_complex() or not 2 <= tensor.dim() <= 4 or 3 not in tensor.shape:
             return None
-        if place not in self._looked_at:
+        if node_name not in self._looked_at:
             with compat.no_modes():
-                self._looked_at[place] = tensor.detach().to("cpu", torch.float64).numpy()
-        return self._looked_at[place]
+                self._looked_at[node_name] = tensor.detach().to("cpu", torch.float64).numpy()
+        return self._looked_at[node_name]
 
     @property
     def relied_on(self) -> Mapping[str, Tensor]:
-        """The inputs that were read, by place, and what they held."""
+        """The inputs that were read, by name, and what they held."""
         return self._read
 
 

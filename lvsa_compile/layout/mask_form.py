@@ -48,7 +48,7 @@ def mask_form(parts: Sequence[fx.Node], axes: Sequence[Axes], constant: Callable
 
 
 def _repeats(axis: Axis) -> bool:
-    """Whether all places of an axis hold the same; parts laid one after the other need not, though each repeats."""
+    """Whether all positions of an axis hold the same; parts laid one after the other need not, though each repeats."""
     return all(isinstance(factor, Factor) and (factor.kinds == {BROADCAST} or same(factor.size, 1)) for factor in axis)
 
 

@@ -25,13 +25,13 @@ from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT, Axis, Source, axis_of
 from lvsa_compile.axes.call import Axes, tensors_in
 from lvsa_compile.axes.carried import shows_generated
-from lvsa_compile.axes.pieces import expanded
+from lvsa_compile.axes.opaque import expanded
 from lvsa_compile.axes.tracker import AxisTracker
 from lvsa_compile.axes.values import Later
 from lvsa_compile.forward.timestep_names import timestep_among
-from lvsa_compile.layout.carry import handed_on
+from lvsa_compile.layout.carry import outgoing_annotation
 from lvsa_compile.layout.denoiser import why_no_denoiser
-from lvsa_compile.layout.evidence import witnessed
+from lvsa_compile.layout.evidence import collect_evidence
 from lvsa_compile.layout.guarded_values import Reader
 
 _MOST = 1 << 25
@@ -107,7 +107,7 @@ def trace_parent(model: nn.Module, blocks: Collection[str], inputs: ForwardInput
     leaves = compat.tree_leaves(output)
     outputs = {i: tracker.axes_of(leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     tokens = [*tracker.attended, *(axes[-2] for _, call in seen for _, axes in call if len(axes) >= 3)]
-    known = witnessed(tokens, outputs, reader)
+    known = collect_evidence(tokens, outputs, reader)
     returned = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     timed = timestep_among(inputs.names) is not None
     not_denoiser = why_no_denoiser(known.targets, [*map(expanded, tokens)], returned, timed, tracker.convolved)
@@ -117,8 +117,8 @@ def trace_parent(model: nn.Module, blocks: Collection[str], inputs: ForwardInput
     for path, call in seen:
         number = sum(other == path for other, _ in calls)
         shapes = tuple(tuple(tensor.shape) for tensor, _ in call)
-        told = (handed_on(known.refine(axes), known.targets) for _, axes in call)
-        calls[path, number] = BlockCall(shapes, tuple(axes if axes is not None and shows_generated(axes) else None for axes in told))
+        annotations = (outgoing_annotation(known.refine(axes), known.targets) for _, axes in call)
+        calls[path, number] = BlockCall(shapes, tuple(axes if axes is not None and shows_generated(axes) else None for axes in annotations))
     return ParentTrace(calls, dict(reader.relied_on))
 
 
@@ -172,7 +172,7 @@ class _ParentTracker(AxisTracker):
 
     def _computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in compat.INDEXING_OPS:  # by masks: what they choose is known even where what is chosen is not
-            indices = [entry for index in args[1] for entry in (self._places(index) if _is_mask(index) else [index])]
+            indices = [entry for index in args[1] for entry in (self._node_names(index) if _is_mask(index) else [index])]
             return func(args[0], indices, *args[2:], **kwargs)
         real = self.values.real((args, kwargs))
         if real is None:
@@ -181,14 +181,14 @@ class _ParentTracker(AxisTracker):
             result = func(*real[0], **real[1])
         return compat.tree_map(lambda leaf: self._known(leaf) if isinstance(leaf, Tensor) else leaf, result)
 
-    def _places(self, mask: Tensor) -> list[Tensor]:
+    def _node_names(self, mask: Tensor) -> list[Tensor]:
         """What ``mask.nonzero()`` gives for each axis."""
         real = self.values.real(mask)
         if real is None:
             raise ValueError("the model takes elements by a mask that its inputs do not decide")
         with compat.no_modes():
-            places = real.nonzero(as_tuple=True)
-        return [self._known(axis) for axis in places]
+            positions = real.nonzero(as_tuple=True)
+        return [self._known(axis) for axis in positions]
 
     def _known(self, real: Tensor) -> Tensor:
         """A fake of a tensor whose value is known."""

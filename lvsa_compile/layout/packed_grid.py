@@ -46,7 +46,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one witness says of a packed axis; ``relies_on`` is the place of the input whose values said it."""
+    """What one source of evidence says of a packed axis; ``relies_on`` is the name of the input whose values said it."""
 
     witness: str
     stretches: tuple[Stretch, ...]
@@ -62,30 +62,32 @@ def packed_evidence(
 ) -> tuple[dict[Digit, Evidence], dict[str, str]]:
     """For each packed axis, or slice of one, among ``tokens`` what is known of it.
 
-    And for the places of inputs whose witnesses disagree, what they say.
+    And for the names of inputs whose sources of evidence disagree, what they say.
     """
     found: dict[Digit, dict[Evidence, None]] = {}
     for axis in dict.fromkeys(tokens):
         for source, shape in _counted(axis):
             found.setdefault(Digit(source, source.size), {})[Evidence("counts of a rope table", (Stretch(source.size, shape),))] = None
         for factor in leaves(axis):
-            for piece in _pieces(factor):
-                found.setdefault(piece, {}).update(dict.fromkeys(_from_coordinates(factor, piece.source, read)))
-    for piece, said in found.items():
-        if piece.is_whole:
-            said.update(dict.fromkeys(e for axes in outputs if (e := _from_output(axes, piece.source)) is not None))
+            for digit in _packed_digits(factor):
+                found.setdefault(digit, {}).update(dict.fromkeys(_from_coordinates(factor, digit.source, read)))
+    for digit, shown in found.items():
+        if digit.is_whole:
+            shown.update(dict.fromkeys(e for axes in outputs if (e := _from_output(axes, digit.source)) is not None))
     contradictions = {
-        piece.source.place: " against ".join(map(str, said))
-        for piece, said in found.items()
-        if len({evidence.stretches for evidence in said}) > 1
+        digit.source.node_name: " against ".join(map(str, shown))
+        for digit, shown in found.items()
+        if len({evidence.stretches for evidence in shown}) > 1
     }
-    return {piece: next(iter(said)) for piece, said in found.items() if said and piece.source.place not in contradictions}, contradictions
+    return {
+        digit: next(iter(shown)) for digit, shown in found.items() if shown and digit.source.node_name not in contradictions
+    }, contradictions
 
 
-def _pieces(factor: Factor) -> list[Digit]:
+def _packed_digits(factor: Factor) -> list[Digit]:
     """Packed axes, or slices of them, that a factor runs along."""
-    pieces = {digit for digit in factor.digits if digit.source.kind == INPUT and same(digit.stride, 1) and digit.source.rank <= 3}
-    return sorted((piece for piece in pieces if piece.is_whole or _is_slice(piece)), key=lambda d: (d.source.place, d.source.axis))
+    digits = {digit for digit in factor.digits if digit.source.kind == INPUT and same(digit.stride, 1) and digit.source.rank <= 3}
+    return sorted((digit for digit in digits if digit.is_whole or _is_slice(digit)), key=lambda d: (d.source.node_name, d.source.axis))
 
 
 def _is_slice(digit: Digit) -> bool:
@@ -129,15 +131,15 @@ def _from_output(axes: Axes, source: Source) -> Evidence | None:
 
 
 def _from_coordinates(factor: Factor, source: Source, read: Callable[[str], Array | None]) -> list[Evidence]:
-    for digit in sorted(factor.digits, key=lambda d: d.source.place):
+    for digit in sorted(factor.digits, key=lambda d: d.source.node_name):
         other = digit.source
-        if other.kind != INPUT or other.place == source.place or not 2 <= other.rank <= 4 or not same(digit.stride, 1):
+        if other.kind != INPUT or other.node_name == source.node_name or not 2 <= other.rank <= 4 or not same(digit.stride, 1):
             continue
-        values = read(other.place) if isinstance(digit.start, int) and isinstance(digit.size, int) else None
+        values = read(other.node_name) if isinstance(digit.start, int) and isinstance(digit.size, int) else None
         rows = None if values is None else _triples(values, other.axis, digit.start, digit.size)
         stretches = None if rows is None else stretches_of(rows)
         if stretches is not None:
-            return [Evidence(f"values of {other.name}", stretches, other.place)]
+            return [Evidence(f"values of {other.name}", stretches, other.node_name)]
     return []
 
 
@@ -205,10 +207,10 @@ def refined(axis: Axis, evidence: Mapping[Digit, Evidence], contradictions: Cont
         if isinstance(factor, Concat):
             done.extend(concat([refined(part, evidence, contradictions) for part in factor.parts]))
             continue
-        known = [piece for piece in _pieces(factor) if piece in evidence]
-        said = {evidence[piece].stretches for piece in known}
-        disputed = any(piece.source.place in contradictions for piece in _pieces(factor))
-        done.extend(_stretched(known, said.pop()) if len(said) == 1 and not disputed else (factor,))
+        known = [digit for digit in _packed_digits(factor) if digit in evidence]
+        shown = {evidence[digit].stretches for digit in known}
+        disputed = any(digit.source.node_name in contradictions for digit in _packed_digits(factor))
+        done.extend(_stretched(known, shown.pop()) if len(shown) == 1 and not disputed else (factor,))
     return tuple(done)
 
 
@@ -219,19 +221,19 @@ def _whole_again(axis: Axis, evidence: Mapping[Digit, Evidence]) -> Axis:
         return axis
     inputs = [frozenset(digit for digit in factor.digits if digit.source.kind == INPUT) for factor in factors]
     merged = merge_factors(tuple(Factor(factor.size, own) for factor, own in zip(factors, inputs, strict=True))) if all(inputs) else axis
-    known = any(piece in evidence for factor in merged if isinstance(factor, Factor) for piece in _pieces(factor))
+    known = any(digit in evidence for factor in merged if isinstance(factor, Factor) for digit in _packed_digits(factor))
     return merged if known else axis
 
 
-def _stretched(pieces: Sequence[Digit], stretches: Sequence[Stretch]) -> Axis:
+def _stretched(digits: Sequence[Digit], stretches: Sequence[Stretch]) -> Axis:
     parts: list[Axis] = []
     offset: Size = 0
     for stretch in stretches:
         wholes = []
-        for piece in pieces:
-            source, start = piece.source, piece.start + offset
-            part = f"[{start}:{start + stretch.size}]" if len(stretches) > 1 or not piece.is_whole else ""
-            wholes.append(Source(INPUT, source.name + part, source.axis, stretch.size, source.place, source.rank))
+        for digit in digits:
+            source, start = digit.source, digit.start + offset
+            part = f"[{start}:{start + stretch.size}]" if len(stretches) > 1 or not digit.is_whole else ""
+            wholes.append(Source(INPUT, source.name + part, source.axis, stretch.size, source.node_name, source.rank))
         if stretch.shape is None:
             parts.append((Factor(stretch.size, frozenset(Digit(whole, stretch.size) for whole in wholes)),))
         else:

@@ -22,7 +22,7 @@ _MERGED = ({OTHER}, {IMAGE}, {SCRAMBLED}, {IMAGE, SCRAMBLED})
 
 
 Targets = Mapping[str, frozenset[int]]
-"""Places of the inputs that hold the generated video, each with those of its axes, batch aside, that reach the outputs."""
+"""Names of the inputs that hold the generated video, each with those of its axes, batch aside, that reach the outputs."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Grid:
 @dataclass(frozen=True)
 class Segment:
     """Consecutive tokens of one kind.  ``source`` names the input they come from, or the op at ``lost_at`` where the trail of
-    ``origins``, places of inputs, was lost.
+    ``origins``, names of inputs, was lost.
 
-    CONTRADICTED tokens are packed, and witnesses of their grid disagree: ``lost_at`` says how.  SCRAMBLED tokens come from a video, but
-    frames are not whole, not in order or not contiguous.
+    CONTRADICTED tokens are packed, and the evidence of their grid disagrees: ``lost_at`` says how.  SCRAMBLED tokens come from a video,
+    but frames are not whole, not in order or not contiguous.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Segments of a sequence, in order; ``batch_frames`` says that the batch axis counts frames or places of the video."""
+    """Segments of a sequence, in order; ``batch_frames`` says that the batch axis counts frames or positions of the video."""
 
     segments: tuple[Segment, ...]
     batch_video: bool = False
@@ -84,19 +84,19 @@ def video_inputs(outputs: Iterable[Axis]) -> Targets:
         for factor in leaves(axis):
             for digit in factor.digits:
                 if digit.source.kind == INPUT and digit.source.axis > 0:
-                    axes.setdefault(digit.source.place, set()).add(digit.source.axis)
-                    strides.setdefault((digit.source.place, digit.source.axis), set()).add(digit.stride)
-    packed = {place for (place, _), digits in strides.items() if len(digits) >= 3}
-    return {place: frozenset(reached) for place, reached in sorted(axes.items()) if place in packed or len(reached) >= 3}
+                    axes.setdefault(digit.source.node_name, set()).add(digit.source.axis)
+                    strides.setdefault((digit.source.node_name, digit.source.axis), set()).add(digit.stride)
+    packed = {node_name for (node_name, _), digits in strides.items() if len(digits) >= 3}
+    return {node_name: frozenset(reached) for node_name, reached in sorted(axes.items()) if node_name in packed or len(reached) >= 3}
 
 
-def grid_places(tokens: Axis) -> frozenset[str]:
-    """Places of the inputs that show a video grid along a token axis, whether they are the target or not."""
+def inputs_with_grid(tokens: Axis) -> frozenset[str]:
+    """Names of the inputs that show a video grid along a token axis, whether they are the target or not."""
     found = set()
     for part in _parts(tokens):
         factors = [factor for factor in part if isinstance(factor, Factor)]
         if len(factors) == len(part):
-            found |= {place for place in _places(factors) if _grid_of(factors, place) is not None}
+            found |= {node_name for node_name in _node_names(factors) if _grid_of(factors, node_name) is not None}
     return frozenset(found)
 
 
@@ -108,10 +108,10 @@ def token_layout(tokens: Axis, batch: Axis, targets: Targets, contradictions: Ma
     """
     taken = {d.source for f in leaves(tokens) if same(f.size, 1) for d in f.digits if not same(d.source.size, 1)}
     outside = [d.source for f in leaves(batch) for d in f.digits if d.source.kind == INPUT and d.source.axis > 0]
-    along_video = any(source.rank >= 5 or (source.rank == 4 and source.place in targets) for source in outside)
+    along_video = any(source.rank >= 5 or (source.rank == 4 and source.node_name in targets) for source in outside)
     along = sorted(origins([tokens]) & targets.keys())
-    if all(in_order(tokens, place) for place in along):
-        seen = [_segments(narrowed(tokens, place), {place: targets[place]}, contradictions) for place in along]
+    if all(in_order(tokens, node_name) for node_name in along):
+        seen = [_segments(narrowed(tokens, node_name), {node_name: targets[node_name]}, contradictions) for node_name in along]
         videos = [segments for segments in seen if any(segment.kind == VIDEO for segment in segments)]
         if videos:
             sources = frozenset[Source]().union(*(s.grid.frame_sources for some in videos for s in some if s.grid and s.kind == VIDEO))
@@ -142,7 +142,7 @@ def _segments(tokens: Axis, targets: Targets, contradictions: Mapping[str, str])
 
 
 def _parts(tokens: Axis) -> list[Axis]:
-    """The pieces of a sequence; a concatenation of frames, each of the same places, is one of stretches of tokens."""
+    """The pieces of a sequence; a concatenation of frames, each of the same positions, is one of stretches of tokens."""
     tokens = tuple(factor for factor in tokens if not same(factor.size, 1))
     if tokens and isinstance(tokens[0], Concat):
         return [part for frames in tokens[0].parts for part in _parts((*frames, *tokens[1:]))]
@@ -152,11 +152,11 @@ def _parts(tokens: Axis) -> list[Axis]:
 def _segment(axis: Axis, targets: Targets, contradictions: Mapping[str, str]) -> Segment:
     size = axis_size(axis)
     factors = [factor for factor in axis if isinstance(factor, Factor)]
-    digits = sorted((digit for factor in leaves(axis) for digit in factor.digits), key=lambda d: (d.source.place, d.source.axis))
+    digits = sorted((digit for factor in leaves(axis) for digit in factor.digits), key=lambda d: (d.source.node_name, d.source.axis))
     name = next((d.source.name for d in digits if d.source.kind in (INPUT, ARANGE)), "tokens")
     lost = next((d.source for d in digits if d.source.kind == LOST), None)
     counted = origins([axis])
-    disputed = next((contradictions[place] for place in sorted(counted) if place in contradictions), "")
+    disputed = next((contradictions[node_name] for node_name in sorted(counted) if node_name in contradictions), "")
     if disputed:
         return Segment(CONTRADICTED, size, name, lost_at=disputed)
     if lost is not None and targets and lost.origins and not counted & targets.keys():
@@ -166,34 +166,36 @@ def _segment(axis: Axis, targets: Targets, contradictions: Mapping[str, str]) ->
         if found is not None:
             return found
     if lost is not None:
-        return Segment(UNKNOWN, size, lost.name, lost_at=lost.place, origins=counted)
+        return Segment(UNKNOWN, size, lost.name, lost_at=lost.node_name, origins=counted)
     if len(factors) < len(axis):
         return Segment(SCRAMBLED, size, name)  # a concatenation inside frames
-    for place in sorted(_places(factors), key=lambda p: (p not in targets, p)):
-        grid = _grid_of(factors, place)
+    for node_name in sorted(_node_names(factors), key=lambda p: (p not in targets, p)):
+        grid = _grid_of(factors, node_name)
         if grid is not None:
-            sources = {d.source for d in factors[0].digits if d.source.kind == INPUT and (d.source.place in targets) == (place in targets)}
+            sources = {
+                d.source for d in factors[0].digits if d.source.kind == INPUT and (d.source.node_name in targets) == (node_name in targets)
+            }
             grid = dataclasses.replace(grid, frame_sources=frozenset(sources))
-            return Segment(VIDEO if place in targets else CONDITIONING, size, _source(factors, place).name, grid)
-    if any(digit.source.made_of for digit in digits):
+            return Segment(VIDEO if node_name in targets else CONDITIONING, size, _source(factors, node_name).name, grid)
+    if any(digit.source.stands_for_axis for digit in digits):
         return Segment(SCRAMBLED, size, name)  # a video that was cut inside a frame
-    for place in _places(factors):
-        own = [[d for d in factor.digits if d.source.place == place] for factor in factors if not same(factor.size, 1)]
-        source, axes = _source(factors, place), {d.source.axis for found in own for d in found}
+    for node_name in _node_names(factors):
+        own = [[d for d in factor.digits if d.source.node_name == node_name] for factor in factors if not same(factor.size, 1)]
+        source, axes = _source(factors, node_name), {d.source.axis for found in own for d in found}
         if all(own) and source.rank >= (4 if len(axes) >= 3 else 5):
             return Segment(SCRAMBLED if len(axes) >= 3 else IMAGE, size, source.name)
     return Segment(OTHER, size, name)
 
 
 def _frames_in_order(factors: list[Factor], targets: Targets) -> Segment | None:
-    """The video where the order of places inside its frames was lost, and nothing else."""
+    """The video where the order of positions inside its frames was lost, and nothing else."""
     factors = [factor for factor in factors if not same(factor.size, 1)]
     if len(factors) < 2 or LOST in factors[0].kinds:
         return None
-    for place, axes in targets.items():
-        frame = [digit for digit in factors[0].digits if digit.source.place == place]
-        inside = {digit.source.axis for factor in factors[1:] for digit in factor.digits if digit.source.place == place}
-        if len(frame) != 1 or not all(place in origins([(factor,)]) for factor in factors[1:]):
+    for node_name, axes in targets.items():
+        frame = [digit for digit in factors[0].digits if digit.source.node_name == node_name]
+        inside = {digit.source.axis for factor in factors[1:] for digit in factor.digits if digit.source.node_name == node_name}
+        if len(frame) != 1 or not all(node_name in origins([(factor,)]) for factor in factors[1:]):
             continue
         if _side_by_side(sorted(axes)) and frame[0].source.axis == min(axes) not in inside and frame[0].is_whole:
             size = axis_size(tuple(factors[1:]))
@@ -207,19 +209,19 @@ def _side_by_side(axes: list[int]) -> bool:
     return len(axes) == 3 and axes[0] >= 1 and axes[2] - axes[1] == 1 and axes[1] - axes[0] <= 2
 
 
-def _places(factors: list[Factor]) -> list[str]:
-    """Places of the inputs the factors run along."""
-    return sorted({d.source.place for factor in factors for d in factor.digits if d.source.kind == INPUT})
+def _node_names(factors: list[Factor]) -> list[str]:
+    """Names of the inputs the factors run along."""
+    return sorted({d.source.node_name for factor in factors for d in factor.digits if d.source.kind == INPUT})
 
 
-def _source(factors: list[Factor], place: str) -> Source:
-    return next(d.source for factor in factors for d in factor.digits if d.source.place == place)
+def _source(factors: list[Factor], node_name: str) -> Source:
+    return next(d.source for factor in factors for d in factor.digits if d.source.node_name == node_name)
 
 
-def _grid_of(factors: list[Factor], place: str) -> Grid | None:
+def _grid_of(factors: list[Factor], node_name: str) -> Grid | None:
     """The video grid that an input shows along the factors, or None."""
     factors = [factor for factor in factors if not same(factor.size, 1)]
-    own = [[d for d in factor.digits if d.source.place == place] for factor in factors]
+    own = [[d for d in factor.digits if d.source.node_name == node_name] for factor in factors]
     if not own or any(len(digits) != 1 for digits in own):  # none, or two axes of one input at once, which is no grid
         return None
     return _latent_grid(factors, [digits[0] for digits in own]) or _packed_grid(factors, [digits[0] for digits in own])
@@ -228,7 +230,7 @@ def _grid_of(factors: list[Factor], place: str) -> Grid | None:
 def _latent_grid(factors: list[Factor], own: list[Digit]) -> Grid | None:
     """A latent input with axes for frames, height and width, in that order in every layout (BCFHW, BFCHW, BFHWC, lists).
 
-    The frame axis comes first in the sequence, whole and in order; inside a frame any order of places will do.
+    The frame axis comes first in the sequence, whole and in order; inside a frame any order of positions will do.
     """
     axes = sorted({digit.source.axis for digit in own})
     frame = own[0]

@@ -59,7 +59,7 @@ class Plan:
     """One phase of a table: rows that attend everything, and sparse rows with the key ranges they share.
 
     ``rest`` are the key ranges that only some sparse blocks attend, ``windows`` the blocks that attend one run of them, ``others``
-    rows with several runs; runs are places among the rest keys.
+    rows with several runs; runs are positions among the rest keys.
     """
 
     dense_rows: tuple[Range, ...]
@@ -113,7 +113,7 @@ def attention_dense_merge(
             attend(rows, rest.taken(own), merge=bool(plan.shared))
         for windows, sample in itertools.product(plan.windows, range(query.shape[0])):
             own_rows = functools.partial(
-                _batch, sample=sample, first=windows.first_row, places=windows.rows, step=windows.row_step, count=windows.count
+                _batch, sample=sample, first=windows.first_row, positions=windows.rows, step=windows.row_step, count=windows.count
             )
             found, found_lse = dense_attention(own_rows(query), *rest.runs(windows, sample, scale))
             into, into_lse = own_rows(output), own_rows(log_sum_exp.unsqueeze(-1)).squeeze(-1)
@@ -140,19 +140,19 @@ class _Keys:
 
     def runs(self, windows: Windows, sample: int, scale: float | None) -> tuple[Tensor, Tensor, float | None, Tensor | None]:
         """Keys, values, the scale and mask of the windows of one sample, window by window."""
-        of = functools.partial(_batch, first=windows.first_key, places=windows.keys, step=windows.key_step, count=windows.count)
+        of = functools.partial(_batch, first=windows.first_key, positions=windows.keys, step=windows.key_step, count=windows.count)
         mask = self.score_mask
         if mask is not None:
             mask = of(mask.transpose(2, 3), sample=sample if mask.shape[0] > 1 else 0).transpose(2, 3)
         return of(self.key, sample=sample), of(self.value, sample=sample), scale, mask
 
 
-def _batch(tensor: Tensor, sample: int, first: int, places: int, step: int, count: int) -> Tensor:
-    """``[count, heads, places, width]``: places ``[first + i * step, first + i * step + places)`` of axis 2 of a sample, a view."""
+def _batch(tensor: Tensor, sample: int, first: int, positions: int, step: int, count: int) -> Tensor:
+    """``[count, heads, positions, width]``: a view of positions ``[first + i * step, first + i * step + positions)`` of a sample."""
     _, heads, _, width = tensor.shape
-    per_sample, per_head, per_place, per_column = tensor.stride()
-    offset = tensor.storage_offset() + sample * per_sample + first * per_place
-    return tensor.as_strided((count, heads, places, width), (step * per_place, per_head, per_place, per_column), offset)
+    per_sample, per_head, per_position, per_column = tensor.stride()
+    offset = tensor.storage_offset() + sample * per_sample + first * per_position
+    return tensor.as_strided((count, heads, positions, width), (step * per_position, per_head, per_position, per_column), offset)
 
 
 def _added_to_scores(key_mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -162,7 +162,7 @@ def _added_to_scores(key_mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _take(tensor: Tensor, ranges: tuple[Range, ...], axis: int) -> Tensor:
-    """The places of an axis in ``ranges``; a view where there is one range."""
+    """The positions of an axis in ``ranges``; a view where there is one range."""
     parts = [tensor.narrow(axis, start, end - start) for start, end in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
@@ -198,19 +198,19 @@ def plan_of(bounds_bytes: bytes, range_bytes: bytes, ranges_per_block: int, quer
         sparse_rows=join_ranges(_chosen(rows, sparse)),
         shared=join_ranges(_chosen(intervals, shared)),
         rest=join_ranges(_chosen(intervals, used)),
-        windows=tuple(windows for (of_rows, of_keys), places in by_size.items() for windows in _batches(places, of_rows, of_keys)),
+        windows=tuple(windows for (of_rows, of_keys), positions in by_size.items() for windows in _batches(positions, of_rows, of_keys)),
         others=tuple((of_rows, runs) for of_rows, runs in own if len(runs) > 1),
         some_attend_nothing=any(not runs for _, runs in own),
     )
 
 
-def _batches(places: Sequence[tuple[int, int]], rows: int, keys: int) -> list[Windows]:
+def _batches(positions: Sequence[tuple[int, int]], rows: int, keys: int) -> list[Windows]:
     """Blocks of ``rows`` rows that attend runs of ``keys`` keys, by ``(first row, first key)``, as few batches of equal steps.
 
     By the step that joins most blocks first, so that the phases of a rotation, which mostly differ in where they begin, come out in the
     same shapes: some dense kernels are prepared anew for each.
     """
-    left = dict.fromkeys(places)
+    left = dict.fromkeys(positions)
     found: list[Windows] = []
     while left:
         steps = Counter(

@@ -105,16 +105,16 @@ def frame_blocks(bounds_bytes: bytes, range_bytes: bytes, ranges_per_block: int,
     frames = range(first, last + 1)
     if any(sizes[b] != tokens for b in frames):
         return None
-    places = [(bounds[b], bounds[b + 1]) for b in frames]
-    around = [piece for piece in ((0, places[0][0]), (places[-1][1], key_length)) if piece[0] < piece[1]]
+    positions = [(bounds[b], bounds[b + 1]) for b in frames]
+    around = [piece for piece in ((0, positions[0][0]), (positions[-1][1], key_length)) if piece[0] < piece[1]]
     lists = []
     for b in frames:
-        inside = [n for n, (start, end) in enumerate(places) if any(a <= start and end <= z for a, z in attended[b])]
-        covered = sorted([*(places[n] for n in inside), *around])
+        inside = [n for n, (start, end) in enumerate(positions) if any(a <= start and end <= z for a, z in attended[b])]
+        covered = sorted([*(positions[n] for n in inside), *around])
         if join_ranges(covered) != attended[b] or not inside:
             return None
         lists.append(tuple(inside))
-    return FrameBlocks(places[0][0], tokens, tuple(lists))
+    return FrameBlocks(positions[0][0], tokens, tuple(lists))
 
 
 @dropped_on_reset

@@ -71,12 +71,12 @@ def _attend(
 ) -> Any:  # fmt: skip
     block_of_row, cell_of_key, attends, *lists = mask
 
-    def attended(batch: Tensor, head: Tensor, row: Tensor, place: Tensor) -> Tensor:
-        return attends[block_of_row[row], cell_of_key[place]]
+    def attended(batch: Tensor, head: Tensor, row: Tensor, key_index: Tensor) -> Tensor:
+        return attends[block_of_row[row], cell_of_key[key_index]]
 
-    def score(found: Tensor, batch: Tensor, head: Tensor, row: Tensor, place: Tensor) -> Tensor:
+    def score(found: Tensor, batch: Tensor, head: Tensor, row: Tensor, key_index: Tensor) -> Tensor:
         assert added is not None
-        return found + added[batch if added.shape[0] > 1 else 0, head if added.shape[1] > 1 else 0, 0, place]
+        return found + added[batch if added.shape[0] > 1 else 0, head if added.shape[1] > 1 else 0, 0, key_index]
 
     block_mask = _flex.BlockMask.from_kv_blocks(
         *lists, BLOCK_SIZE=_BLOCK, mask_mod=attended, seq_lengths=(query.shape[2], key.shape[2]), compute_q_blocks=False
@@ -116,11 +116,11 @@ def tiles(block_of_row: Tensor, cell_of_key: Tensor, attends: Tensor) -> tuple[T
     return some & ~full, full
 
 
-def _runs(places: Tensor, count: int) -> tuple[Tensor, Callable[[Tensor, int], Tensor]]:
-    """Which of ``count`` occur in sorted ``places``, and what sums an axis of that size over those of each tile of 128."""
-    first, last = places[::_BLOCK], torch.cat([places[_BLOCK - 1 :: _BLOCK], places[-1:]])[: -(-len(places) // _BLOCK)]
-    numbers = torch.arange(count, device=places.device)
-    occurs = torch.searchsorted(places, numbers) < torch.searchsorted(places, numbers, right=True)
+def _runs(positions: Tensor, count: int) -> tuple[Tensor, Callable[[Tensor, int], Tensor]]:
+    """Which of ``count`` occur in sorted ``positions``, and what sums an axis of that size over those of each tile of 128."""
+    first, last = positions[::_BLOCK], torch.cat([positions[_BLOCK - 1 :: _BLOCK], positions[-1:]])[: -(-len(positions) // _BLOCK)]
+    numbers = torch.arange(count, device=positions.device)
+    occurs = torch.searchsorted(positions, numbers) < torch.searchsorted(positions, numbers, right=True)
 
     def summed(mask: Tensor, axis: int) -> Tensor:
         nothing = torch.zeros_like(mask.narrow(axis, 0, 1), dtype=torch.int32)

@@ -149,15 +149,36 @@ class PassRun:
 class Compilation:
     """The state of one compile.
 
-    ``device`` is where the model will run if that is not where it is traced; ``horizon_missing`` says why there is no ``horizon``.
-    ``masks`` holds what the mask of each masked site says, None where that cannot be told; ``scaffold`` are nodes that were added to
-    be looked at.  ``has_video`` is whether an input shows a video grid that is generated; ``not_denoiser`` says why a video that is
-    attended is not generated; ``cut_off`` are sites whose query comes from an earlier graph that told nothing of it; ``output_lost``
-    says where the way of a video to the outputs was lost; ``reader`` knows which inputs' values were read. ``clock_before`` is the
-    input that moved the clock before this graph runs. ``step_of`` tells which of several denoising
-    steps of the graph a site belongs to.  ``flops`` are those of the whole graph, dense, 0 where a size is not a number.
-    ``outgoing`` is what to say of outputs, by position, for the next graph of the same forward. A pass that changes what the graph
-    computes sets ``changed``; without it the graph is compiled as it came.  ``passes`` are those that ran.
+    Args:
+        graph_module: the graph, a copy that passes may edit.
+        options: the user's.
+        example_inputs: what the graph was called with; real tensors.
+        device: where the model will run if that is not where it is traced.
+        model: the class of the model, for reports.
+        compile_id: the compile as torch's logs name it, such as "0/1".
+        position: where the graph stands in its forward.
+        forward: what is around it there.
+        sites: attention, in the order of the graph.
+        layouts: token layouts of query and key by site.
+        masks: what the mask of each masked site means, None where that cannot be expressed.
+        analysis_nodes: nodes for analysis only; ``rewrite`` erases them.
+        has_video: whether an input shows a video grid that is generated.
+        cut_off: sites whose query comes from an earlier graph without an annotation.
+        output_lost: where the way of a video to the outputs was lost.
+        not_denoiser: why a video that is attended is not generated.
+        reader: knows which inputs' values were read.
+        trace_failure: why there are no layouts.
+        horizon: the training horizon; ``horizon_missing`` says why there is none.
+        timestep: the input that tells the denoising step.
+        step_of: which of several denoising steps of the graph a site belongs to.
+        clock_before: the input that moved the clock before this graph runs.
+        decisions: what becomes of each site.
+        specialised: symbolic sizes that had to be fixed, in words.
+        extra_inputs: inputs appended to the graph.
+        outgoing: annotations of outputs, by position, for the next graph of the same forward.
+        flops: those of the whole graph, dense; 0 where a size is not a number.
+        changed: whether a pass changed what the graph computes; without it the graph is compiled as it came.
+        passes: the passes that ran.
     """
 
     graph_module: fx.GraphModule
@@ -171,7 +192,7 @@ class Compilation:
     sites: tuple[AttentionSite | DenseSite, ...] = ()
     layouts: dict[fx.Node, tuple[TokenLayout, TokenLayout]] = field(default_factory=dict)
     masks: dict[fx.Node, MaskForm | None] = field(default_factory=dict)
-    scaffold: tuple[fx.Node, ...] = ()
+    analysis_nodes: tuple[fx.Node, ...] = ()
     has_video: bool = False
     cut_off: frozenset[fx.Node] = frozenset()
     output_lost: str = ""

@@ -13,9 +13,9 @@ from lvsa_compile.compat import example_value
 from lvsa_compile.passes.compilation import Compilation
 
 
-def _by_inner_size(place: int) -> Callable[[Tensor, list[Tensor]], float]:
-    """A matrix product whose operand at ``place`` ends in the axis that is summed over."""
-    return lambda out, given: 2.0 * out.numel() * given[place].shape[-1]
+def _by_inner_size(argument: int) -> Callable[[Tensor, list[Tensor]], float]:
+    """A matrix product whose operand at ``node_name`` ends in the axis that is summed over."""
+    return lambda out, given: 2.0 * out.numel() * given[argument].shape[-1]
 
 
 def _convolution(out: Tensor, given: list[Tensor]) -> float:

@@ -103,7 +103,7 @@ def _segments(layout: TokenLayout) -> Segments:
 
 def _could_be_masked(site: AttentionSite | None, miss: Miss) -> bool:
     """Whether a dense site is plain attention of inference, as it stands in the graph."""
-    plain = site is not None and not site.causal and site.stands_for is None
+    plain = site is not None and not site.causal and site.replacement is None
     return plain and miss.reason not in (reasons.TRAINING, reasons.DROPOUT)
 
 

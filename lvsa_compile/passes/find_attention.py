@@ -9,8 +9,8 @@ from torch import fx
 from lvsa_compile.graph.edit import thread_writes
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.patterns import library_ops, linear_attention, multihead, other_forms, own_sparse, sdpa, written_out
+from lvsa_compile.patterns.canonical import discard
 from lvsa_compile.patterns.masks import parts_of
-from lvsa_compile.patterns.shadow import withdraw
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import INSIDE_SUBGRAPH
 
@@ -28,9 +28,9 @@ def find_attention(compilation: Compilation) -> Compilation:
             for site in [site for node in list(module.graph.nodes) if (site := _match(node)) is not None]:
                 sites.append(DenseSite(site.node, INSIDE_SUBGRAPH.because(f"it is in {name}")))
                 if isinstance(site, AttentionSite):
-                    withdraw(site)
+                    discard(site)
     sites, added = _with_mask_parts(sites)
-    return dataclasses.replace(compilation, sites=tuple(sites), scaffold=added)
+    return dataclasses.replace(compilation, sites=tuple(sites), analysis_nodes=added)
 
 
 def _with_mask_parts(sites: list[AttentionSite | DenseSite]) -> tuple[list[AttentionSite | DenseSite], tuple[fx.Node, ...]]:

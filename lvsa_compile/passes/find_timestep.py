@@ -14,7 +14,7 @@ from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT
 from lvsa_compile.compat import example_value
 from lvsa_compile.forward import context
-from lvsa_compile.forward.clock import told_before
+from lvsa_compile.forward.clock import clock_input_before
 from lvsa_compile.forward.timestep_names import rank_of_name, timestep_among
 from lvsa_compile.layout.graph_trace import input_kind
 from lvsa_compile.passes.compilation import Compilation, Piece, TimestepInput
@@ -40,8 +40,8 @@ def find_timestep(compilation: Compilation) -> Compilation:
     Of several graphs of one forward the first that sees a timestep moves the clock: what the others get may be made of it.
     """
     root, code = context.root_module(), compilation.compile_id.split("/")[0]
-    if compilation.position.continues and told_before(root, code):
-        return dataclasses.replace(compilation, clock_before=told_before(root, code))
+    if compilation.position.continues and clock_input_before(root, code):
+        return dataclasses.replace(compilation, clock_before=clock_input_before(root, code))
     placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
     candidates = [
         (position, node, name)
@@ -54,8 +54,8 @@ def find_timestep(compilation: Compilation) -> Compilation:
     if not ranked or ranked[0][0] >= _UNLIKELY:
         return compilation if compilation.position.continues else dataclasses.replace(compilation, timestep=_constant())
     best, position, name = ranked[0]
-    alike = [place for rank, place, _ in ranked if rank == best]
-    steps, step_of = _several_steps({place: placeholders[place] for place in alike}, compilation)
+    alike = [position for rank, position, _ in ranked if rank == best]
+    steps, step_of = _several_steps({position: placeholders[position] for position in alike}, compilation)
     return dataclasses.replace(compilation, timestep=TimestepInput(position, name, steps=steps), step_of=step_of)
 
 
@@ -69,7 +69,7 @@ def _several_steps(timesteps: Mapping[int, fx.Node], compilation: Compilation) -
         taken = {user: at for user in _reached(node, frozenset(("unbind", "iter"))) if (at := _index(user)) is not None}
         whole: dict[fx.Node, Piece] = {node: (position, None)}
         pieces |= {user: (position, at) for user, at in taken.items()} or whole
-    order = {node: place for place, node in enumerate(compilation.graph_module.graph.nodes)}
+    order = {node: position for position, node in enumerate(compilation.graph_module.graph.nodes)}
     uses = {node: [order[each] for each in (node.users if node in timesteps.values() else (node,))] for node in pieces}
     steps = tuple(dict.fromkeys(pieces[node] for node in sorted(pieces, key=lambda node: min(uses[node], default=0))))
     latest: dict[fx.Node, int] = {}
@@ -80,7 +80,7 @@ def _several_steps(timesteps: Mapping[int, fx.Node], compilation: Compilation) -
     named: dict[str, list[int]] = {}
     for node, step in step_of.items():
         named.setdefault(context.module_path(node) or node.name.rpartition("_")[0], []).append(step)
-    come_again = any(len(set(places)) > 1 for places in named.values())
+    come_again = any(len(set(steps_of_it)) > 1 for steps_of_it in named.values())
     return (steps, step_of) if come_again else ((), {})
 
 

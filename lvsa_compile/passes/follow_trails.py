@@ -54,7 +54,7 @@ def _ends(layout: TokenLayout) -> Iterator[tuple[str, str]]:
             yield from ((origin, segment.lost_at) for origin in sorted(segment.origins))
     for segment in layout.segments:
         if segment.grid is not None:
-            yield from ((source.place, "") for source in sorted(segment.grid.frame_sources, key=str))
+            yield from ((source.node_name, "") for source in sorted(segment.grid.frame_sources, key=str))
 
 
 def _steps(way: list[fx.Node], lost: bool) -> tuple[TrailStep, ...]:

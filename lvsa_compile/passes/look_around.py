@@ -27,7 +27,7 @@ _FROM_DEVICE = (
 _FROM_DISABLE = "Take torch.compiler.disable off what is called there. " + _FIND
 _FROM_CUT = "Set torch._dynamo.config.optimize_ddp = False, or compile the model before DistributedDataParallel wraps it."
 
-_LARGEST_PATCH = 64  # places of a latent that one token may stand for
+_LARGEST_PATCH = 64  # positions of a latent that one token may stand for
 
 
 @dataclasses.dataclass
@@ -37,7 +37,7 @@ class _InProgress:
     """
 
     broken: tuple[str, str] = ("", "")
-    told: set[Outside] = dataclasses.field(default_factory=set)
+    reported: set[Outside] = dataclasses.field(default_factory=set)
     called: dict[types.CodeType, str] = dataclasses.field(default_factory=dict)
 
 
@@ -54,7 +54,7 @@ def look_around(compilation: Compilation) -> Compilation:
     so_far = _in_progress.setdefault(entry, _InProgress())
     broken, remedy = so_far.broken
     if not broken and given_up:
-        broken, remedy = _said_of(given_up[-1][0]), _MEND
+        broken, remedy = _line_of(given_up[-1][0]), _MEND
     if not broken and _is_cut(compilation):
         broken, remedy = "something cut it before it reached lvsa, as DistributedDataParallel does by buckets", _FROM_CUT
     outside = [found for code, scope in given_up for found in _in_given_up(code, scope, remedy)]
@@ -66,12 +66,12 @@ def look_around(compilation: Compilation) -> Compilation:
         outside += _disabled_at(ends, called)
         for each in called:
             so_far.called |= attention_below(each)
-    untold = tuple(found for found in outside if found not in so_far.told)
-    so_far.told.update(outside)
-    return dataclasses.replace(compilation, forward=dataclasses.replace(_video(), broken=broken, remedy=remedy, outside=untold))
+    new = tuple(found for found in outside if found not in so_far.reported)
+    so_far.reported.update(outside)
+    return dataclasses.replace(compilation, forward=dataclasses.replace(_video(), broken=broken, remedy=remedy, outside=new))
 
 
-def _said_of(code: types.CodeType) -> str:
+def _line_of(code: types.CodeType) -> str:
     return f'File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name} (Dynamo gave up the function)'
 
 
@@ -119,6 +119,6 @@ def _video() -> Forward:
         if (found or rows_of_class(kind)) and issubclass(kind, nn.Module):
             model = model or kind.__name__
         latents += found
-    places = [math.prod(shape) // max(1, *shape[:2]) // _LARGEST_PATCH for shape in latents]  # channels and frames come in either order
+    tokens = [math.prod(shape) // max(1, *shape[:2]) // _LARGEST_PATCH for shape in latents]  # channels and frames come in either order
     frames = tuple(dict.fromkeys(size for shape in latents for size in shape[:2]))
-    return Forward(bool(model or latents), max(places, default=0), frames, model)
+    return Forward(bool(model or latents), max(tokens, default=0), frames, model)

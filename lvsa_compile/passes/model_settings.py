@@ -50,27 +50,27 @@ def _is_config(value: Any) -> bool:
 def _entry(holder: Any, name: str) -> Any:
     """What an object holds under a name, as an item or as an attribute of any kind."""
     if isinstance(holder, Mapping):
-        return _tried(lambda: holder.get(name, _MISSING))
+        return _attempt(lambda: holder.get(name, _MISSING))
     if _attribute(holder, _NOBODYS) is not _MISSING:  # it answers whatever it is asked, so that an answer says nothing
-        return _tried(lambda: object.__getattribute__(holder, name))
+        return _attempt(lambda: object.__getattribute__(holder, name))
     return _attribute(holder, name)
 
 
 def _attribute(holder: Any, name: str) -> Any:
-    return _tried(lambda: getattr(holder, name, _MISSING))
+    return _attempt(lambda: getattr(holder, name, _MISSING))
 
 
 def _values(config: Any) -> list[Any]:
     """All that a config holds, as far as it can be listed."""
     if isinstance(config, Mapping):
-        names: list[Any] = _tried(lambda: list(config))
+        names: list[Any] = _attempt(lambda: list(config))
         return [] if names is _MISSING else [_entry(config, name) for name in names]
     own = getattr(config, "__dict__", {})
     names = [*own, *getattr(type(config), "__slots__", ()), *(name for kind in type(config).__mro__[:-1] for name in vars(kind))]
     return [_attribute(config, name) for name in dict.fromkeys(names) if isinstance(name, str) and not name.startswith("__")]
 
 
-def _tried(get: Callable[[], Any]) -> Any:
+def _attempt(get: Callable[[], Any]) -> Any:
     """What ``get`` returns; a config that cannot say, whatever it raises, holds nothing."""
     try:
         return get()

@@ -20,7 +20,7 @@ from lvsa_compile.layout.mask_form import MaskForm
 from lvsa_compile.ops.attention import accumulation_dtype, meaning_of
 from lvsa_compile.ops.verified import VERIFIED
 from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput
-from lvsa_compile.patterns.shadow import step_in, withdraw
+from lvsa_compile.patterns.canonical import discard, substitute
 from lvsa_compile.policies.contract import State
 from lvsa_compile.policies.rows import Rows
 from lvsa_compile.policies.tables import KeyRangeTable, VideoSpan
@@ -37,9 +37,9 @@ def rewrite(compilation: Compilation) -> Compilation:
     renamed |= {decision.node: _take_mask_apart(decision) for decision in compilation.masked}
     for decision in compilation.decisions:
         if decision.site is not None and decision.plan is None:
-            withdraw(decision.site)
+            discard(decision.site)
     left = set(compilation.graph_module.graph.nodes)
-    for node in reversed(compilation.scaffold):
+    for node in reversed(compilation.analysis_nodes):
         if node in left and not node.users:
             node.graph.erase_node(node)
     decisions = tuple(dataclasses.replace(d, node=renamed.get(d.node, d.node)) for d in compilation.decisions)
@@ -175,7 +175,7 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
             output.meta = {**meta, "example_value": result}
         rewritten = _without_masked_queries(node.graph, output, sparse.mask)
     node.replace_all_uses_with(rewritten)
-    step_in(site, rewritten)
+    substitute(site, rewritten)
     _erase(node)
     return attention
 
@@ -197,8 +197,8 @@ def _take_mask_apart(decision: Decision) -> fx.Node:
     graph, node = site.node.graph, site.node
     with graph.inserting_before(node):
         mask = _key_mask(graph, decision.mask)
-        said = {"attn_mask": mask, "dropout_p": 0.0, "scale": site.scale, "enable_gqa": node.kwargs.get("enable_gqa", False)}
-        attention = graph.call_function(node.target, (site.query, site.key, site.value), said)  # type: ignore[arg-type]
+        arguments = {"attn_mask": mask, "dropout_p": 0.0, "scale": site.scale, "enable_gqa": node.kwargs.get("enable_gqa", False)}
+        attention = graph.call_function(node.target, (site.query, site.key, site.value), arguments)  # type: ignore[arg-type]
         attention.meta = dict(node.meta)
         output = _without_masked_queries(graph, attention, decision.mask)
     node.replace_all_uses_with(output)
@@ -221,7 +221,7 @@ def _without_masked_queries(graph: fx.Graph, output: fx.Node, form: MaskForm | N
 
 
 def _sliced(graph: fx.Graph, mask: fx.Node, axis: int) -> fx.Node:
-    """The first place of an axis along which a mask repeats."""
+    """The first position of an axis along which a mask repeats."""
     value = example_value(mask)
     if compat.statically_true(value.shape[axis] == 1):
         return mask

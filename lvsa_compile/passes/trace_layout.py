@@ -10,15 +10,15 @@ from torch import Tensor, fx
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT, LOST, Axis, Source, axis_size, leaves, origins
 from lvsa_compile.axes.call import Axes
-from lvsa_compile.axes.carried import is_told, shows_generated
-from lvsa_compile.axes.pieces import expanded
+from lvsa_compile.axes.carried import is_known_video, shows_generated
+from lvsa_compile.axes.opaque import expanded
 from lvsa_compile.forward import context
 from lvsa_compile.forward.clock import explicit_step
-from lvsa_compile.forward.labels import said_of
+from lvsa_compile.forward.labels import annotation_of
 from lvsa_compile.forward.timestep_names import says_timestep
-from lvsa_compile.layout.carry import handed_on
+from lvsa_compile.layout.carry import outgoing_annotation
 from lvsa_compile.layout.denoiser import why_no_denoiser
-from lvsa_compile.layout.evidence import Witnessed, witnessed
+from lvsa_compile.layout.evidence import LayoutEvidence, collect_evidence
 from lvsa_compile.layout.graph_trace import LayoutInterpreter, input_kind, run_on_fakes
 from lvsa_compile.layout.lost import after
 from lvsa_compile.layout.mask_form import MaskForm, mask_form
@@ -48,9 +48,9 @@ def trace_layout(compilation: Compilation) -> Compilation:
         if len(query) >= 3 and len(key) >= 3:
             pairs[site.node] = (query, key)
     tokens = [axes[-2] for pair in pairs.values() for axes in pair]
-    seen, untold = witnessed(tokens, traced.output_axes, traced.reader), _untold(compilation, brought)
-    guessed = untold - _witnessed_elsewhere([*tokens, *(axis for axes in seen.outputs.values() for axis in axes)])
-    seen = dataclasses.replace(seen, targets={place: axes for place, axes in seen.targets.items() if place not in guessed})
+    seen, unannotated = collect_evidence(tokens, traced.output_axes, traced.reader), _not_annotated(compilation, brought)
+    guessed = unannotated - _shown_elsewhere([*tokens, *(axis for axes in seen.outputs.values() for axis in axes)])
+    seen = dataclasses.replace(seen, targets={node_name: axes for node_name, axes in seen.targets.items() if node_name not in guessed})
     outputs = None if compilation.position.breaks else _outputs(compilation.graph_module.graph)
     not_denoiser = why_no_denoiser(seen.targets, [*map(expanded, tokens)], outputs, _has_time(compilation), traced.tracker.convolved)
     if not_denoiser:
@@ -69,7 +69,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
         layouts=layouts,
         masks=masks,
         has_video=bool(seen.targets),
-        cut_off=_cut_off(compilation, pairs, brought, untold),
+        cut_off=_cut_off(compilation, pairs, brought, unannotated),
         output_lost=_output_lost(seen, compilation.graph_module.graph),
         not_denoiser=not_denoiser,
         reader=traced.reader,
@@ -78,29 +78,31 @@ def trace_layout(compilation: Compilation) -> Compilation:
 
 
 def _cut_off(
-    compilation: Compilation, pairs: Mapping[fx.Node, tuple[Axes, Axes]], brought: Mapping[str, Axes], untold: Collection[str]
+    compilation: Compilation, pairs: Mapping[fx.Node, tuple[Axes, Axes]], brought: Mapping[str, Axes], unannotated: Collection[str]
 ) -> frozenset[fx.Node]:
     """Sites whose query may be the video, since it comes from an earlier graph that told nothing of it and is not too short."""
-    told = [axis_size(axis) for axes in brought.values() if shows_generated(axes) for axis in axes]
-    least = max([size for size in told if isinstance(size, int)] + [compilation.forward.least_tokens])
+    sizes = [axis_size(axis) for axes in brought.values() if shows_generated(axes) for axis in axes]
+    least = max([size for size in sizes if isinstance(size, int)] + [compilation.forward.least_tokens])
 
     def long_enough(tokens: Axis) -> bool:
         size = axis_size(tokens)
         return not isinstance(size, int) or size >= least
 
-    return frozenset(node for node, (query, _) in pairs.items() if origins(query) & set(untold) and long_enough(query[-2]))
+    return frozenset(node for node, (query, _) in pairs.items() if origins(query) & set(unannotated) and long_enough(query[-2]))
 
 
-def _witnessed_elsewhere(axes: Iterable[Axis]) -> frozenset[str]:
-    """Places of inputs along which a grid of three counts, as a rope table's, or a grid that an earlier graph told of runs, too."""
+def _shown_elsewhere(axes: Iterable[Axis]) -> frozenset[str]:
+    """Names of inputs along which a grid of three counts, as a rope table's, or a grid that an earlier graph told of runs, too."""
     others: dict[str, set[Source]] = {}
     for sources in ({digit.source for digit in factor.digits} for axis in axes for factor in leaves(axis)):
         for source in sources:
-            others.setdefault(source.place, set()).update(other for other in sources if other.place != source.place)
-    return frozenset(place for place, found in others.items() if len(found) >= 3 or any(is_told(other.place) for other in found))
+            others.setdefault(source.node_name, set()).update(other for other in sources if other.node_name != source.node_name)
+    return frozenset(
+        node_name for node_name, found in others.items() if len(found) >= 3 or any(is_known_video(other.node_name) for other in found)
+    )
 
 
-def _untold(compilation: Compilation, brought: Collection[str]) -> frozenset[str]:
+def _not_annotated(compilation: Compilation, brought: Collection[str]) -> frozenset[str]:
     """Inputs that come from an earlier part of a broken forward, not from the caller, and of which that part told nothing."""
     if not compilation.forward.broken:
         return frozenset()
@@ -114,11 +116,11 @@ def _untold(compilation: Compilation, brought: Collection[str]) -> frozenset[str
     )
 
 
-def _output_lost(seen: Witnessed, graph: fx.Graph) -> str:
+def _output_lost(seen: LayoutEvidence, graph: fx.Graph) -> str:
     """The op, and its line, after which the way of a video to the outputs was lost; "" where it was not."""
     lost = [digit.source for axes in seen.outputs.values() for axis in axes for f in leaves(axis) for digit in f.digits]
     found = next((source for source in lost if source.kind == LOST and source.origins), None)
-    return "" if found is None else after(found.name, found.place, graph)
+    return "" if found is None else after(found.name, found.node_name, graph)
 
 
 def _has_time(compilation: Compilation) -> bool:
@@ -150,24 +152,27 @@ def _brought(compilation: Compilation) -> dict[str, Axes]:
     placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
     found = {}
     for node, value in zip(placeholders, compilation.example_inputs, strict=False):
-        axes = said_of(value) if isinstance(value, Tensor) else None
+        axes = annotation_of(value) if isinstance(value, Tensor) else None
         fake = compat.example_value(node)
         if axes is not None and all(compat.specialise(size, fake) is not None for size in fake.shape):
             found[node.name] = axes
     return found
 
 
-def _outgoing(seen: Witnessed, graph: fx.Graph) -> tuple[tuple[int, Axes], ...]:
+def _outgoing(seen: LayoutEvidence, graph: fx.Graph) -> tuple[tuple[int, Axes], ...]:
     """What is to be said of the outputs, by position.
 
     Of several videos that may be generated it is not known here which one is, unless they run along one axis, as items of a batch do.
     """
     factors = [factor for axes in seen.outputs.values() for axis in axes for factor in leaves(axis)]
-    together = any(seen.targets.keys() <= {digit.source.place for digit in factor.digits} for factor in factors)
+    together = any(seen.targets.keys() <= {digit.source.node_name for digit in factor.digits} for factor in factors)
     generated = seen.targets if together else {}
     tokens = {position: axes for position, axes in seen.outputs.items() if len(axes) < 5}  # a latent shows its grid by itself
-    told = ((position, handed_on(axes, generated, lambda lost: after(lost.name, lost.place, graph))) for position, axes in tokens.items())
-    return tuple((position, axes) for position, axes in told if axes is not None)
+    sizes = (
+        (position, outgoing_annotation(axes, generated, lambda lost: after(lost.name, lost.node_name, graph)))
+        for position, axes in tokens.items()
+    )
+    return tuple((position, axes) for position, axes in sizes if axes is not None)
 
 
 def _outside_tokens(axes: Axes) -> Axis:

@@ -102,7 +102,7 @@ def _may_be_video(graph: fx.Graph, lost: Segment) -> bool:
 
 def _holds_more(lost: Segment, videos: list[Segment]) -> bool:
     """Whether keys whose order was lost come from the video of the query and from something else beside it."""
-    own = {source.place for video in videos if video.grid is not None for source in video.grid.frame_sources}
+    own = {source.node_name for video in videos if video.grid is not None for source in video.grid.frame_sources}
     return bool(lost.origins & own) and bool(lost.origins - own)
 
 

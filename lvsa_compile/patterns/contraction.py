@@ -19,7 +19,7 @@ from lvsa_compile.axes.algebra import INPUT, Axis, Digit, Factor, Size, Source, 
 from lvsa_compile.axes.call import Axes, sizes_of
 from lvsa_compile.axes.tracker import AxisTracker
 from lvsa_compile.compat import example_value
-from lvsa_compile.patterns.shadow import Shadow
+from lvsa_compile.patterns.canonical import CanonicalForm
 
 PRODUCTS = frozenset("matmul __matmul__ bmm baddbmm einsum".split())
 """Names of the ops that multiply two tensors."""
@@ -44,11 +44,11 @@ class Roles:
 
 
 def follow(way: list[fx.Node], first: fx.Node, second: fx.Node, value: fx.Node) -> dict[fx.Node, Axes]:
-    """Axes of every node on the way from one product to the other, in terms of the operands' axes, all cut at the same places."""
+    """Axes of every node on the way from one product to the other, in terms of the operands' axes, all cut at the same positions."""
     tracker = AxisTracker()
     found: dict[fx.Node, Axes] = {}
     env: dict[fx.Node, Any] = {}
-    with compat.trial_run(compat.fake_mode_of_graph(way[0].graph)), tracker, torch.no_grad():
+    with compat.isolated_run(compat.fake_mode_of_graph(way[0].graph)), tracker, torch.no_grad():
         env[first], env[second] = _labelled(tracker, first, FIRST), _labelled(tracker, second, SECOND)
         for node in way:
             if node is way[-1]:
@@ -163,7 +163,7 @@ def lead_sizes(leading: Sequence[Axis], found: Roles) -> list[int]:
     return [math.prod(_int(factor.size) for factor in found.batch), 1]
 
 
-def brought(shadow: Shadow, node: fx.Node, name: str, atoms: Sequence[Factor], lead: list[int]) -> fx.Node:
+def brought(canonical: CanonicalForm, node: fx.Node, name: str, atoms: Sequence[Factor], lead: list[int]) -> fx.Node:
     """An operand as ``[batch, heads, tokens, head_dim]``: split into its atoms, put in order, batch and heads joined as ``lead``."""
     digits = []
     for atom in atoms:
@@ -176,12 +176,12 @@ def brought(shadow: Shadow, node: fx.Node, name: str, atoms: Sequence[Factor], l
         here = tuple(Factor(digits[i].size, frozenset((digits[i],))) for i in in_memory if digits[i].source.axis == dim)
         if merge_factors(here) != axis_of(Source(INPUT, name, dim, size)):
             raise NotThisForm("an operand is not used whole")
-    split = shadow.call(torch.reshape, node, [_int(digits[i].size) for i in in_memory])
-    ordered = shadow.call(torch.permute, split, [in_memory.index(i) for i in range(len(digits))])
-    return shadow.call(torch.reshape, ordered, [*lead, *(_int(digit.size) for digit in digits[-2:])])
+    split = canonical.call(torch.reshape, node, [_int(digits[i].size) for i in in_memory])
+    ordered = canonical.call(torch.permute, split, [in_memory.index(i) for i in range(len(digits))])
+    return canonical.call(torch.reshape, ordered, [*lead, *(_int(digit.size) for digit in digits[-2:])])
 
 
-def laid_out(shadow: Shadow, node: fx.Node, atoms: Sequence[Factor], out: Axes, like: Tensor) -> fx.Node:
+def laid_out(canonical: CanonicalForm, node: fx.Node, atoms: Sequence[Factor], out: Axes, like: Tensor) -> fx.Node:
     """``[batch, heads, queries, value_dim]`` laid out as the product with the value was."""
     order: list[int] = []
     for factor in (factor for axis in out for factor in axis):
@@ -189,9 +189,9 @@ def laid_out(shadow: Shadow, node: fx.Node, atoms: Sequence[Factor], out: Axes, 
         order.extend(i for i, atom in enumerate(atoms) if atom.digits <= factor.digits)
     if sorted(order) != list(range(len(atoms))):
         raise NotThisForm("the output does not have batch, heads, queries and value_dim once each")
-    split = shadow.call(torch.reshape, node, [_int(atom.size) for atom in atoms])
-    permuted = shadow.call(torch.permute, split, order)
-    return shadow.call(torch.reshape, permuted, [_int(size) for size in sizes_of(like)])
+    split = canonical.call(torch.reshape, node, [_int(atom.size) for atom in atoms])
+    permuted = canonical.call(torch.permute, split, order)
+    return canonical.call(torch.reshape, permuted, [_int(size) for size in sizes_of(like)])
 
 
 def without(axes: Axes, found: Roles) -> list[Axis]:

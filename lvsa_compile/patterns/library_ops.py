@@ -16,7 +16,7 @@ from torch import fx
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
 from lvsa_compile.graph.edit import is_tensor, name_of
-from lvsa_compile.patterns.shadow import Shadow
+from lvsa_compile.patterns.canonical import CanonicalForm
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import DROPOUT, FORM_NOT_REWRITTEN, SHAPE_NOT_SUPPORTED
 
@@ -54,33 +54,33 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
     layout = LAYOUTS.get(_library_name(node)) if node.op == "call_function" else None
     if layout is None:
         return None
-    said = _arguments(node)
+    arguments = _arguments(node)
     if not layout:
-        layout = _NAMED_LAYOUTS.get(said.get("input_layout", ""), "")
+        layout = _NAMED_LAYOUTS.get(arguments.get("input_layout", ""), "")
         if not layout:
-            return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with input_layout={said.get('input_layout')}"))
-    query, key, value = (said.pop(name, None) for name in ("query", "key", "value"))
+            return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with input_layout={arguments.get('input_layout')}"))
+    query, key, value = (arguments.pop(name, None) for name in ("query", "key", "value"))
     if not (is_tensor(query) and is_tensor(key) and is_tensor(value) and example_value(query).dim() == 4):
         return DenseSite(node, SHAPE_NOT_SUPPORTED.because(f"{_library_name(node)} without batch and heads"))
-    scale, causal, dropout = said.pop("scale", None), bool(said.pop("is_causal", False)), said.pop("dropout_p", 0.0)
-    dropout = dropout or 1.0 - said.pop("keep_prob", 1.0)
+    scale, causal, dropout = arguments.pop("scale", None), bool(arguments.pop("is_causal", False)), arguments.pop("dropout_p", 0.0)
+    dropout = dropout or 1.0 - arguments.pop("keep_prob", 1.0)
     if dropout != 0.0:
         return DenseSite(node, DROPOUT.because(f"dropout_p={dropout}"))
     if not (scale is None or isinstance(scale, (int, float))):
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with a scale that is computed"))
-    for name, given in said.items():
+    for name, given in arguments.items():
         if name not in _NO_MATTER and not any(type(given) is type(plain) and given == plain for plain in (*_PLAIN, 0.0)):
             return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with {name}={given}"))
     replaces = _output(node)
     if replaces is None:
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"more than the output of {_library_name(node)} is used"))
-    shadow = Shadow(replaces)
-    turned = [node if layout == BHSD else shadow.call(torch.transpose, node, 1, 2) for node in (query, key, value)]
-    attention = shadow.attention(*turned, scale=scale, causal=causal)
-    result = attention if layout == BHSD else shadow.call(torch.transpose, attention, 1, 2)
+    canonical = CanonicalForm(replaces)
+    turned = [node if layout == BHSD else canonical.call(torch.transpose, node, 1, 2) for node in (query, key, value)]
+    attention = canonical.attention(*turned, scale=scale, causal=causal)
+    result = attention if layout == BHSD else canonical.call(torch.transpose, attention, 1, 2)
     if example_value(result).dtype != example_value(replaces).dtype:
-        result = shadow.call("to", result, example_value(replaces).dtype)
-    return shadow.site(attention, result, replaces, (node,) if replaces is node else (node, replaces))
+        result = canonical.call("to", result, example_value(replaces).dtype)
+    return canonical.site(attention, result, replaces, (node,) if replaces is node else (node, replaces))
 
 
 def _output(node: fx.Node) -> fx.Node | None:
@@ -102,10 +102,10 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     schema = compat.schema_of(node.target)
     if schema is not None:
         names = [argument.name for argument in schema.arguments]
-        said = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
-        said |= dict(zip(names, node.args, strict=False)) | node.kwargs
+        arguments = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+        arguments |= dict(zip(names, node.args, strict=False)) | node.kwargs
     else:
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
         bound.apply_defaults()
-        said = dict(bound.arguments)
-    return {_ROLES.get(name, name): given for name, given in said.items()}
+        arguments = dict(bound.arguments)
+    return {_ROLES.get(name, name): given for name, given in arguments.items()}

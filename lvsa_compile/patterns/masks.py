@@ -15,7 +15,7 @@ from torch import fx
 
 from lvsa_compile.compat import example_value
 from lvsa_compile.graph.edit import is_tensor, name_of
-from lvsa_compile.patterns.shadow import Shadow
+from lvsa_compile.patterns.canonical import CanonicalForm
 
 AS_GOOD_AS_MINUS_INFINITY = -9999.0
 """What is added to a score that is not to count; models write anything from here down."""
@@ -49,27 +49,27 @@ def parts_of(mask: fx.Node) -> MaskParts:
     value = example_value(mask)
     if value.dtype != torch.bool or not all(isinstance(size, int) for size in value.shape):
         return MaskParts((mask,))
-    shadow, unwritten = Shadow(mask.next), list[Since]()
+    canonical, unwritten = CanonicalForm(mask.next), list[Since]()
     try:
-        found = _split(mask, [], shadow, unwritten)
+        found = _split(mask, [], canonical, unwritten)
     except (RuntimeError, ValueError, TypeError, IndexError):  # a spelling nobody foresaw: the mask is one part
-        shadow.undo()
+        canonical.undo()
         return MaskParts((mask,))
     if len(found) == 1:
-        shadow.undo()
+        canonical.undo()
         return MaskParts((mask,))
-    return MaskParts(tuple(found), tuple(unwritten), tuple(shadow.nodes))
+    return MaskParts(tuple(found), tuple(unwritten), tuple(canonical.nodes))
 
 
-def _split(node: fx.Node, after: list[fx.Node], shadow: Shadow, unwritten: list[Since]) -> list[fx.Node]:
+def _split(node: fx.Node, after: list[fx.Node], canonical: CanonicalForm, unwritten: list[Since]) -> list[fx.Node]:
     """Parts of what ``node`` is after the view ops ``after``, the last one first; ``node`` alone where it is no conjunction."""
     name, inputs = name_of(node), [argument for argument in node.args if is_tensor(argument)]
     if name in _SAME_TRUTH and inputs[:1] == [node.args[0]]:
-        found = _split(inputs[0], after, shadow, unwritten)
+        found = _split(inputs[0], after, canonical, unwritten)
     elif (name == "unsqueeze" or (name == "getitem" and _adds_axes(node))) and len(inputs) == 1:
-        found = _split(inputs[0], [*after, node], shadow, unwritten)
+        found = _split(inputs[0], [*after, node], canonical, unwritten)
     elif name in _AND_ONCE_BOOL and len(inputs) == 2 and len(node.args) == 2 and all(map(_is_truth, inputs)):
-        found = [part for each in inputs for part in _split_shaped(each, node, after, shadow, unwritten)]
+        found = [part for each in inputs for part in _split_shaped(each, node, after, canonical, unwritten)]
     else:
         return [node]
     if len(found) == 1:
@@ -78,17 +78,19 @@ def _split(node: fx.Node, after: list[fx.Node], shadow: Shadow, unwritten: list[
     return found
 
 
-def _split_shaped(part: fx.Node, conjunction: fx.Node, after: list[fx.Node], shadow: Shadow, unwritten: list[Since]) -> list[fx.Node]:
+def _split_shaped(
+    part: fx.Node, conjunction: fx.Node, after: list[fx.Node], canonical: CanonicalForm, unwritten: list[Since]
+) -> list[fx.Node]:
     """Parts of one side of a conjunction, each as a view of the whole mask's shape."""
-    sides = _split(part, [], shadow, unwritten)
+    sides = _split(part, [], canonical, unwritten)
     unwritten.extend((side, conjunction) for side in sides)
     whole = list(example_value(conjunction).shape)
     views = []
     for side in sides:
-        view = shadow.call(torch.broadcast_to, side, whole)
+        view = canonical.call(torch.broadcast_to, side, whole)
         for step in reversed(after):
-            view = shadow.call(torch.unsqueeze if name_of(step) == "unsqueeze" else operator.getitem, view, *step.args[1:])
-        views.append(view if example_value(view).dtype == torch.bool else shadow.call("to", view, torch.bool))
+            view = canonical.call(torch.unsqueeze if name_of(step) == "unsqueeze" else operator.getitem, view, *step.args[1:])
+        views.append(view if example_value(view).dtype == torch.bool else canonical.call("to", view, torch.bool))
     return views
 
 

@@ -11,23 +11,23 @@ from lvsa_compile.reasons import Miss
 
 
 @dataclass(frozen=True)
-class Stands:
-    """For which nodes of the graph a shadow stands (see ``shadow.py``): its ``result`` replaces ``replaces``.
+class Replacement:
+    """Which nodes of the graph a canonical form replaces (see ``canonical.py``): its ``result`` replaces ``replaces``.
 
-    ``nodes`` are the shadow's own, ``retired`` those that nobody needs once it has taken their place; both in graph order.
+    ``nodes`` are the canonical form's own, ``unneeded`` those that nobody needs once it has taken their place; both in graph order.
     """
 
     result: fx.Node
     replaces: fx.Node
     nodes: tuple[fx.Node, ...]
-    retired: tuple[fx.Node, ...]
+    unneeded: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
 class AttentionSite:
     """Attention ``softmax(query @ key.T * scale + mask) @ value`` at one node, all of ``[B, heads, tokens, head_dim]``.
 
-    ``scale`` is a float, a graph node, or None for ``1 / sqrt(head_dim)``.  ``stands_for`` is None where ``node`` is the graph's own.
+    ``scale`` is a float, a graph node, or None for ``1 / sqrt(head_dim)``.  ``replacement`` is None where ``node`` is the graph's own.
     ``mask_parts`` are nodes whose conjunction is the mask as long as the first of each pair of ``mask_unwritten`` was not written to
     after the second (see ``masks.py``).
     """
@@ -40,7 +40,7 @@ class AttentionSite:
     causal: bool = False
     dropout: Any = 0.0
     scale: Any = None
-    stands_for: Stands | None = None
+    replacement: Replacement | None = None
     mask_parts: tuple[fx.Node, ...] = ()
     mask_unwritten: tuple[tuple[fx.Node, fx.Node], ...] = ()
 

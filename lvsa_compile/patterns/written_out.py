@@ -16,6 +16,7 @@ from lvsa_compile import compat
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.compat import example_value
 from lvsa_compile.graph.edit import is_tensor, name_of, writes
+from lvsa_compile.patterns.canonical import CanonicalForm
 from lvsa_compile.patterns.contraction import (
     FIRST,
     PRODUCTS,
@@ -33,7 +34,6 @@ from lvsa_compile.patterns.contraction import (
     without,
 )
 from lvsa_compile.patterns.masks import AS_GOOD_AS_MINUS_INFINITY
-from lvsa_compile.patterns.shadow import Shadow
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import DROPOUT, FORM_NOT_REWRITTEN
 
@@ -56,14 +56,14 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
     after = _way(node, lambda n: n.users)
     if before is None or after is None:
         return _with_something_unknown(node)
-    shadow = Shadow(after[-1])
+    canonical = CanonicalForm(after[-1])
     try:
-        return _site(node, before[::-1], after, shadow)
+        return _site(node, before[::-1], after, canonical)
     except NotThisForm as why:
-        shadow.undo()
+        canonical.undo()
         return DenseSite(node, why.args[1] if len(why.args) > 1 else FORM_NOT_REWRITTEN.because(f"written-out softmax: {why}"))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a spelling nobody foresaw must not fail the compile
-        shadow.undo()
+        canonical.undo()
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"written-out softmax: {type(error).__name__} while it was read"))
 
 
@@ -120,7 +120,7 @@ class _Scores:
     axes: Axes = ()
 
 
-def _site(softmax: fx.Node, before: list[fx.Node], after: list[fx.Node], shadow: Shadow) -> AttentionSite:
+def _site(softmax: fx.Node, before: list[fx.Node], after: list[fx.Node], canonical: CanonicalForm) -> AttentionSite:
     way = [*before, softmax, *after]
     product, result = way[0], way[-1]
     if any(set(node.users) != {following} for node, following in itertools.pairwise(way)):
@@ -141,18 +141,18 @@ def _site(softmax: fx.Node, before: list[fx.Node], after: list[fx.Node], shadow:
     query, key = (first, second) if found.query_name == FIRST else (second, first)
     values = value_atoms(value, found, axes[result])
 
-    mask = None if scores.mask is None else _mask(shadow, scores, found)
-    attention = shadow.attention(
-        brought(shadow, _uncast(query, value), found.query_name, query_atoms(query, found), lead),
-        brought(shadow, _uncast(key, value), found.key_name, key_atoms(key, found), lead),
-        brought(shadow, value, VALUE, values, lead),
+    mask = None if scores.mask is None else _mask(canonical, scores, found)
+    attention = canonical.attention(
+        brought(canonical, _uncast(query, value), found.query_name, query_atoms(query, found), lead),
+        brought(canonical, _uncast(key, value), found.key_name, key_atoms(key, found), lead),
+        brought(canonical, value, VALUE, values, lead),
         mask=mask,
         scale=scores.scale,
     )
-    answer = laid_out(shadow, attention, [*found.batch, found.query, values[-1]], axes[result], example_value(result))
+    answer = laid_out(canonical, attention, [*found.batch, found.query, values[-1]], axes[result], example_value(result))
     if example_value(answer).dtype != example_value(result).dtype:
-        answer = shadow.call("to", answer, example_value(result).dtype)
-    return shadow.site(attention, answer, result, tuple(way))
+        answer = canonical.call("to", answer, example_value(result).dtype)
+    return canonical.site(attention, answer, result, tuple(way))
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterable[fx.Node]:
@@ -244,7 +244,7 @@ def _masked(scores: _Scores, mask: Any, axes: Axes, fill: float | None = None, k
     return _Scores(scores.scale, mask, fill, kept, axes)
 
 
-def _mask(shadow: Shadow, scores: _Scores, found: Roles) -> fx.Node:
+def _mask(canonical: CanonicalForm, scores: _Scores, found: Roles) -> fx.Node:
     """The mask as ``scaled_dot_product_attention`` takes it: True counts, or added to the scores."""
     mask, leading = scores.mask, without(scores.axes, found)
     assert mask is not None
@@ -252,16 +252,16 @@ def _mask(shadow: Shadow, scores: _Scores, found: Roles) -> fx.Node:
     if scores.axes[-2:] != ((found.query,), (found.key,)) or len(leading) > 2 or not in_order:
         raise NotThisForm("the mask meets the scores where they are not [batch, heads, queries, keys]")
     if len(leading) == 1 and example_value(mask).dim() == 3:
-        mask = shadow.call("unsqueeze", mask, 1)
+        mask = canonical.call("unsqueeze", mask, 1)
     elif example_value(mask).dim() == 1:
-        mask = shadow.call("unsqueeze", mask, 0)
+        mask = canonical.call("unsqueeze", mask, 0)
     if scores.fill is None:
         return mask
     if scores.fill == -math.inf:
-        return mask if scores.kept else shadow.call(torch.logical_not, mask)
+        return mask if scores.kept else canonical.call(torch.logical_not, mask)
     device = example_value(mask).device
-    nothing, fill = (shadow.call(torch.full, (), n, dtype=torch.float32, device=device) for n in (0.0, scores.fill))
-    return shadow.call(torch.where, mask, *((nothing, fill) if scores.kept else (fill, nothing)))
+    nothing, fill = (canonical.call(torch.full, (), n, dtype=torch.float32, device=device) for n in (0.0, scores.fill))
+    return canonical.call(torch.where, mask, *((nothing, fill) if scores.kept else (fill, nothing)))
 
 
 def _uncast(node: fx.Node, value: fx.Node) -> fx.Node:

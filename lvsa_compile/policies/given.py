@@ -53,7 +53,7 @@ def _checked(option: str, policy: Policy) -> Policy:
     return policy
 
 
-def told(policy: Policy) -> dict[str, Any]:
+def policy_as_dict(policy: Policy) -> dict[str, Any]:
     """A policy as reports have it: its name and the fields that are not at their defaults."""
     fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
     changed: dict[str, Any] = {f.name: getattr(policy, f.name) for f in fields if getattr(policy, f.name) != f.default}

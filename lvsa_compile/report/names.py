@@ -17,11 +17,11 @@ def together(names: Sequence[str], what: str = "sites") -> str:
     if len(names) == 1:
         return f"{names[0]} ({count} {what})"
     parts = [name.split(".") for name in names]
-    differing = [place for place, members in enumerate(zip(*parts, strict=False)) if len(set(members)) > 1]
+    differing = [position for position, members in enumerate(zip(*parts, strict=False)) if len(set(members)) > 1]
     alike = len({len(path) for path in parts}) == 1 and len(differing) == 1
     if not alike or not all(path[differing[0]].isdigit() for path in parts):
         return f"{names[0]} and {count - 1} more"
     numbers = sorted(int(path[differing[0]]) for path in parts)
     runs = [list(run) for _, run in itertools.groupby(enumerate(numbers), lambda found: found[1] - found[0])]
-    said = ",".join(str(run[0][1]) if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs)
-    return ".".join([*parts[0][: differing[0]], said, *parts[0][differing[0] + 1 :]]) + f" ({count} {what})"
+    numbered = ",".join(str(run[0][1]) if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs)
+    return ".".join([*parts[0][: differing[0]], numbered, *parts[0][differing[0] + 1 :]]) + f" ({count} {what})"

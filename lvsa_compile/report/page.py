@@ -85,7 +85,7 @@ def _pattern(plan: Plan, sites: Sequence[SiteReport]) -> dict[str, Any]:
     phases = f"{count} {'phase' if count == 1 else 'phases'} of the rotation" if picture.turns == "step" else f"{count} heads"
     return {
         "title": f"{'Frame pattern' if picture.of_frames else 'Pattern'} of {len(sites)} {'site' if len(sites) == 1 else 'sites'}",
-        "said": f"{of}; density {plan.density:.3f}{turning}, {phases}.",
+        "text": f"{of}; density {plan.density:.3f}{turning}, {phases}.",
         "turns": picture.turns,
         "columns": picture.columns,
         "phases": [[list(view.shared), [list(map(list, runs)) for runs in view.own]] for view in picture.views],
@@ -106,7 +106,7 @@ def _sequences(query: Segments, key: Segments) -> list[dict[str, Any]]:
         {
             "name": name,
             "tokens": tokens[name],
-            "said": ", ".join(label for _, label, _ in segments),
+            "text": ", ".join(label for _, label, _ in segments),
             "width": round(100 * tokens[name] / max(*tokens.values(), 1), 2),
             "parts": [
                 {"colour": _COLOURS.get(kind, "other"), "size": max(size, 1), "title": label, "label": label if size else ""}
@@ -124,13 +124,13 @@ def _blocks(sites: Iterable[SiteReport]) -> list[dict[str, Any]]:
         blocks.setdefault(_block_of(site.name), []).append(site)
     alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for name, members in blocks.items():
-        alike.setdefault(tuple((site.name.removeprefix(name), site.said) for site in members), []).append(name)
+        alike.setdefault(tuple((site.name.removeprefix(name), site.text) for site in members), []).append(name)
     return [
         {
             "name": together(names, "blocks"),
             "alike": len(names),
             "sites": blocks[names[0]],
-            "said": ", ".join(f"{count} {what}" for what, count in Counter(s.reason or s.decision for s in blocks[names[0]]).items()),
+            "text": ", ".join(f"{count} {what}" for what, count in Counter(s.reason or s.decision for s in blocks[names[0]]).items()),
         }
         for names in alike.values()
     ]
@@ -139,12 +139,12 @@ def _blocks(sites: Iterable[SiteReport]) -> list[dict[str, Any]]:
 def _block_of(name: str) -> str:
     """The path of a site up to the number of its block: blocks.3 of blocks.3.attn1."""
     parts = name.split(".")
-    numbered = [place for place, part in enumerate(parts) if part.isdigit() or part == "*"]
+    numbered = [position for position, part in enumerate(parts) if part.isdigit() or part == "*"]
     return ".".join(parts[: numbered[0] + 1]) if numbered else parts[0]
 
 
 def _trails(sites: Iterable[SiteReport]) -> list[dict[str, Any]]:
-    """A trail for each outcome, and for each place where one was lost; those that were lost first."""
+    """A trail for each outcome, and for each op where one was lost; those that were lost first."""
     found: dict[tuple[str, str], SiteReport] = {}
     for site in sites:
         if site.trail:

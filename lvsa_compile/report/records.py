@@ -57,7 +57,7 @@ class SiteReport:
     mendable: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.said}"
+        return f"{self.name}: {self.text}"
 
     @property
     def measured(self) -> float:
@@ -74,7 +74,7 @@ class SiteReport:
         return f"{speed}, since {'; '.join(f'{name}: {why}' for name, why in self.faster)}"
 
     @property
-    def said(self) -> str:
+    def text(self) -> str:
         """All but the name, in a line."""
         layout = f"  [{self.layout}]" if self.layout and self.layout not in self.detail else ""
         if self.decision == SPARSE:
@@ -112,5 +112,5 @@ def alike_sites(sites: Iterable[SiteReport]) -> dict[str, list[SiteReport]]:
     """The sites of which all but the name is the same, under what is said of them, in order."""
     found: dict[str, list[SiteReport]] = {}
     for site in sites:
-        found.setdefault(site.said, []).append(site)
+        found.setdefault(site.text, []).append(site)
     return found

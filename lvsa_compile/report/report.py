@@ -14,7 +14,7 @@ import torch
 from lvsa_compile.forward.calls import calls_of
 from lvsa_compile.ops import verified as verification
 from lvsa_compile.policies.contract import Plan
-from lvsa_compile.policies.given import told
+from lvsa_compile.policies.given import policy_as_dict
 from lvsa_compile.reasons import HORIZON_UNKNOWN, NO_GRID, PATTERN_FULL, REASONS
 from lvsa_compile.report.names import together
 from lvsa_compile.report.page import write_page
@@ -24,7 +24,7 @@ from lvsa_compile.report.records import ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORI
 SCHEMA = 2
 """Number of the form of ``to_dict``; 1 had neither it nor the policy of a site."""
 _BETWEEN = "attention in the code between graphs runs eagerly; lvsa_compile.explain runs the model once and counts it"
-_CLOSENESS = {reason.code: place for place, reason in enumerate(REASONS)}
+_CLOSENESS = {reason.code: position for position, reason in enumerate(REASONS)}
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,16 @@ class Report:
         compiled_once_for_many = any("*" in site.name for site in self.sites)
         if not 0 < dense <= whole or compiled_once_for_many or not all(graph.flops for graph in self.graphs if graph.sites):
             return ""
-        said = f"attention over the video is {dense / whole:.0%} of the forward's {_flop(whole)}"
+        text = f"attention over the video is {dense / whole:.0%} of the forward's {_flop(whole)}"
         if any(site.lowering == ON_THE_REAL_DEVICE for site in self.sparse_sites):
             left = whole - sum(site.flops * (1.0 - site.density) for site in self.sparse_sites)
-            return f"{said}; by FLOPs the whole may become {whole / left:.2g}× as fast (asked on meta; its own device can say more)"
+            return f"{text}; by FLOPs the whole may become {whole / left:.2g}× as fast (asked on meta; its own device can say more)"
         faster = [site.measured or site.expected for site in self.sparse_sites]
         if not all(faster):
-            return said
+            return text
         left = whole - dense + sum(site.flops / times for site, times in zip(self.sparse_sites, faster, strict=True))
         known = "its sites measured" if all(site.measured for site in self.sparse_sites) else "by what is expected of the lowering"
-        return f"{said}; {known} and the rest by its FLOPs, the whole may become {whole / left:.2g}× as fast"
+        return f"{text}; {known} and the rest by its FLOPs, the whole may become {whole / left:.2g}× as fast"
 
     @property
     def why_none(self) -> str:
@@ -133,7 +133,7 @@ class Report:
         if self.also_missing:
             lines.append(f"    after that there is also {self.also_missing}")
         if self.sparse_sites:
-            lines += [f"  {name}: {said}" for name, said in (("work", self.work), ("forward", self.gain)) if said]
+            lines += [f"  {name}: {text}" for name, text in (("work", self.work), ("forward", self.gain)) if text]
             lines += [f"  video: {self.lengths}", f"  horizon: {self.horizon}"]
         turning = [graph for graph in self.graphs if any(site.decision == SPARSE for site in graph.sites)]
         clocks = dict.fromkeys("; ".join((graph.clock, *graph.clock_saw)) for graph in turning)
@@ -147,10 +147,10 @@ class Report:
         for graph in self.graphs:
             if len(self.graphs) > 1:
                 lines.append(f"  graph {graph.compile_id}: {len(graph.sites) or 'no'} attention sites")
-            told = self.nearest_miss.said if self.nearest_miss is not None else ""
-            for said, alike in alike_sites(graph.sites).items():
-                again = said == told and len(graph.sites) > 1
-                shown = f"{alike[0].decision}, {alike[0].reason}, see above" if again else said
+            policy_as_dict = self.nearest_miss.text if self.nearest_miss is not None else ""
+            for text, alike in alike_sites(graph.sites).items():
+                again = text == policy_as_dict and len(graph.sites) > 1
+                shown = f"{alike[0].decision}, {alike[0].reason}, see above" if again else text
                 lines.append(f"  {together([site.name for site in alike])}: {shown}")
         if any(graph.breaks for graph in self.graphs):
             lines.append(f"  graph breaks: {_BETWEEN}")
@@ -164,7 +164,7 @@ class Report:
             del graph["calls"]
             for site, record in zip(graph["sites"], own.sites, strict=True):
                 del site["plan"], site["measure"]
-                site |= {"pattern": _pattern_of(record), "policy": None if record.plan is None else told(record.plan.policy)}
+                site |= {"pattern": _pattern_of(record), "policy": None if record.plan is None else policy_as_dict(record.plan.policy)}
         return {"schema": SCHEMA, **plain, "summary": self.summary, "work": self.work, "forward": self.gain, "versions": versions()}
 
     def receipt(self, clear: bool = False) -> Receipt:

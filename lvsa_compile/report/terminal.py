@@ -31,9 +31,9 @@ def show(report: Report, console: Console) -> None:
     for cells in found:
         table.add_row(*(Text(cells[name]) for name in shown))
     console.print(table)
-    told = (report.nearest_miss.reason, report.nearest_miss.detail) if report.nearest_miss is not None else ()
+    shown_above = (report.nearest_miss.reason, report.nearest_miss.detail) if report.nearest_miss is not None else ()
     for code, detail, remedy in dict.fromkeys((sites[0].reason, sites[0].detail, sites[0].remedy) for sites in rows if sites[0].reason):
-        if (code, detail) == told:
+        if (code, detail) == shown_above:
             continue
         console.print(Text(f"{code}: {detail}. {remedy or NOTHING_TO_DO}"), soft_wrap=True)
 

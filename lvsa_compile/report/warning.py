@@ -14,7 +14,7 @@ from lvsa_compile.report.report import Report
 def warnings_of(report: Report, compilation: Compilation) -> list[str]:
     """The warnings that a graph and its report are due, but for ``left_dense``."""
     found = (_training(report), _no_timestep(report, compilation), _several_steps(report, compilation), _slower(report), _limit(report))
-    return [said for warnings in found for said in warnings]
+    return [message for warnings in found for message in warnings]
 
 
 def left_dense(forward: Report) -> str:

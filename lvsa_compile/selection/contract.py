@@ -1,4 +1,4 @@
-"""What a lowering must say about itself, and what it is told about a site."""
+"""What a lowering declares about itself, and the attention call it is asked to serve."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Lowering:
     traceable: bool = False
     plans_on_host: bool = False
     tuned: Callable[[AttentionCall, Callable[[str], float]], float] = lambda call, seconds: seconds("")
-    trial_tokens: tuple[int, int] = (72, 70)
+    smoke_test_tokens: tuple[int, int] = (72, 70)
 
     def __post_init__(self) -> None:
         if not self.rates and self.speedup is None:

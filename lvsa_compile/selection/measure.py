@@ -118,9 +118,9 @@ def _versions() -> dict[str, str]:
 
 def _read(file: Path | None, facts: str) -> float | None:
     try:
-        said = json.loads(file.read_text()) if file is not None else {}
-        seconds = float(said["seconds"])
-        return seconds if said["facts"] == facts and seconds > 0 else None
+        kept = json.loads(file.read_text()) if file is not None else {}
+        seconds = float(kept["seconds"])
+        return seconds if kept["facts"] == facts and seconds > 0 else None
     except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours
         return None
 

@@ -11,7 +11,7 @@ from lvsa_compile.errors import LoweringUnavailableError
 from lvsa_compile.registry import LOWERINGS, registered
 from lvsa_compile.selection.contract import AttentionCall, Failure, Lowering
 from lvsa_compile.selection.measure import seconds_of
-from lvsa_compile.selection.smoke_test import tried
+from lvsa_compile.selection.smoke_test import smoke_tested
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def select(call: AttentionCall, wanted: str = "auto", measure: bool = False) -> 
     serving.sort(key=lambda lowering: -lowering.expected(call))
     seconds: dict[str, float] = {}
     for lowering in serving if measure else ():
-        if lowering.expected(call) > 0.0 and tried(lowering, call) is None:
+        if lowering.expected(call) > 0.0 and smoke_tested(lowering, call) is None:
             found = seconds_of(lowering, call)
             if isinstance(found, str):
                 passed_over.append((lowering.name, found))  # though it may serve: tensors of this size found no room beside the model
@@ -70,7 +70,7 @@ def select(call: AttentionCall, wanted: str = "auto", measure: bool = False) -> 
                 seconds[lowering.name] = found
     serving.sort(key=lambda lowering: seconds.get(lowering.name, math.inf))  # those not measured stay in the order of their estimates
     for lowering in serving:
-        problem = tried(lowering, call)
+        problem = smoke_tested(lowering, call)
         if problem is None:
             estimates = {other.name: other.expected(call) for other in lowerings()}
             faster = tuple(found for found in passed_over if estimates[found[0]] > estimates[lowering.name])

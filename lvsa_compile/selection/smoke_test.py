@@ -21,28 +21,28 @@ from lvsa_compile.selection.contract import AttentionCall, Failure, Lowering
 _POLICY, _FRAMES, _HORIZON = LVSA(window=1), 12, Horizon(5)
 
 
-def tried(lowering: Lowering, call: AttentionCall) -> str | None:
+def smoke_tested(lowering: Lowering, call: AttentionCall) -> str | None:
     """What went wrong, or None; compiled and run once per lowering and kind of call, and warned of once.
 
     Not on the CPU, where nothing can fail that a predicate does not know, not the op's meaning itself, and not ops of other policies.
     """
     if call.device.type == "cpu" or lowering.operator is ATTENTION or lowering.op != "attention":
         return None
-    return _tried(lowering, call.device, call.dtype, call.query_heads // call.key_heads, call.head_dim, call.masked)
+    return _smoke_test(lowering, call.device, call.dtype, call.query_heads // call.key_heads, call.head_dim, call.masked)
 
 
 @dropped_on_reset
 @functools.cache
-def _tried(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: int, head_dim: int, masked: bool) -> str | None:
+def _smoke_test(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: int, head_dim: int, masked: bool) -> str | None:
     try:
         with compat.no_modes(), torch.no_grad(), random_state_kept(device):
             error = _error(lowering, device, dtype, group, head_dim, masked)
     except Exception as failure:  # of the compiler, the driver or the launch: whatever it is, the next lowering may do
-        problem = f"its trial failed ({in_a_line(failure)})"
+        problem = f"its smoke test failed ({in_a_line(failure)})"
     else:
         if error <= TOLERANCE[dtype]:
             return None
-        problem = f"its trial gave a wrong answer (relative error {error:.1e})"
+        problem = f"its smoke test gave a wrong answer (relative error {error:.1e})"
     warnings.warn(
         f"lvsa lowering {lowering.name!r} is not used on {device} for {dtype} and head_dim {head_dim}: {problem}.",
         LvsaWarning,
@@ -54,7 +54,7 @@ def _tried(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: 
 def _error(lowering: Lowering, device: torch.device, dtype: torch.dtype, group: int, head_dim: int, masked: bool) -> float:
     """Twelve small frames and text, keys and values in different memory orders: the largest error of two phases over the largest value."""
     torch.manual_seed(0)
-    tokens, text = lowering.trial_tokens
+    tokens, text = lowering.smoke_test_tokens
     span = VideoSpan(0, _FRAMES, tokens, text)
     plan, length = plan_of(_POLICY, Geometry.of(span, span, heads=2 * group), Facts(_HORIZON)), span.length
     query, key, value = (torch.randn(1, length, 2 * n, head_dim, device=device, dtype=dtype).transpose(1, 2) for n in (group, 1, 1))

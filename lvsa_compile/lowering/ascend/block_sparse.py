@@ -102,5 +102,5 @@ LOWERING = Lowering(
     unavailable=why_no_npu,
     refuses=_refuses,
     rates={"npu": 0.85},
-    trial_tokens=(_BLOCK, 70),
+    smoke_test_tokens=(_BLOCK, 70),
 )

@@ -89,5 +89,5 @@ LOWERING = Lowering(
     unavailable=why_no_npu,
     refuses=why_not_ascend,
     rates={"npu": 0.80},
-    trial_tokens=(200, 140),  # pages that frames share, of the text, and tails
+    smoke_test_tokens=(200, 140),  # pages that frames share, of the text, and tails
 )

@@ -1,7 +1,7 @@
-"""Shadows: nodes beside an attention that compute the same thing by ``scaled_dot_product_attention``.
+"""Canonical forms: nodes beside an attention that compute the same thing by ``scaled_dot_product_attention``.
 
-Nothing uses a shadow until its site is rewritten, so a form of attention becomes a site without being touched, and a site that stays
-dense stays exactly what the user wrote.
+Nothing uses a canonical form until its site is rewritten.  So any form of attention becomes a site without being touched, and a site that
+stays dense stays exactly what the user wrote.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor, fx
 
 from lvsa_compile.compat import example_value
 from lvsa_compile.graph.edit import called, provenance
-from lvsa_compile.patterns.site import AttentionSite, Stands
+from lvsa_compile.patterns.site import AttentionSite, Replacement
 
 
-class Shadow:
+class CanonicalForm:
     """Adds nodes before ``beside``, each with the fake value it would have.
 
     ``undo`` takes them out again, for a form that turns out not to fit.
@@ -46,12 +46,12 @@ class Shadow:
         )
         if mask is not None and example_value(mask).dtype not in (torch.bool, widest):
             mask = self.call("to", mask, widest)
-        said: dict[str, Any] = {"attn_mask": mask, "scale": scale, "is_causal": causal}
+        arguments: dict[str, Any] = {"attn_mask": mask, "scale": scale, "is_causal": causal}
         if example_value(query).shape[1] != example_value(key).shape[1]:
-            said["enable_gqa"] = True
-        return self.call(torch.nn.functional.scaled_dot_product_attention, query, key, value, **said)
+            arguments["enable_gqa"] = True
+        return self.call(torch.nn.functional.scaled_dot_product_attention, query, key, value, **arguments)
 
-    def site(self, node: fx.Node, result: fx.Node, replaces: fx.Node, retired: tuple[fx.Node, ...]) -> AttentionSite:
+    def site(self, node: fx.Node, result: fx.Node, replaces: fx.Node, unneeded: tuple[fx.Node, ...]) -> AttentionSite:
         """The finished site: ``node`` is what ``attention`` returned, ``result`` what stands for ``replaces``."""
         query, key, value = node.args
         return AttentionSite(
@@ -62,7 +62,7 @@ class Shadow:
             mask=node.kwargs["attn_mask"],  # type: ignore[arg-type]
             causal=bool(node.kwargs["is_causal"]),
             scale=node.kwargs["scale"],
-            stands_for=Stands(result, replaces, tuple(self.nodes), retired),
+            replacement=Replacement(result, replaces, tuple(self.nodes), unneeded),
         )
 
     def undo(self) -> None:
@@ -72,19 +72,19 @@ class Shadow:
         self.nodes.clear()
 
 
-def withdraw(site: AttentionSite) -> None:
-    """Takes a site's shadow out of the graph."""
-    if site.stands_for is not None:
-        for node in reversed(site.stands_for.nodes):
+def discard(site: AttentionSite) -> None:
+    """Takes a site's canonical form out of the graph."""
+    if site.replacement is not None:
+        for node in reversed(site.replacement.nodes):
             node.graph.erase_node(node)
 
 
-def step_in(site: AttentionSite, rewritten: fx.Node) -> None:
-    """Lets a site's shadow, its attention now ``rewritten``, take the place of what it stands for; removes what nobody needs any more."""
-    if site.stands_for is not None:
-        result = site.stands_for.result
-        site.stands_for.replaces.replace_all_uses_with(rewritten if result is site.node else result)
-        for node in reversed(site.stands_for.retired):
+def substitute(site: AttentionSite, rewritten: fx.Node) -> None:
+    """Puts a site's canonical form, its attention now ``rewritten``, in place of what it replaces; removes what nobody needs any more."""
+    if site.replacement is not None:
+        result = site.replacement.result
+        site.replacement.replaces.replace_all_uses_with(rewritten if result is site.node else result)
+        for node in reversed(site.replacement.unneeded):
             if not node.users:
                 node.graph.erase_node(node)
 
