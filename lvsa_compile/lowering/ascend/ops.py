@@ -1,8 +1,8 @@
 """What the lowerings for Ascend NPUs share: torch_npu's fused attention, and scores that leave a key out.
 
 The op (``npu_fused_infer_attention_score``) takes masks only as ``[queries, keys]``, which long videos have no room for, and lengths
-only as numbers of the host.  So what must not be attended gets a score so low that its exponential underflows to zero.  That takes a few more
-columns of head_dim, the *score columns*, in which the query holds a constant and the key what is to be added to its scores.
+only as numbers of the host.  So what must not be attended gets a score so low that its exponential underflows to zero.  That takes a few
+more columns of head_dim, the *score columns*, in which the query holds a constant and the key what is to be added to its scores.
 """
 
 from __future__ import annotations
