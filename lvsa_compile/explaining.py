@@ -43,6 +43,9 @@ def explain(
     Raises:
         OptionError: an option has a value it cannot have.
         ExplainError: the model reads a value on the meta device; names the line.
+
+    Example:
+        >>> print(lvsa_compile.explain(pipe.transformer, options={"reference_frames": 21}, device="meta", **inputs))
     """
     parsed = parse_options(options)
     graphs: list[Report] = []

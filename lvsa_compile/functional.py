@@ -60,6 +60,11 @@ def sparse_attention(
         StepError: ``step`` is negative.
         OptionError: a pattern argument has a value it cannot have, or does not exist.
         GradientError: a gradient would be needed.
+
+    Example:
+        >>> query = key = value = torch.randn(1, 12, 81 * 30 * 52, 128)
+        >>> sparse_attention(query, key, value, grid=(81, 30, 52), step=3, reference_frames=21).shape
+        torch.Size([1, 12, 126360, 128])
     """
     for name in pattern:
         if name not in _PATTERN_DEFAULTS:

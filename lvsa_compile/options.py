@@ -392,6 +392,9 @@ def make_options(**given: Any) -> dict[str, Any]:
     Raises:
         OptionError: a value that an option cannot have.
         UnknownOptionError: a name that neither lvsa nor Inductor has; names the nearest.
+
+    Example:
+        >>> torch.compile(model, backend="lvsa", options=lvsa_compile.make_options(window=2, max_autotune=True))
     """
     parse_options(given)
     return dict(given)

@@ -47,6 +47,10 @@ def compile_repeated_blocks(model: nn.Module, *, options: Mapping[str, Any] | No
     Raises:
         RegionError: ``model`` is no module, has no repeated blocks, or ``backend`` was given.
         OptionError: an option has a value it cannot have.
+
+    Example:
+        >>> pipe = DiffusionPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+        >>> lvsa_compile.compile_repeated_blocks(pipe.transformer, options={"window": 2})
     """
     if not isinstance(model, nn.Module):
         raise RegionError("model", type(model).__name__, "not a module", "Give the transformer, such as pipe.transformer.")

@@ -78,6 +78,7 @@ def test_sites_that_come_and_go_and_names_that_repeat():
 
 @pytest.mark.parametrize(("text", "problem"), [
     ("nothing", "cannot be read as JSON (Expecting value: line 1 column 1 (char 0))"), ("[]", "is no report: it has no list of graphs"),
+    ('{"graphs": [], "schema": 3}', "has schema 3, a newer version's: this one reads 1 to 2"),
 ])  # fmt: skip
 def test_a_file_that_is_no_report(tmp_path, text, problem):
     path = tmp_path / "report.json"
@@ -89,13 +90,27 @@ def test_a_file_that_is_no_report(tmp_path, text, problem):
     )
 
 
+def test_reports_of_an_older_schema_are_read_and_compared(tmp_path):
+    """Schema 1 did not name itself, and knew no policies."""
+    now = lvsa_compile.explain(wan(), options=PATTERN, **wan_inputs()).to_dict()
+    assert now["schema"] == 2
+    old = json.loads(json.dumps(now))
+    del old["schema"]
+    for site in old["graphs"][0]["sites"]:
+        del site["policy"]
+    del old["graphs"][0]["passes"]
+    for name, content in (("old", old), ("now", now)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert differences(read_report(tmp_path / "old.json"), read_report(tmp_path / "now.json")) == []
+
+
 def test_bisecting_finds_the_first_site_that_moves_the_output():
     """What attention gives is thrown away in all blocks but one, so that only its site can."""
     model, said = wan(num_layers=5), []
     for number, block in enumerate(model.blocks):
         if number != 2:
             torch.nn.init.zeros_(block.attn1.to_out[0].weight)
-    found = bisect(model, wan_inputs(), tolerance=1e-6, options={**EXACT, "inner": "eager"}, annotate=said.append)
+    found = bisect(model, wan_inputs(), tolerance=1e-6, options={**EXACT, "inner": "eager"}, say=said.append)
     assert (found.sites, found.number, found.site) == (5, 3, "blocks.2.attn1")
     assert found.error > 1e-4
     assert found.error_before < 1e-6

@@ -381,7 +381,15 @@ def clock_input_before(model: object, code: str) -> str:
 
 
 def reset() -> None:
-    """A new video: the next timestep of every model is step 0."""
+    """A new video: the next timestep of every model is step 0.
+
+    The clock sees by itself that a video begins where a schedule starts again; this is for videos that were broken off.
+
+    Example:
+        >>> for prompt in prompts:
+        ...     lvsa_compile.reset()
+        ...     video = pipe(prompt)
+    """
     with _clocks_lock:
         clocks = list(_everywhere)
     for clock in clocks:

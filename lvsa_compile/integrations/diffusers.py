@@ -24,6 +24,9 @@ def attach(pipe: Any) -> Any:
 
     Raises:
         AttachError: the pipeline has no model with a ``cache_context``.
+
+    Example:
+        >>> pipe = attach(DiffusionPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers"))
     """
     models = _models(pipe)
     if not models:
@@ -36,7 +39,11 @@ def attach(pipe: Any) -> Any:
 
 
 def detach(pipe: Any) -> Any:
-    """Undoes ``attach``; returns the pipeline."""
+    """Undoes ``attach``; returns the pipeline.
+
+    Example:
+        >>> pipe = detach(pipe)
+    """
     for model in _models(pipe):
         if vars(model).pop(_MARK, False):
             vars(model).pop("cache_context", None)

@@ -11,6 +11,7 @@ from typing import Any
 
 from lvsa_compile.errors import ReportFileError
 from lvsa_compile.report.names import together
+from lvsa_compile.report.records import SCHEMA
 
 _COMPARED = ("decision", "reason", "detail", "density", "lowering", "layout", "query_shape", "key_shape")
 _OF_THE_WHOLE = ("model", "horizon", "options", "versions", "work", "forward")
@@ -40,6 +41,9 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ReportFileError(str(path), f"cannot be read as JSON ({error})") from None
     if not isinstance(found, dict) or not isinstance(found.get("graphs"), list):
         raise ReportFileError(str(path), "is no report: it has no list of graphs")
+    schema = found.get("schema", 1)
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise ReportFileError(str(path), f"has schema {schema}, a newer version's: this one reads 1 to {SCHEMA}")
     return found
 
 

@@ -9,6 +9,8 @@ from lvsa_compile.forward.calls import Calls
 from lvsa_compile.passes.compilation import PassRun, Segments, TrailStep
 from lvsa_compile.policies.contract import Plan
 
+SCHEMA = 2
+"""Number of the form that reports have as JSON; 1, which did not name itself, knew no policies."""
 UNKNOWN_HORIZON = "unknown"
 SPARSE, MASKED, DENSE = "sparse", "masked", "dense"
 ON_THE_REAL_DEVICE = "(chosen on the real device)"

@@ -19,10 +19,8 @@ from lvsa_compile.reasons import HORIZON_UNKNOWN, NO_GRID, PATTERN_FULL, REASONS
 from lvsa_compile.report.names import together
 from lvsa_compile.report.page import write_page
 from lvsa_compile.report.receipt import Receipt, receipt_of
-from lvsa_compile.report.records import ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, SiteReport, alike_sites
+from lvsa_compile.report.records import ON_THE_REAL_DEVICE, SCHEMA, SPARSE, UNKNOWN_HORIZON, GraphReport, SiteReport, alike_sites
 
-SCHEMA = 2
-"""Number of the form of ``to_dict``; 1 had neither it nor the policy of a site."""
 _BETWEEN = "attention in the code between graphs runs eagerly; lvsa_compile.explain runs the model once and counts it"
 _CLOSENESS = {reason.code: position for position, reason in enumerate(REASONS)}
 

@@ -61,7 +61,12 @@ def report_with(compile_id: str) -> Report | None:
 
 
 def reports() -> list[Report]:
-    """One report per model and forward that was compiled since the last ``torch._dynamo.reset()``, oldest first."""
+    """One report per model and forward that was compiled since the last ``torch._dynamo.reset()``, oldest first.
+
+    Example:
+        >>> for report in lvsa_compile.reports():
+        ...     print(report.summary)
+    """
     with _lock:
         return [with_what_ran(kept.report) for kept in _kept]
 

@@ -29,6 +29,11 @@ class FramePattern:
 
     Raises:
         OptionError: a value outside its range, named with its remedy.
+
+    Example:
+        >>> pattern = FramePattern(81, reference_frames=21)
+        >>> pattern.anchors(step=0)[:3], pattern.interval, round(pattern.density, 3)
+        ([0, 6, 12], 6, 0.267)
     """
 
     frames: int
