@@ -238,10 +238,15 @@ class ExplainError(LvsaError, RuntimeError):
 class LoweringUnavailableError(LvsaError, RuntimeError):
     """A lowering was asked for by name and cannot serve the call."""
 
-    template = "lowering {self.lowering!r} cannot be used here: {self.why}. Use lowering='auto' to let lvsa-compile choose."
+    template = "lowering {self.lowering!r} cannot be used here: {self.why}.{self.remedy}"
 
     lowering: str
     why: str
+
+    @property
+    def remedy(self) -> str:
+        """What to do about one that was asked for by name."""
+        return "" if self.lowering == "auto" else " Use lowering='auto' to let lvsa-compile choose."
 
 
 @dataclass(eq=False, repr=False)
@@ -275,6 +280,17 @@ class RateError(LvsaError, ValueError):
     )
 
     lowering: str
+
+
+@dataclass(eq=False, repr=False)
+class PolicyError(LvsaError, RuntimeError):
+    """A policy failed, or answered with what it must not; a defect of the policy."""
+
+    template = "policy {self.policy!r}: its {self.method} {self.problem}"
+
+    policy: str
+    method: str
+    problem: str
 
 
 @dataclass(eq=False, repr=False)

@@ -164,6 +164,9 @@ NO_LOWERING: Final = Reason(
 )
 DENSE_LAYER: Final = Reason("dense_layer", "The option dense_layers names this site.", "Take its index out of dense_layers.")
 MAX_SITES: Final = Reason("max_sites", "The option max_sites allows no more sites.", "Raise max_sites, or leave it out.")
+POLICY_REFUSES: Final = Reason(
+    "policy_refuses", "The policy does not serve a site like this one.", "The detail says what the policy wants.", mendable=True
+)
 PASS_DISABLED: Final = Reason(
     "pass_disabled", "The option disable_passes switches off a pass that makes sites sparse.", "Take the pass out of disable_passes."
 )

@@ -47,6 +47,39 @@ class Registered:
     modules: tuple[str, ...]
 
 
+_here: dict[str, list[Any]] = {LOWERINGS: [], POLICIES: []}
+
+
+def register_policy(kind: type) -> None:
+    """Makes a policy class known by its name in this process, as an entry point does in all.
+
+    Raises:
+        ValueError: this package or an entry point has one of that name; one that was registered here is replaced.
+
+    Example:
+        >>> register_policy(BlockDiagonal)
+        >>> torch.compile(model, backend="lvsa", options={"policy": "block_diagonal"})
+    """
+    _register(POLICIES, kind)
+
+
+def register_lowering(lowering: Any) -> None:
+    """Makes a ``Lowering`` serve in this process, as an entry point does in all.
+
+    Raises:
+        ValueError: this package or an entry point has one of that name; one that was registered here is replaced.
+    """
+    _register(LOWERINGS, lowering)
+
+
+def _register(group: str, value: Any) -> None:
+    others = [each for each in _here[group] if each.name != value.name]
+    if value.name in {each.name for each in registered(group).values if each not in _here[group]}:
+        raise ValueError(f"{group} has a {value.name!r} already")
+    _here[group][:] = [*others, value]
+    registered.cache_clear()
+
+
 @functools.cache
 def registered(group: str) -> Registered:
     """What is registered in a group."""
@@ -58,10 +91,14 @@ def registered(group: str) -> Registered:
     for module in pkgutil.walk_packages(package.__path__, f"{folder}."):
         value = getattr(importlib.import_module(module.name), attribute, None)
         found += [] if value is None else [value]
+    found += _here[group]
+    modules += [getattr(value, "body", value).__module__ for value in _here[group]]
     names = {each.name for each in found}
     for point in sorted(importlib.metadata.entry_points(group=group), key=lambda point: point.name):
         try:
             value = point.load()
+            if not isinstance(getattr(value, "name", None), str):
+                raise TypeError(f"{point.value} has no name")
             if value.name in names:
                 raise ValueError(f"there is a {value.name!r} already")
         except Exception as error:  # somebody else's package: whatever is wrong with it, ours goes on
@@ -79,6 +116,6 @@ def stamp_of_registered() -> str:
     modules = sorted({name for group in _FOLDERS for name in registered(group).modules})
     digest = hashlib.sha256()
     for name in modules:
-        file = getattr(sys.modules[name], "__file__", None)
+        file = getattr(sys.modules.get(name), "__file__", None)
         digest.update(name.encode() + b"\0" + (Path(file).read_bytes() if file is not None else b""))
     return digest.hexdigest() if modules else ""

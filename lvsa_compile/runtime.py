@@ -7,16 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from lvsa_compile import compat
+from lvsa_compile.axes.algebra import PARAMETER
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.carried import in_numbers
+from lvsa_compile.compat import example_value
+from lvsa_compile.errors import RequireError
 from lvsa_compile.forward import context
 from lvsa_compile.forward.calls import calls_of
 from lvsa_compile.forward.clock import Clock, clock_of
 from lvsa_compile.forward.labels import annotate, begin_forward
+from lvsa_compile.layout.graph_trace import input_kind
 from lvsa_compile.passes.compilation import Compilation, ExtraInput, TimestepInput
+from lvsa_compile.report.store import report_with
+from lvsa_compile.report.warning import left_dense
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,35 @@ class Owner:
 
     position: int
     source: str
+
+
+def owner_of(graph_module: fx.GraphModule) -> Owner | None:
+    """Which input stands for the model at run time: a parameter from the middle, where tied weights are least likely."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    parameters = [
+        Owner(position, compat.placeholder_source(node) or "")
+        for position, node in enumerate(placeholders)
+        if input_kind(node)[0] == PARAMETER and isinstance(example_value(node), nn.Parameter)
+    ]
+    return parameters[len(parameters) // 2] if parameters else None
+
+
+def with_requirement(run: Callable[..., Any], compile_id: str, owner: Owner | None) -> Callable[..., Any]:
+    """Has a compiled graph raise where the user can mend what keeps attention over the video dense; not in its first forward.
+
+    A graph that serves many blocks is called again for the same one only in the next forward.
+    """
+    called: set[int] = set()
+
+    def checked(*args: Any) -> Any:
+        block = 0 if owner is None else id(args[owner.position])
+        forward = report_with(compile_id) if block in called else None
+        if forward is not None and forward.mendable_miss is not None:
+            raise RequireError(left_dense(forward), str(forward))
+        called.add(block)
+        return run(*args)
+
+    return checked
 
 
 def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Owner | None) -> Callable[..., Any]:

@@ -119,8 +119,8 @@ def test_no_mask_of_queries_by_keys_is_made_at_a_masked_site(monkeypatch):
     from lvsa_compile import backend
 
     graphs = []
-    compile_inner = backend._compile_inner
-    monkeypatch.setattr(backend, "_compile_inner", lambda graph, *rest, **k: graphs.append(graph) or compile_inner(graph, *rest, **k))
+    compile_inner = backend.compile_inner
+    monkeypatch.setattr(backend, "compile_inner", lambda graph, *rest, **k: graphs.append(graph) or compile_inner(graph, *rest, **k))
     with torch.no_grad():
         torch.compile(randomise(Padded(repeated)), backend="lvsa", options={"reference_frames": 21, "inner": "eager"})(*inputs_of())
     sizes = [node.meta["example_value"].shape for node in graphs[0].graph.nodes if isinstance(node.meta.get("example_value"), torch.Tensor)]

@@ -171,7 +171,7 @@ def test_the_stamp_covers_every_file_that_decides_results(tmp_path, monkeypatch)
     assert stamp() == before
 
 
-@pytest.mark.parametrize("name", ["report_of", "keep", "_beginning"])
+@pytest.mark.parametrize("name", ["report_of", "publish", "_beginning"])
 def test_what_fails_each_time_still_leaves_a_right_graph(name, monkeypatch):
     monkeypatch.setattr(backend, name, broken)
     model, inputs = randomise(VideoDiT()), dit_inputs()
@@ -179,7 +179,7 @@ def test_what_fails_each_time_still_leaves_a_right_graph(name, monkeypatch):
         assert torch.equal(torch.compile(model, backend="lvsa", options=OPTIONS)(*inputs), model(*inputs))
 
 
-@pytest.mark.parametrize("name", ["_guard", "warnings_of", "_leave_the_clock_to_this_graph"])
+@pytest.mark.parametrize("name", ["guard", "warnings_of", "_leave_the_clock_to_this_graph"])
 def test_a_failure_after_the_report_was_made_publishes_one_report(name, monkeypatch):
     whole, calls = getattr(backend, name), []
     monkeypatch.setattr(backend, name, lambda *args: whole(*args) if calls else broken(calls.append(1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import importlib
 import json
@@ -9,6 +10,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import oracle
 import pytest
@@ -24,7 +26,7 @@ from typer.testing import CliRunner
 import lvsa_compile
 from lvsa_compile import FramePattern, LvsaWarning, OptionError, registry
 from lvsa_compile.cli import app
-from lvsa_compile.errors import PlanError
+from lvsa_compile.errors import PlanError, PolicyError
 from lvsa_compile.forward import state
 from lvsa_compile.options import parse_options
 from lvsa_compile.policies.contract import Facts, Geometry, Plan, plan_of
@@ -263,7 +265,8 @@ def test_state_lies_at_fixed_addresses_and_is_told_to_inductor_as_static(countin
 
     monkeypatch.setattr(fx, "_compile_fx_inner", spy)
     model = wan(num_layers=1)
-    torch.compile(model, backend="lvsa", options={"policy": Counting()})(**wan_inputs())
+    with torch._inductor.config.patch(force_disable_caches=True):
+        torch.compile(model, backend="lvsa", options={"policy": Counting()})(**wan_inputs())
     ((names, static),) = seen
     appended = [n for n in range(len(names)) if n >= len(names) - 6]
     assert sum(n in static for n in appended) == 4, "two tables and two states, not the row and the branch"
@@ -326,7 +329,7 @@ def test_a_policy_is_given_by_name_as_an_object_or_as_json_has_it(given):
 @pytest.mark.parametrize(("given", "text"), [
     ({"policy": "lsva"}, "option policy='lsva': no policy has this name. Did you mean 'lvsa'?"),
     ({"policy": 3}, "option policy=3: no policy. Give one of 'lvsa', or a policy object."),
-    ({"policy": LVSA}, "no policy. Give one of 'lvsa', or a policy object."),
+    ({"policy": LVSA}, "this is a class. Give a policy, such as LVSA()."),
     ({"policy": {"name": "lvsa", "windows": 2}}, "policy 'lvsa' has no field 'windows'. Its fields are: window, first_frames,"),
     ({"policy": {"name": "lvsa", "window": -2}}, "option window=-2: smaller than 0. Give a number of latent frames, at least 0."),
     ({"policy": {"window": 2}}, "no policy. Give one of 'lvsa', or a policy object."),
@@ -358,15 +361,107 @@ class Wrong(BlockDiagonal):
         return Plan(self, geometry, facts, self.table)
 
 
-@pytest.mark.parametrize(("table", "text"), [
-    (padded((0, 50), [[[[(0, 108)]]]]), "its query blocks hold rows 0 to 50 of 108. Let query_bounds begin at 0 and end at the query's"),
-    (padded((0, 108), [[[[(0, 108)]]] * 3]), "it has 3 heads. Give 1 or 2, the query heads."),
-    (padded((0, 54, 108), [[[[(0, 108)]]]]), "a row has more or fewer blocks than query_bounds. Give each query block its key ranges."),
+@pytest.mark.parametrize(("part", "bounds", "key_ranges", "text"), [
+    ("table", (0, 50), [[[[(0, 108)]]]], "query_bounds are (0, 50). Let query_bounds rise from 0 to geometry.query.whole[1], 108."),
+    ("table", (0, 80, 50, 108), [[[[(0, 108)]] * 3]], "query_bounds are (0, 80, 50, 108). Let query_bounds rise"),
+    ("table", (0, 50, 200), [[[[(0, 108)]] * 2]], "query_bounds are (0, 50, 200). Let query_bounds rise"),
+    ("table", (0, 108), [[[[(0, 108)]]] * 3], "it has 3 heads. Give 1 or 2, the query heads."),
+    ("table", (0, 54, 108), [[[[(0, 108)]]]], "a row has 1 blocks, query_bounds have 2. Give each query block its key ranges."),
+    ("table", (0, 108), [[[[(-5, 20)]]]], "block 0 attends keys (-5, 20) of 108. Keep ranges within geometry.key.whole."),
+    ("table", (0, 108), [[[[(0, 500)]]]], "block 0 attends keys (0, 500) of 108. Keep ranges within geometry.key.whole."),
+    ("table", (0, 54, 108), [[[[(0, 9)], []]]], "block 1 attends no key. Give every query block at least one key."),
+    ("rows", (0, 108), [[[[(0, 108)]]]] * 3, "a step chooses among 1 rows, the table has 3. Give rows=Turn(number of rows)."),
 ])  # fmt: skip
-def test_a_plan_that_does_not_fit_is_an_error_of_the_policy(table, text):
+def test_a_plan_that_does_not_fit_is_an_error_of_the_policy(part, bounds, key_ranges, text):
     span = VideoSpan(0, 9, 12, 0)
-    with pytest.raises(PlanError, match=re.escape(f"policy 'block_diagonal', its plan's table: {text}")):
-        plan_of(Wrong(table), Geometry.of(span, span, heads=2), Facts())
+    with pytest.raises(PlanError, match=re.escape(f"policy 'block_diagonal', its plan's {part}: {text}")):
+        plan_of(Wrong(padded(bounds, key_ranges)), Geometry.of(span, span, heads=2), Facts())
+
+
+def test_ranges_may_come_in_any_order_and_overlap():
+    table = padded((0, 9), [[[[(4, 7), (0, 2), (6, 9), (2, 2)]]]])
+    assert table.key_ranges == (((((0, 2), (4, 9)),),),)
+    span = VideoSpan(0, 3, 3, 0)
+    assert table.density(span, span) == pytest.approx(7 / 9)
+
+
+def answers(**methods):
+    """A policy some of whose methods are replaced."""
+    return type("Answering", (BlockDiagonal,), {"__hash__": lambda self: id(self), **methods})()
+
+
+def raising(self, geometry, facts):
+    return {}["missing"]
+
+
+@pytest.mark.parametrize(("policy", "error", "text"), [
+    (answers(applies=raising), PolicyError, "policy 'block_diagonal': its applies raised KeyError: 'missing' (File \"{file}\", line"),
+    (answers(plan=raising), PolicyError, "policy 'block_diagonal': its plan raised KeyError: 'missing' (File \"{file}\", line"),
+    (answers(applies=lambda *_: "no"), PolicyError, "policy 'block_diagonal': its applies returned 'no'. Return None, or a Miss such as"),
+    (answers(plan=lambda *_: None), PolicyError, "policy 'block_diagonal': its plan returned None. Return a Plan."),
+    (answers(plan=lambda self, g, f: dataclasses.replace(Counting().plan(g, f), policy=self, op="nobody_has_it")), PlanError,
+     "its plan's op: there is no op lvsa::nobody_has_it. Define it: define_stateful_op('nobody_has_it', body)."),
+    (answers(plan=lambda self, g, f: dataclasses.replace(Counting().plan(g, f), policy=self, state=())), PlanError,
+     "its plan's state: lvsa::counting keeps state, the plan has 0 tensors of it. Give state=(State(...), ...) where the op has it"),
+    (answers(plan=lambda self, g, f: dataclasses.replace(Counting().plan(g, f), policy=self, op="attention")), PlanError,
+     "its plan's state: lvsa::attention keeps no state, the plan has 2 tensors of it. Give state=(State(...), ...) where the op has it"),
+])  # fmt: skip
+def test_a_policy_that_fails_is_an_error_that_names_it(policy, error, text):
+    model = wan(num_layers=1)
+    with pytest.raises(Exception, match=rf"{error.__name__}: .*{re.escape(text.format(file=__file__))}"):
+        torch.compile(model, backend="lvsa", options={**EAGER, "policy": policy})(**wan_inputs())
+
+
+def test_a_table_that_grows_unevenly_with_the_text_is_an_error():
+    def plan(self, geometry, facts):
+        end = min(geometry.query.prefix**2 + 5, geometry.key.length)
+        return Plan(self, geometry, facts, padded((0, geometry.query.whole[1]), [[[[(0, end)]]]]))
+
+    span = VideoSpan(1, 9, 12, 0, free_start=True)
+    made = plan_of(answers(plan=plan), Geometry.of(span, span, heads=2), Facts())
+    with pytest.raises(PlanError, match=r"it does not grow evenly with the number of tokens before the video. Let every position in it be"):
+        made.slopes()
+
+
+@dataclasses.dataclass
+class NotFrozen:
+    name = "not_frozen"
+    needs_horizon = False
+    applies = plan = lambda self, geometry, facts: None
+
+
+class Half:
+    name = "half"
+
+    def applies(self, geometry, facts):
+        return None
+
+
+@pytest.mark.parametrize(("given", "text"), [
+    (NotFrozen(), "a policy without __hash__. Give it what a policy has. Make it a dataclass(frozen=True)."),
+    (Half(), "a policy without needs_horizon, plan. Give it what a policy has."),
+    (BlockDiagonal, "this is a class. Give a policy, such as BlockDiagonal()."),
+])  # fmt: skip
+def test_what_is_nearly_a_policy_is_told_what_it_lacks(given, text):
+    with pytest.raises(OptionError, match=re.escape(text)):
+        parse_options({"policy": given})
+
+
+def test_policies_and_lowerings_are_registered_in_a_script():
+    try:
+        registry.register_policy(Counting)
+        registry.register_lowering(COUNTING)
+        model, inputs = wan(num_layers=1), wan_inputs()
+        found = torch.compile(model, backend="lvsa", options={"policy": "counting", "inner": "aot_eager"})(**inputs)[0]
+        assert close(found, counted(model, inputs, 1))
+        assert registry.stamp_of_registered()
+        registry.register_policy(Counting)  # as a cell of a notebook that runs again
+        with pytest.raises(ValueError, match=r"lvsa_compile\.policies has a 'lvsa' already"):
+            registry.register_policy(LVSA)
+    finally:
+        for kinds in registry._here.values():
+            kinds.clear()
+        registry.registered.cache_clear()
 
 
 def test_a_part_of_the_video_can_be_asked_about():
@@ -392,8 +487,7 @@ def test_policies_and_lowerings_of_other_packages_are_found_by_entry_point(tmp_p
     stamp = registry.stamp_of_registered()
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
-    for cached in (registry.registered, select.lowerings):
-        cached.cache_clear()
+    registry.registered.cache_clear()
     try:
         assert parse_options({"policy": "block_diagonal"}).chosen_policy == BlockDiagonal()
         assert parse_options({"policy": {"name": "block_diagonal", "least_frames": 3}}).chosen_policy == BlockDiagonal(3)
@@ -410,23 +504,69 @@ def test_policies_and_lowerings_of_other_packages_are_found_by_entry_point(tmp_p
         assert close(found, masked(model, inputs, diagonal(9, 12)))
     finally:
         sys.modules.pop("outside", None)
-        for cached in (registry.registered, select.lowerings):
-            cached.cache_clear()
+        registry.registered.cache_clear()
 
 
 def test_a_lowering_does_not_serve_the_op_of_another_policy():
     model = wan(num_layers=1)
-    with pytest.warns(LvsaWarning, match="no_lowering: .*cpu: it computes attention, and policy 'counting' wants counting"):
+    with pytest.warns(LvsaWarning, match="no registered lowering computes op 'counting' of policy 'counting'. Remedy: Register"):
         torch.compile(model, backend="lvsa", options={**EAGER, "policy": Counting()})(**wan_inputs())
     assert isinstance(model, nn.Module)
 
 
+def block_of_the_page(number):
+    text = (Path(__file__).parent.parent / "docs/adding_a_policy.md").read_text()
+    module = types.ModuleType(f"of_the_page_{number}")
+    sys.modules[module.__name__] = module
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number], module.__dict__)
+    return module
+
+
 def test_the_policy_of_the_page_works_as_the_page_says():
     """Every other head attends two of the four blocks."""
-    text = (Path(__file__).parent.parent / "docs/adding_a_policy.md").read_text()
-    module = types.ModuleType("of_the_page")
-    sys.modules["of_the_page"] = module
-    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], module.__dict__)
+    policy = block_of_the_page(0).BlockDiagonal()
     model, inputs = randomise(VideoDiT(with_text_before)), dit_inputs()
-    found = torch.compile(model, backend="lvsa", options={**EAGER, "policy": module.BlockDiagonal()})(*inputs)
+    found = torch.compile(model, backend="lvsa", options={**EAGER, "policy": policy})(*inputs)
     assert close(found, masked(model, inputs, diagonal(9, 12, prefix=7)))
+
+
+def test_the_policy_of_the_page_that_learns():
+    """Dense at the first step of each video and at dense steps, then half of the keys, by branch."""
+
+    class Half(oracle.MaskedAttention):
+        kept: ClassVar = {}
+
+        def __init__(self, branch, dense):
+            super().__init__(torch.ones(108, 108, dtype=torch.bool))
+            self.branch, self.dense = branch, dense
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                call = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+                query, key = call["query"], call["key"]
+                if query.shape[-2] == key.shape[-2] == 108:
+                    mass = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).sum((0, 2))
+                    best = torch.zeros_like(mass, dtype=torch.bool).scatter(1, mass.topk(54).indices, True)
+                    kept = self.kept.setdefault(self.branch, best)
+                    self.mask = torch.ones(2, 1, 108, dtype=torch.bool) if self.dense else kept[:, None]
+                    return func(query, key, call["value"], self.mask)
+            return func(*args, **(kwargs or {}))
+
+    try:
+        module = block_of_the_page(2)
+        model, alone = wan(num_layers=1), wan(num_layers=1)
+        options = {"policy": module.Remember(), "inner": "aot_eager", "dense_steps": 2}
+        compiled = torch.compile(model, backend="lvsa", options=options)
+        for _video in range(2):
+            Half.kept = {}
+            for step, value in enumerate((900.0, 600.0, 300.0)):
+                for branch in range(2):
+                    inputs = wan_inputs(timestep=value)
+                    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"] + branch
+                    with Half(branch, step < 2):
+                        wanted = alone(**inputs)[0]
+                    assert close(compiled(**inputs)[0], wanted), (step, branch)
+    finally:
+        for kinds in registry._here.values():
+            kinds.clear()
+        registry.registered.cache_clear()

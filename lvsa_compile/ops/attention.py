@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lvsa_compile import compat
-from lvsa_compile.errors import ShapeError
+from lvsa_compile.errors import PlanError, ShapeError
+from lvsa_compile.policies.contract import Plan
 
 library = torch.library.Library("lvsa", "FRAGMENT")
 """Where all ops of this package are defined."""
@@ -60,12 +61,21 @@ def define_stateful_op(name: str, body: Callable[..., tuple[Tensor, Tensor]]) ->
     """Registers ``lvsa::<name>``, an attention op that keeps tensors from step to step.
 
     ``body`` gets ``(query, key, value, query_bounds, key_ranges, phase, branch, state, *, scale, key_mask)``: ``branch`` is an int32 scalar
-    tensor, the number of the call within its denoising step; ``state`` a list of tensors ``[branches, ...]`` it may write to.
+    tensor, the number of the call within its denoising step; ``state`` a list of tensors ``[branches, ...]`` it may write to.  A second
+    definition replaces the body of the first, as where a cell of a notebook runs again.
     """
-    return _defined(name, body, _STATE, compat.OPAQUE_OP_TAGS)
+    defined_before = name in _bodies
+    _bodies[name] = body
+    return meaning_of(name) if defined_before else _defined(name, lambda *args, **more: _bodies[name](*args, **more), _STATE)
 
 
-def _defined(name: str, body: Callable[..., tuple[Tensor, Tensor]], state: str, tags: tuple[torch.Tag, ...]) -> compat.OpOverload:
+_bodies: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
+"""Bodies of stateful ops by name."""
+
+
+def _defined(
+    name: str, body: Callable[..., tuple[Tensor, Tensor]], state: str, tags: tuple[torch.Tag, ...] = compat.OPAQUE_OP_TAGS
+) -> compat.OpOverload:
     library.define(_SCHEMA.format(name=name, state=state), tags=tags)
     library.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lvsa::{name}", _fake, lib=library)
@@ -108,6 +118,21 @@ def by_heads(body: AttentionBody) -> AttentionBody:
         return output, log_sum_exp
 
     return run
+
+
+def check_op(plan: Plan) -> None:
+    """Whether the op of a plan is there and takes the state of the plan.
+
+    Raises:
+        PlanError: it is not, or does not.
+    """
+    operator = getattr(torch.ops.lvsa, plan.op, None)
+    if operator is None:
+        raise PlanError(plan.policy.name, "op", f"there is no op lvsa::{plan.op}", f"Define it: define_stateful_op({plan.op!r}, body).")
+    takes_state = any(argument.name == "state" for argument in compat.schema_of(operator).arguments)
+    if takes_state != bool(plan.state):
+        problem = f"lvsa::{plan.op} {'keeps' if takes_state else 'keeps no'} state, the plan has {len(plan.state)} tensors of it"
+        raise PlanError(plan.policy.name, "state", problem, "Give state=(State(...), ...) where the op has it, and nowhere else.")
 
 
 def meaning_of(op: str) -> compat.OpOverload:

@@ -14,16 +14,17 @@ from lvsa_compile.compat import example_value
 from lvsa_compile.errors import LoweringUnavailableError, OptionError
 from lvsa_compile.forward import context
 from lvsa_compile.layout.token_layout import VIDEO, TokenLayout
+from lvsa_compile.ops.attention import check_op
 from lvsa_compile.options import Options
 from lvsa_compile.passes.compilation import Compilation, Decision, Segments, SparsePlan, sizes_of
 from lvsa_compile.passes.why_not_video import why_not_video
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
-from lvsa_compile.policies.contract import Geometry, Plan, Policy, plan_of
+from lvsa_compile.policies.contract import Geometry, Plan, Policy, plan_of, why_not
 from lvsa_compile.policies.tables import Range, VideoSpan
 from lvsa_compile.reasons import Miss
 from lvsa_compile.selection.contract import AttentionCall
 from lvsa_compile.selection.measure import seconds_of_dense
-from lvsa_compile.selection.select import select
+from lvsa_compile.selection.select import lowerings, select
 
 _NEEDED = ("trace_layout", "rewrite", "lower", "find_horizon")
 """Passes without which no site can be sparse, the last where the policy asks for the training horizon."""
@@ -157,6 +158,7 @@ def _decide(
     if isinstance(policy, Miss):
         return policy
     plan = plan_of(policy, geometry, compilation.facts).with_dense_steps(compilation.options.dense_steps)
+    check_op(plan)
     if form is not None and form.pairs is not None:
         allowed = _allowed(form.pairs, plan)
         if allowed is None:
@@ -179,11 +181,11 @@ def _decide(
 def _chosen(compilation: Compilation, geometry: Geometry) -> Policy | Miss:
     """The policy of a site: the one of option ``policy``; where its pattern leaves nothing out, that of ``policy_at_horizon``."""
     options, facts = compilation.options, compilation.facts
-    miss = options.chosen_policy.applies(geometry, facts)
+    miss = why_not(options.chosen_policy, geometry, facts)
     if miss is None:
         return options.chosen_policy
     if miss.reason is reasons.PATTERN_FULL and options.chosen_at_horizon is not None:
-        miss = options.chosen_at_horizon.applies(geometry, facts)
+        miss = why_not(options.chosen_at_horizon, geometry, facts)
         return miss or options.chosen_at_horizon
     return miss
 
@@ -222,7 +224,9 @@ def _lowered(call: AttentionCall, options: Options) -> SparsePlan | Miss:
     except LoweringUnavailableError as error:
         if options.lowering != "auto":
             raise  # asked for by name, so silence would mislead
-        return reasons.NO_LOWERING.because(str(error))
+        if not any(lowering.op == call.plan.op for lowering in lowerings()):
+            return reasons.NO_LOWERING.because(error.why, "Register a lowering with that op; the page on adding a policy shows how.")
+        return reasons.NO_LOWERING.because(error.why)
     if options.when_slower == "dense":
         dense, ours = seconds_of_dense(call) if choice.seconds else "", choice.seconds.get(choice.lowering.name)
         measured = isinstance(dense, float) and ours is not None

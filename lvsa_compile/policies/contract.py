@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import dtype
 
-from lvsa_compile.errors import PlanError
+from lvsa_compile.errors import LvsaError, PlanError, PolicyError, in_a_line
 from lvsa_compile.policies.rows import Rows, Turn, WithDenseSteps
 from lvsa_compile.policies.tables import KeyRangeTable, Range, VideoSpan
 from lvsa_compile.reasons import Miss
@@ -202,10 +203,42 @@ class Plan:
         return _slopes(self)
 
 
+def why_not(policy: Policy, geometry: Geometry, facts: Facts) -> Miss | None:
+    """What a policy's ``applies`` answers.
+
+    Raises:
+        PolicyError: it raised, or answered with something else; names the line.
+    """
+    miss = _asked(policy, "applies", geometry, facts)
+    if miss is None or isinstance(miss, Miss):
+        return miss
+    remedy = "Return None, or a Miss such as reasons.POLICY_REFUSES.because('why')."
+    raise PolicyError(policy.name, "applies", f"returned {miss!r}. {remedy}")
+
+
 @functools.lru_cache(maxsize=64)
 def plan_of(policy: Policy, geometry: Geometry, facts: Facts) -> Plan:
-    """The plan of a policy for a site to which it applies, made once."""
-    return policy.plan(geometry, facts)
+    """The plan of a policy for a site to which it applies, made once.
+
+    Raises:
+        PolicyError: the policy raised, or answered with something else; names the line.
+        PlanError: the plan does not fit the geometry; names what is wrong with it.
+    """
+    plan = _asked(policy, "plan", geometry, facts)
+    if not isinstance(plan, Plan):
+        raise PolicyError(policy.name, "plan", f"returned {plan!r}. Return a Plan.")
+    return plan
+
+
+def _asked(policy: Policy, method: str, geometry: Geometry, facts: Facts) -> Any:
+    try:
+        return getattr(policy, method)(geometry, facts)
+    except LvsaError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        line = f'File "{frame.filename}", line {frame.lineno}, in {frame.name}'
+        raise PolicyError(policy.name, method, f"raised {in_a_line(error)} ({line})") from error
 
 
 @functools.lru_cache(maxsize=64)
@@ -219,30 +252,59 @@ def _restricted(plan: Plan, allowed: tuple[tuple[Range, ...], ...]) -> Plan:
     return dataclasses.replace(plan, table=plan.table.restricted(allowed), restriction=allowed)
 
 
+_PROBES = (1, 2, 7)
+"""Tokens before the video for which a table is asked: the third checks what the first two say."""
+
+
 @functools.lru_cache(maxsize=64)
 def _slopes(plan: Plan) -> KeyRangeTable:
-    one, two = (
-        plan_of(plan.policy, plan.geometry.with_prefix(tokens), plan.facts).with_dense_steps(plan.dense_steps).table for tokens in (1, 2)
-    )
-    found: KeyRangeTable = _difference(two, one)
+    tables = [
+        plan_of(plan.policy, plan.geometry.with_prefix(tokens), plan.facts).with_dense_steps(plan.dense_steps).table for tokens in _PROBES
+    ]
+    try:
+        found: KeyRangeTable = _combined(tables[1], tables[0], lambda two, one: two - one)
+        even = tables[2] == _combined(tables[0], found, lambda base, slope: base + (_PROBES[2] - 1) * slope)
+    except ValueError:  # of another shape
+        even = False
+    if not even:
+        problem = "it does not grow evenly with the number of tokens before the video"
+        raise PlanError(plan.policy.name, "table", problem, "Let every position in it be the prefix plus a number, or a number.")
     return found
 
 
-def _difference(two: Any, one: Any) -> Any:
-    """Each number of one table less that of another."""
-    if isinstance(two, KeyRangeTable):
-        return KeyRangeTable(_difference(two.query_bounds, one.query_bounds), _difference(two.key_ranges, one.key_ranges))
-    return tuple(map(_difference, two, one)) if isinstance(two, tuple) else two - one
+def _combined(one: Any, two: Any, combine: Callable[[int, int], int]) -> Any:
+    """A table of each two numbers of two tables of one shape."""
+    if isinstance(one, KeyRangeTable):
+        return KeyRangeTable(_combined(one.query_bounds, two.query_bounds, combine), _combined(one.key_ranges, two.key_ranges, combine))
+    return tuple(_combined(a, b, combine) for a, b in zip(one, two, strict=True)) if isinstance(one, tuple) else combine(one, two)
 
 
 def _check(plan: Plan) -> None:
     table, geometry, name = plan.table, plan.geometry, plan.policy.name
+    bounds, query_end, key_end = table.query_bounds, geometry.query.whole[1], geometry.key.whole[1]
+
+    def wrong(problem: str, remedy: str, part: str = "table") -> PlanError:
+        return PlanError(name, part, problem, remedy)
+
     if table.heads not in (1, geometry.heads):
-        raise PlanError(name, "table", f"it has {table.heads} heads", f"Give 1 or {geometry.heads}, the query heads.")
-    if table.query_bounds[0] != 0 or table.query_bounds[-1] < geometry.query.length:
-        problem = f"its query blocks hold rows {table.query_bounds[0]} to {table.query_bounds[-1]} of {geometry.query.length}"
-        raise PlanError(name, "table", problem, "Let query_bounds begin at 0 and end at the query's length.")
-    if any(len(blocks) != len(table.query_bounds) - 1 for heads in table.key_ranges for blocks in heads):
-        raise PlanError(name, "table", "a row has more or fewer blocks than query_bounds", "Give each query block its key ranges.")
-    if plan.rows.count > table.rows:
-        raise PlanError(name, "rows", f"a step may choose row {plan.rows.count - 1} of {table.rows}", "Give the table more rows.")
+        raise wrong(f"it has {table.heads} heads", f"Give 1 or {geometry.heads}, the query heads.")
+    if bounds[0] != 0 or bounds[-1] != query_end or list(bounds) != sorted(bounds):
+        wanted = f"Let query_bounds rise from 0 to geometry.query.whole[1], {query_end}."
+        raise wrong(f"query_bounds are {bounds if len(bounds) < 9 else (*bounds[:4], '...', *bounds[-4:])}", wanted)
+    for heads in table.key_ranges:
+        if len(heads) != table.heads:
+            raise wrong("its rows have different numbers of heads", "Give all rows the heads of the first.")
+        for blocks in heads:
+            if len(blocks) != len(bounds) - 1:
+                raise wrong(f"a row has {len(blocks)} blocks, query_bounds have {len(bounds) - 1}", "Give each query block its key ranges.")
+            for block, ranges in enumerate(blocks):
+                outside = [each for each in ranges if not 0 <= each[0] <= each[1] <= key_end]
+                if outside:
+                    raise wrong(f"block {block} attends keys {outside[0]} of {key_end}", "Keep ranges within geometry.key.whole.")
+                nothing = plan.restriction is None and bounds[block] < bounds[block + 1] and all(start == end for start, end in ranges)
+                if nothing:
+                    raise wrong(f"block {block} attends no key", "Give every query block at least one key.")
+    if plan.rows.count != table.rows:
+        raise wrong(f"a step chooses among {plan.rows.count} rows, the table has {table.rows}", "Give rows=Turn(number of rows).", "rows")
+    if not isinstance(plan.state, tuple) or not all(isinstance(each, State) for each in plan.state):
+        raise wrong(f"it is {plan.state!r}", "Give a tuple of State(name, shape, dtype).", "state")

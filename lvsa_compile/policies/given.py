@@ -28,14 +28,12 @@ def given_policy(option: str, value: Any) -> Policy:
         OptionError: there is no such policy, or it has no such field, or a field cannot have the value.
     """
     if isinstance(value, Policy) and not isinstance(value, type):
-        return _checked(option, value)
+        return value
     fields = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
     kinds = {kind.name: kind for kind in registered(POLICIES).values}
     name = fields.pop("name", None)
     if name not in kinds:
-        nearest = difflib.get_close_matches(str(name), kinds, n=1, cutoff=0.5)
-        remedy = f"Did you mean {nearest[0]!r}?" if nearest else f"Give one of {', '.join(map(repr, kinds))}, or a policy object."
-        raise OptionError(option, value, "no policy has this name" if isinstance(name, str) else "no policy", remedy)
+        raise OptionError(option, value, *_problem(value, name, list(kinds)))
     known = {field.name: field for field in dataclasses.fields(kinds[name])}
     for field in fields:
         if field not in known:
@@ -44,13 +42,20 @@ def given_policy(option: str, value: Any) -> Policy:
     return policy
 
 
-def _checked(option: str, policy: Policy) -> Policy:
-    try:
-        hash(policy)
-    except TypeError:
-        remedy = "Make it a dataclass(frozen=True) with hashable fields."
-        raise OptionError(option, type(policy).__name__, "a policy that cannot be hashed", remedy) from None
-    return policy
+def _problem(value: Any, name: Any, names: list[str]) -> tuple[str, str]:
+    """Why a value stands for no policy, and the remedy."""
+    failed = next((each for each in registered(POLICIES).failed if each.name == name), None)
+    if failed is not None:
+        return f"{failed.where} cannot be imported ({failed.error})", "Mend that, or give another policy."
+    if isinstance(value, type) and hasattr(value, "applies"):
+        return "this is a class", f"Give a policy, such as {value.__name__}()."
+    missing = [each for each in ("name", "needs_horizon", "applies", "plan", "__hash__") if getattr(value, each, None) is None]
+    if 0 < len(missing) < 4 and not isinstance(value, (str, Mapping)):
+        frozen = " Make it a dataclass(frozen=True)." if "__hash__" in missing else ""
+        return f"a policy without {', '.join(missing)}", f"Give it what a policy has.{frozen}"
+    nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    remedy = f"Did you mean {nearest[0]!r}?" if nearest else f"Give one of {', '.join(map(repr, names))}, or a policy object."
+    return "no policy has this name" if isinstance(name, str) else "no policy", remedy
 
 
 def policy_as_dict(policy: Policy) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class View:
 
 @dataclass(frozen=True)
 class Picture:
-    """The views of a plan, by ``turns``: denoising steps, or heads where these differ.
+    """The views of a plan, by ``turns``: denoising steps, heads where these differ, or step by step all heads.
 
     Rows are query blocks; ``columns`` are latent frames (``of_frames``), or equal parts of the key sequence.
     """
@@ -36,11 +36,11 @@ def picture_of(plan: Plan) -> Picture:
     """The picture of a plan; without the row of its dense steps."""
     if plan.frames is not None:
         return Picture(plan.frames.frames, True, "step", tuple(_of_frames(plan.frames, row) for row in range(plan.sparse_rows)))
-    by_head = plan.table.heads > 1
-    turns = [(0, head) for head in range(plan.table.heads)] if by_head else [(row, 0) for row in range(plan.sparse_rows)]
+    rows, heads = plan.sparse_rows, plan.table.heads
+    turns = [(row, head) for row in range(rows) for head in range(heads)]
     keys = plan.geometry.key.length
     views = tuple(_of_table(plan.table, row, head, keys) for row, head in turns)
-    return Picture(min(keys, _COLUMNS), False, "head" if by_head else "step", views)
+    return Picture(min(keys, _COLUMNS), False, "step" if heads == 1 else "head" if rows == 1 else "step × head", views)
 
 
 def _of_frames(frames: Frames, row: int) -> View:

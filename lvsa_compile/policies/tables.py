@@ -92,24 +92,24 @@ class KeyRangeTable:
         (first, last), pairs = query.video, 0
         for blocks in itertools.chain.from_iterable(self.key_ranges):
             for (start, end), ranges in zip(itertools.pairwise(self.query_bounds), blocks, strict=True):
-                attended = intersection(join_ranges(sorted(each for each in ranges if each[0] < each[1])), (key.video,))
+                attended = intersection(ranges, (key.video,))
                 pairs += max(min(end, last) - max(start, first), 0) * sum(high - low for low, high in attended)
         return pairs / (self.rows * self.heads * (last - first) * (key.video[1] - key.video[0]))
 
 
 def padded(query_bounds: Sequence[int], key_ranges: Sequence[Sequence[Sequence[Sequence[Range]]]]) -> KeyRangeTable:
-    """The table of ``key_ranges[row][head][query_block]``, lists of ranges of any lengths.
+    """The table of ``key_ranges[row][head][query_block]``, lists of ranges in any order; empty ones are left out, neighbours joined.
+
+    Raises:
+        ValueError: a range ends before it begins.
 
     Example:
         >>> two_blocks = padded((0, 64, 128), [[[[(0, 64)], [(0, 128)]]]])  # one row, for all heads alike
     """
-    widest = max((len(ranges) for heads in key_ranges for blocks in heads for ranges in blocks), default=1)
-    return KeyRangeTable(
-        tuple(query_bounds),
-        tuple(
-            tuple(tuple((*ranges, *((0, 0),) * (widest - len(ranges))) for ranges in blocks) for blocks in heads) for heads in key_ranges
-        ),
-    )
+    joined = [[[join_ranges(ranges) for ranges in blocks] for blocks in heads] for heads in key_ranges]
+    widest = max((len(ranges) for heads in joined for blocks in heads for ranges in blocks), default=1)
+    rows = tuple(tuple(tuple((*ranges, *((0, 0),) * (widest - len(ranges))) for ranges in blocks) for blocks in heads) for heads in joined)
+    return KeyRangeTable(tuple(query_bounds), rows)
 
 
 def query_blocks(span: VideoSpan) -> list[Range]:
@@ -125,11 +125,17 @@ def intersection(a: Sequence[Range], b: Sequence[Range]) -> tuple[Range, ...]:
 
 
 def join_ranges(ranges: Sequence[Range]) -> tuple[Range, ...]:
-    """Sorted ranges with touching neighbours made one."""
+    """Ranges in order, those that touch or overlap made one, without empty ones.
+
+    Raises:
+        ValueError: a range ends before it begins.
+    """
     joined: list[Range] = []
-    for start, end in ranges:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
-        else:
+    for start, end in sorted(ranges):
+        if end < start:
+            raise ValueError(f"the range ({start}, {end}) of keys ends before it begins")
+        if joined and joined[-1][1] >= start:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        elif start < end:
             joined.append((start, end))
     return tuple(joined)

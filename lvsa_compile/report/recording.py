@@ -21,7 +21,7 @@ from lvsa_compile.selection.measure import seconds_of, seconds_of_dense
 
 def report_of(compilation: Compilation) -> Report:
     """The report of one graph."""
-    horizon, timestep, options = compilation.horizon, compilation.timestep, compilation.options
+    timestep, options = compilation.timestep, compilation.options
     if not options.rotate:
         clock = "rotate=False, the anchor grid stands still"
     elif explicit_step() is not None:
@@ -44,15 +44,14 @@ def report_of(compilation: Compilation) -> Report:
         compilation.flops,
         passes=compilation.passes,
     )
-    return Report(
-        compilation.model,
-        (graph,),
-        f"{horizon.frames} latent frames ({horizon.found_in})"
-        if horizon is not None
-        else f"{UNKNOWN_HORIZON}: {compilation.horizon_missing}",
-        options.changed(),
-        dict(options.sources),
-    )
+    return Report(compilation.model, (graph,), _horizon(compilation), options.changed(), dict(options.sources))
+
+
+def _horizon(compilation: Compilation) -> str:
+    horizon, policy = compilation.horizon, compilation.options.chosen_policy
+    if horizon is not None:
+        return f"{horizon.frames} latent frames ({horizon.found_in})"
+    return f"{UNKNOWN_HORIZON}: {compilation.horizon_missing}" if policy.needs_horizon else f"not asked for by policy {policy.name!r}"
 
 
 def outside_graphs(line: str, why: str, remedy: str = "", mendable: bool = True) -> SiteReport:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,7 +31,6 @@ class Choice:
         return any(isinstance(why, Failure) for _, why in self.faster)
 
 
-@functools.cache
 def lowerings() -> tuple[Lowering, ...]:
     """All lowerings, in the order in which they are listed."""
     return tuple(sorted(registered(LOWERINGS).values, key=lambda lowering: lowering.priority))
@@ -52,7 +50,7 @@ def select(call: AttentionCall, wanted: str = "auto", measure: bool = False) -> 
     passed_over: list[tuple[str, str]] = []
     serving: list[Lowering] = []
     for lowering in lowerings():
-        if wanted not in ("auto", lowering.name):
+        if wanted not in ("auto", lowering.name) or (wanted == "auto" and lowering.op != call.plan.op):
             continue
         refusal = lowering.refusal(call)
         if refusal is None:
@@ -76,4 +74,10 @@ def select(call: AttentionCall, wanted: str = "auto", measure: bool = False) -> 
             faster = tuple(found for found in passed_over if estimates[found[0]] > estimates[lowering.name])
             return Choice(lowering, tuple(passed_over), seconds, faster)
         passed_over.append((lowering.name, problem))
-    raise LoweringUnavailableError(wanted, "; ".join(f"{name}: {why}" for name, why in passed_over) or "there is no such lowering")
+    raise LoweringUnavailableError(wanted, "; ".join(f"{name}: {why}" for name, why in passed_over) or _no_such(wanted, call))
+
+
+def _no_such(wanted: str, call: AttentionCall) -> str:
+    if wanted != "auto":
+        return "there is no such lowering"
+    return f"no registered lowering computes op {call.plan.op!r} of policy {call.plan.policy.name!r}"
