@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lvsa_compile.errors import LvsaError, LvsaWarning, OptionError
     from lvsa_compile.explaining import explain
-    from lvsa_compile.forward.clock import reset, step
+    from lvsa_compile.forward.clock import reset
+    from lvsa_compile.forward.explicit_step import step
     from lvsa_compile.functional import sparse_attention
     from lvsa_compile.options import make_options, set_default_options
     from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
@@ -34,7 +35,7 @@ _HOMES = {
     "reset": "forward.clock",
     "set_default_options": "options",
     "sparse_attention": "functional",
-    "step": "forward.clock",
+    "step": "forward.explicit_step",
 }
 
 __all__ = [

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from lvsa_compile import compat
-from lvsa_compile.backend import analyse
+from lvsa_compile.backend import PIPELINE, analyse
 from lvsa_compile.errors import ExplainError, in_a_line
 from lvsa_compile.options import parse_options
+from lvsa_compile.passes.pipeline import check_disabled
 from lvsa_compile.report.recording import outside_graphs, report_of
 from lvsa_compile.report.records import GraphReport
 from lvsa_compile.report.report import Report
@@ -48,6 +49,7 @@ def explain(
         >>> print(lvsa_compile.explain(pipe.transformer, options={"reference_frames": 21}, device="meta", **inputs))
     """
     parsed = parse_options(options)
+    check_disabled(parsed.disable_passes, PIPELINE)
     graphs: list[Report] = []
     eager = compat.EagerAttention()
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from lvsa_compile import option_checks as checks
 from lvsa_compile.errors import OptionError, OptionsVariableError, UnknownOptionError
+from lvsa_compile.option_checks import Check
 from lvsa_compile.policies.contract import Policy
 from lvsa_compile.policies.given import given_policy, policy_as_dict
 from lvsa_compile.policies.lvsa.policy import LVSA
@@ -26,81 +27,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Inner: TypeAlias = "str | Callable[..., Any]"
 """A compiler by name, or a Dynamo backend."""
-Check = Callable[[Any], "tuple[str, str] | None"]
-"""Returns what is wrong with a value and the remedy, or None."""
-
-
-def _whole(least: int, frames: bool = True) -> Check:
-    def check(value: Any) -> tuple[str, str] | None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            return (
-                f"not a whole number of at least {least}",
-                f"{'All lengths are in latent frames; give' if frames else 'Give'} {least} or more.",
-            )
-        return None
-
-    return check
-
-
-def _positive(value: Any) -> tuple[str, str] | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        return "not a positive number", "Use 1.0 for the published budget."
-    return None
-
-
-def _one_of(*choices: str) -> Check:
-    def check(value: Any) -> tuple[str, str] | None:
-        return None if value in choices else ("not a known choice", f"Choose one of: {', '.join(choices)}.")
-
-    return check
-
-
-def _flag(value: Any) -> tuple[str, str] | None:
-    return None if isinstance(value, bool) else ("not True or False", "Give True or False.")
-
-
-def _indices(value: Any) -> tuple[str, str] | None:
-    if isinstance(value, (list, tuple)) and all(_whole(0)(index) is None for index in value):
-        return None
-    return "not a list of whole numbers from 0", "Give the indices of video attention sites, such as [0, 1]."
-
-
-def _names(value: Any) -> tuple[str, str] | None:
-    if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
-        return None
-    return "not a list of names", "Give names of passes, such as ['rewrite']."
-
-
-def _lowering(value: Any) -> tuple[str, str] | None:
-    from lvsa_compile.selection.select import lowering_names
-
-    return _one_of("auto", *lowering_names())(value)
-
-
-def _inner(value: Any) -> tuple[str, str] | None:
-    names = ("auto", "inductor", "torchair", "npugraph_ex", "aot_eager", "eager")
-    if callable(value) or value in names:
-        return None
-    return "not a known choice", f"Choose one of: {', '.join(names)}; or give a Dynamo backend as a function."
-
-
-def _inductor_mode(value: Any) -> tuple[str, str] | None:
-    from lvsa_compile import compat
-
-    return _one_of("default", *compat.inductor_modes())(value)
-
-
-def _policy(option: str, *others: str) -> Check:
-    def check(value: Any) -> tuple[str, str] | None:
-        if value not in others:
-            given_policy(option, value)
-        return None
-
-    return check
-
-
-def _optional(check: Check) -> Check:
-    return lambda value: None if value is None else check(value)
 
 
 def _option(default: T, meaning: str, check: Check) -> T:
@@ -120,67 +46,75 @@ class Options:
         OptionError: a value an option cannot have; the text names option, value and remedy.
     """
 
-    window: int = _option(3, "Half-width of the local window, in latent frames; 0 leaves the anchors alone.", _whole(0))
-    first_frames: int = _option(1, "How many frames at the start are attended by every frame at every step.", _whole(0))
+    window: int = _option(3, "Half-width of the local window, in latent frames; 0 leaves the anchors alone.", checks.whole(0))
+    first_frames: int = _option(1, "How many frames at the start are attended by every frame at every step.", checks.whole(0))
     reference_frames: int | None = _option(
-        None, "Training horizon of the model in latent frames; by default from a table of known models.", _optional(_whole(1))
+        None, "Training horizon of the model in latent frames; by default from a table of known models.", checks.optional(checks.whole(1))
     )
-    sparsity_scale: float = _option(1.0, "Multiplies the budget of attended frames that `reference_frames` sets.", _positive)
+    sparsity_scale: float = _option(1.0, "Multiplies the budget of attended frames that `reference_frames` sets.", checks.positive)
     key_frame_interval: int | None = _option(
-        None, "Distance of the periodic anchors; None chooses it from the horizon, 0 means no periodic anchors.", _optional(_whole(0))
+        None,
+        "Distance of the periodic anchors; None chooses it from the horizon, 0 means no periodic anchors.",
+        checks.optional(checks.whole(0)),
     )
-    expand_window: bool = _option(True, "Whether the window grows until it holds 2 * window + 1 frames that are not anchors.", _flag)
-    rotate: bool = _option(True, "Whether the anchor grid moves by one frame with each denoising step.", _flag)
+    expand_window: bool = _option(True, "Whether the window grows until it holds 2 * window + 1 frames that are not anchors.", checks.flag)
+    rotate: bool = _option(True, "Whether the anchor grid moves by one frame with each denoising step.", checks.flag)
     policy: Any = _option(  # noqa: RUF009 - as all options
         "lvsa",
         "How blocks are chosen: a policy's name, a policy such as `LVSA(window=2)`, or a dict of its name and fields.  `window`, "
         "`first_frames`, `sparsity_scale`, `key_frame_interval`, `expand_window` and `rotate` are fields of policy 'lvsa'.",
-        _policy("policy"),
+        checks.policy("policy"),
     )
     policy_at_horizon: Any = _option(  # noqa: RUF009 - as all options
         "dense",
         "The policy where that of `policy` would leave nothing out, as LVSA at and below the training horizon; 'dense' is none.",
-        _policy("policy_at_horizon", "dense"),
+        checks.policy("policy_at_horizon", "dense"),
     )
     when_slower: str = _option(
         "sparse",
         "What a site gets whose pattern is expected not to be faster: 'sparse' keeps the pattern, 'dense' leaves it.",
-        _one_of("sparse", "dense"),
+        checks.one_of("sparse", "dense"),
     )
-    dense_steps: int = _option(0, "How many denoising steps at the start attend densely.", _whole(0, frames=False))
-    dense_layers: tuple[int, ...] = _option((), "Video attention sites left dense, by their place in the model's order, from 0.", _indices)
+    dense_steps: int = _option(0, "How many denoising steps at the start attend densely.", checks.whole(0, frames=False))
+    dense_layers: tuple[int, ...] = _option(
+        (), "Video attention sites left dense, by their number in the model's order, from 0.", checks.indices
+    )
     max_sites: int | None = _option(
-        None, "Rewrite at most this many sites, in the model's order; for finding the one that matters.", _optional(_whole(0, frames=False))
+        None,
+        "Rewrite at most this many sites, in the model's order; for finding the one that matters.",
+        checks.optional(checks.whole(0, frames=False)),
     )
-    disable_passes: tuple[str, ...] = _option((), "Passes of the compiler to switch off, by name; for finding a fault.", _names)
+    disable_passes: tuple[str, ...] = _option(
+        (), "Passes of the compiler to switch off, by name, for finding a fault; names are checked when a graph is compiled.", checks.names
+    )
     lower_padding_masks: bool = _option(
-        True, "Whether a site whose mask is the same for every query (padding) may be sparse, with the mask kept.", _flag
+        True, "Whether a site whose mask is the same for every query (padding) may be sparse, with the mask kept.", checks.flag
     )
     verify: bool = _option(
-        False, "Compute each sparse site a second time by its meaning in float32 and report the worst error; slow.", _flag
+        False, "Compute each sparse site a second time by its meaning in float32 and report the worst error; slow.", checks.flag
     )
     require: str | None = _option(
         None,
         "'sparse' raises an error, from the second forward of a size on, where attention over the video is dense for a reason that the "
         "user can mend; for servers and tests.",
-        _optional(_one_of("sparse")),
+        checks.optional(checks.one_of("sparse")),
     )
     strict: bool = _option(
-        False, "Whether an error inside lvsa-compile is raised; else it is a warning, and the graph is compiled as it came.", _flag
+        False, "Whether an error inside lvsa-compile is raised; else it is a warning, and the graph is compiled as it came.", checks.flag
     )
     lowering: str = _option(
         "auto",
         "How the pattern is computed; 'auto' takes what is expected to be fastest, under mode='max-autotune' what measuring finds.",
-        _lowering,
+        checks.lowering,
     )
     inner: Inner = _option(  # noqa: RUF009 - as all options; the rule trips over a type that holds functions
         "auto",
         "Compiler of the rewritten graph: 'inductor', 'torchair' or 'npugraph_ex' on Ascend NPUs, 'aot_eager', 'eager', or any Dynamo "
         "backend as a function; 'auto' is Inductor, and torchair on an NPU.",
-        _inner,
+        checks.inner,
     )
     mode: str | None = _option(
-        None, "Inductor's mode, since torch.compile does not take mode= and options= together.", _optional(_inductor_mode)
+        None, "Inductor's mode, since torch.compile does not take mode= and options= together.", checks.optional(checks.inductor_mode)
     )
     inductor: tuple[tuple[str, Any], ...] = field(default=(), metadata={"meaning": "Keys of Inductor's own configuration."})
     sources: tuple[tuple[str, str], ...] = field(default=(), compare=False, metadata={"meaning": "Where options come from, if not a call."})
@@ -210,14 +144,6 @@ class Options:
         for name in ("policy", "policy_at_horizon"):  # as JSON has them
             if isinstance(value := getattr(self, name), Mapping):
                 object.__setattr__(self, name, given_policy(name, value))
-        if self.policy != "lvsa":
-            defaults = {spec.name: spec.default for spec in option_fields()}
-            for name in _OF_LVSA:
-                if getattr(self, name) != defaults[name]:
-                    remedy = f"Give it there, as in policy=LVSA({name}=...)." if isinstance(self.policy, LVSA) else "Leave it out."
-                    raise OptionError(
-                        name, getattr(self, name), f"a field of policy 'lvsa' beside policy={_as_reported(self.policy)!r}", remedy
-                    )
         self.chosen_policy  # noqa: B018 - combinations that no frame could use are an error now, not at the first forward
 
     @property
@@ -332,6 +258,8 @@ def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> O
     sources: dict[str, str] = {}
     for source, options in ((f"environment variable {VARIABLE}", _of_environment()), (_SETTER, _defaults), ("", call)):
         named = {_inductor_name(name): value for name, value in options.items()}
+        if "policy" in named:  # what was set for another policy before does not reach this one
+            merged = {name: value for name, value in merged.items() if name not in _OF_LVSA}
         merged |= named
         sources |= dict.fromkeys(named, source)
     return _parsed(merged, {name: source for name, source in sources.items() if source})
@@ -375,6 +303,7 @@ def _parsed(given: Mapping[str, Any], sources: Mapping[str, str]) -> Options:
                 inductors.append((written, value))
             else:
                 raise UnknownOptionError(name, value, names | set(compat.inductor_options()) if "." in name else names)
+        _check_beside_policy(ours)
         ours |= {name: tuple(value) for name, value in ours.items() if isinstance(value, list)}
         return Options(**ours, inductor=tuple(inductors), sources=tuple(sources.items()))
     except OptionError as error:
@@ -384,6 +313,17 @@ def _parsed(given: Mapping[str, Any], sources: Mapping[str, str]) -> Options:
         if others:
             raise OptionError(error.name, error.value, f"{error.problem} ({', '.join(others)})", error.remedy) from None
         raise
+
+
+def _check_beside_policy(given: Mapping[str, Any]) -> None:
+    """Fields of LVSA beside another policy, or beside one that has them itself, say two things."""
+    policy = given.get("policy", "lvsa")
+    name = next((name for name in _OF_LVSA if name in given), None)
+    if policy == "lvsa" or name is None:
+        return
+    chosen = given_policy("policy", policy)
+    remedy = f"Give it there, as in policy=LVSA({name}=...)." if isinstance(chosen, LVSA) else "Leave it out."
+    raise OptionError(name, given[name], f"a field of policy 'lvsa' beside policy={policy_as_dict(chosen)}", remedy)
 
 
 def make_options(**given: Any) -> dict[str, Any]:

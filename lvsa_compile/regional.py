@@ -226,7 +226,7 @@ class _Region:
 def _annotate_arguments(running: _Running, path: str, arguments: Any) -> str:
     """Says of the tensors a block is called with what the trace of the model knows of them; returns why it could not, or ""."""
     running.parent.block = path
-    number = running.calls[path] = running.calls.get(path, -1) + 1
+    number = running.parent.call = running.calls[path] = running.calls.get(path, -1) + 1
     known = running.trace.calls.get((path, number))
     tensors = [leaf for leaf in compat.tree_leaves(arguments) if isinstance(leaf, Tensor)]
     shapes = tuple(tuple(tensor.shape) for tensor in tensors)

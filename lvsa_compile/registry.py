@@ -10,6 +10,7 @@ Example of a ``pyproject.toml``:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -47,6 +48,20 @@ class Registered:
     modules: tuple[str, ...]
 
 
+_MEMBERS = {LOWERINGS: ("priority", "op", "refusal"), POLICIES: ("needs_horizon", "applies", "plan")}
+
+
+def _check(group: str, value: Any) -> None:
+    """Raises TypeError where something registered is no policy class or no lowering."""
+    missing = [name for name in _MEMBERS[group] if not hasattr(value, name)]
+    if not isinstance(getattr(value, "name", None), str):
+        missing = ["name", *missing]
+    if missing:
+        raise TypeError(f"{value!r} has no {', no '.join(missing)}")
+    if group == POLICIES and not (isinstance(value, type) and dataclasses.is_dataclass(value)):
+        raise TypeError(f"{value!r} is no dataclass")
+
+
 _here: dict[str, list[Any]] = {LOWERINGS: [], POLICIES: []}
 
 
@@ -73,6 +88,7 @@ def register_lowering(lowering: Any) -> None:
 
 
 def _register(group: str, value: Any) -> None:
+    _check(group, value)
     others = [each for each in _here[group] if each.name != value.name]
     if value.name in {each.name for each in registered(group).values if each not in _here[group]}:
         raise ValueError(f"{group} has a {value.name!r} already")
@@ -97,11 +113,10 @@ def registered(group: str) -> Registered:
     for point in sorted(importlib.metadata.entry_points(group=group), key=lambda point: point.name):
         try:
             value = point.load()
-            if not isinstance(getattr(value, "name", None), str):
-                raise TypeError(f"{point.value} has no name")
+            _check(group, value)
             if value.name in names:
                 raise ValueError(f"there is a {value.name!r} already")
-        except Exception as error:  # somebody else's package: whatever is wrong with it, ours goes on
+        except (Exception, SystemExit) as error:  # somebody else's package: whatever is wrong with it, ours goes on
             log.warning("lvsa leaves %s %r out: %s", group, point.name, in_a_line(error))
             failed.append(Failed(point.name, point.value, in_a_line(error)))
         else:

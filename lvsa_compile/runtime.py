@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,8 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
     keeps_state = any(extra.state is not None for extra in extra_inputs)
     turning = any(extra.rows is not None and extra.rows.moves for extra in extra_inputs) or keeps_state or compilation.position.leads_on
     ticks = turning and timestep is not None
+    begins = not compilation.position.continues
+    untimed = timestep is None and begins and (keeps_state or (compilation.position.leads_on and bool(extra_inputs)))
     if not extra_inputs and not ticks and (not compilation.sites or compat.compiling_ahead()):
         return compiled
     steps = 1 + max((extra.step for extra in extra_inputs), default=0)
@@ -87,7 +89,7 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
         parameter = args[owner.position]
         return clock_of(parameter, lambda: context.root_module() or context.model_holding(parameter, owner.source))
 
-    def appended(clock: Clock, step: int, block: int) -> dict[str, Tensor]:
+    def appended(clock: Clock, step: int, block: Hashable) -> dict[str, Tensor]:
         """The appended inputs of one of the graph's denoising steps, the clock standing there; ``block`` tells blocks of a class apart."""
 
         def value(extra: ExtraInput) -> Tensor:
@@ -95,9 +97,16 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
                 return clock.phase(extra.rows, extra.device, step)
             if extra.state is not None:
                 return clock.state((block, extra.site), extra.state, extra.device)
-            return clock.branch(extra.device) if extra.is_branch else extra.value
+            return clock.branch(extra.device, step) if extra.is_branch else extra.value
 
         return {extra.name: value(extra) for extra in extra_inputs if extra.step == step}
+
+    def block_of(args: Sequence[Any]) -> Hashable:
+        """What tells the blocks apart that share the graph."""
+        around = context.parent.get()
+        if around is not None:
+            return around.block, around.call
+        return 0 if owner is None else context.module_number(args[owner.position], owner.source)
 
     def run(*args: Any) -> Any:
         if first is not None and compat.is_fake(args[first]):  # as where Dynamo's DDP optimizer asks for shapes
@@ -108,10 +117,10 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
             return compiled(*args)
         clock = clock_for(args)
         calls.clocks.add(clock)
-        block = 0 if owner is None else id(args[owner.position])
+        block = block_of(args) if keeps_state else 0
         more: dict[str, Tensor] = {}
         timesteps = _timesteps(timestep, args) if ticks else []
-        if keeps_state and not timesteps and context.parent.get() is None:
+        if untimed and context.parent.get() is None:
             clock.tick(None, size)
         for step in range(steps):
             if step < len(timesteps):

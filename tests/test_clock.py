@@ -17,7 +17,8 @@ from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
 
 import lvsa_compile
 from lvsa_compile.errors import StepError
-from lvsa_compile.forward.clock import Clock, clock_of, explicit_steps
+from lvsa_compile.forward.clock import Clock, clock_of
+from lvsa_compile.forward.explicit_step import explicit_steps
 
 CPU = torch.device("cpu")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import html
 import importlib
 import json
+import pickle
 import re
 import sys
 import types
@@ -17,8 +20,8 @@ import pytest
 import torch
 from block_policies import COUNTING, BlockDiagonal, Counting, Refusing
 from plans import plan as lvsa_plan
-from test_graph_breaks import breaks_twice
-from test_regional import Stack, with_text
+from test_graph_breaks import breaks_after, breaks_before, breaks_twice
+from test_regional import Block, Stack, with_text
 from tiny_models import VideoDiT, dit_inputs, randomise, wan, wan_inputs
 from torch import nn
 from typer.testing import CliRunner
@@ -32,6 +35,7 @@ from lvsa_compile.options import parse_options
 from lvsa_compile.policies.contract import Facts, Geometry, Plan, plan_of
 from lvsa_compile.policies.lvsa.policy import LVSA
 from lvsa_compile.policies.tables import VideoSpan, padded
+from lvsa_compile.report.comparison import differences
 from lvsa_compile.report.page import page
 from lvsa_compile.selection import select
 
@@ -84,8 +88,8 @@ def masked(model, inputs, mask):
     return answer
 
 
-def close(found, wanted):
-    return float((found - wanted).abs().max() / wanted.abs().max()) < 2e-6
+def close(found, wanted, tolerance=2e-6):
+    return float((found - wanted).abs().max() / wanted.abs().max()) < tolerance
 
 
 @pytest.mark.parametrize("lowering", SERVING)
@@ -231,6 +235,187 @@ def test_steps_that_are_said_tell_branches_too(counting):
                 assert close(found, counted(alone, wan_inputs(), step + 1)), (step, _branch)
 
 
+def run_counting(compiled, alone, inputs_at, steps=(900.0, 600.0, 300.0), branches=2, explicit=False, length=108):
+    """Two videos: every site's attention is multiplied by how many steps its branch ran."""
+    for _video in range(2):
+        for step, value in enumerate(steps):
+            for _branch in range(branches):
+                inputs = inputs_at(value)
+                with lvsa_compile.step(step) if explicit else contextlib.nullcontext():
+                    found = compiled(*inputs)
+                assert close(found, times(alone, inputs, step + 1), 1e-3), (step, _branch)
+
+
+def times(model, inputs, factor):
+    class Times(oracle.MaskedAttention):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            answer = func(*args, **(kwargs or {}))
+            return answer * factor if func is torch.nn.functional.scaled_dot_product_attention else answer
+
+    with Times(torch.ones(1, 1)):
+        return model(*inputs)
+
+
+def twice(model, tokens, grid, text):
+    tokens = tokens + model.attention(tokens)
+    return tokens + model.attention(tokens)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("block", [breaks_before, breaks_after, breaks_twice, twice])
+def test_state_across_graph_breaks_and_of_a_module_that_is_called_twice(block, explicit, counting):
+    """One call of the forward is one guidance branch, however many graphs it has."""
+    model, alone = randomise(VideoDiT(block)), randomise(VideoDiT(block))
+    compiled = torch.compile(model, backend="lvsa", options={"policy": Counting(), "inner": "aot_eager"})
+    run_counting(compiled, alone, lambda value: dit_inputs(timestep=value), explicit=explicit)
+
+
+class WithBuffers(Block):
+    """A block without parameters, as quantised ones are."""
+
+    def __init__(self):
+        super().__init__()
+        for module in list(self.modules()):
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    del module._parameters[name]
+                    module.register_buffer(name, parameter.detach().clone())
+
+
+def each_twice(model, tokens, grid, text):
+    for block in model.blocks:
+        tokens = block(block(tokens))
+    return tokens
+
+
+BLOCKS = {"buffers": lambda: Stack(block=WithBuffers), "called twice": lambda: Stack(each_twice), "with text": lambda: Stack(with_text)}
+
+
+@pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
+def test_state_of_blocks_that_share_a_graph(make, counting):
+    model, alone = randomise(make()), randomise(make())
+    alone.load_state_dict(model.state_dict())
+    lvsa_compile.compile_repeated_blocks(model, options={"policy": Counting(), "inner": "aot_eager"})
+    run_counting(model, alone, lambda value: dit_inputs(timestep=value))
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_state_stays_with_the_module_where_parameters_are_replaced(blocks, counting):
+    """As where adapters are merged or weights are loaded by assignment; nothing of the old ones is kept."""
+    model, alone = randomise(Stack()), randomise(Stack())
+    options = {"policy": Counting(), "inner": "aot_eager"}
+    if blocks:
+        lvsa_compile.compile_repeated_blocks(model, options=options)
+    compiled = model if blocks else torch.compile(model, backend="lvsa", options=options)
+    for step, value in enumerate((900.0, 600.0, 300.0)):
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+        inputs = dit_inputs(timestep=value)
+        assert close(compiled(*inputs), times(alone, inputs, step + 1), 1e-3), step
+
+
+def test_state_goes_with_the_video_from_thread_to_thread(counting):
+    """As servers run steps; with two guidance calls, whichever thread makes them."""
+    model, alone = randomise(VideoDiT()), randomise(VideoDiT())
+    compiled = torch.compile(model, backend="lvsa", options={"policy": Counting(), "inner": "aot_eager"})
+    compiled(*dit_inputs(timestep=900.0))
+    lvsa_compile.reset()
+    threads = {name: concurrent.futures.ThreadPoolExecutor(1) for name in "AB"}
+
+    def call(value):
+        with torch.no_grad():
+            return compiled(*dit_inputs(timestep=value))
+
+    for step, (name, value) in enumerate(zip("ABABA", (900.0, 700.0, 500.0, 300.0, 100.0), strict=True)):
+        for _branch in range(2):
+            found = threads[name].submit(call, value).result()
+            assert close(found, times(alone, dit_inputs(timestep=value), step + 1)), (step, name)
+
+
+def test_a_loop_over_steps_in_one_graph_keeps_state_from_step_to_step(counting):
+    model, alone = randomise(VideoDiT()), randomise(VideoDiT())
+
+    def sampler(denoiser, latents, timesteps, text):
+        for step in range(3):
+            latents = latents - 0.1 * denoiser(latents, timesteps[step].reshape(1), text)
+        return latents
+
+    def expected(latents, timesteps, text):
+        for step in range(3):
+            latents = latents - 0.1 * times(alone, (latents, timesteps[step].reshape(1), text), step + 1)
+        return latents
+
+    latents, _, text = dit_inputs()
+    schedule = torch.tensor([900.0, 600.0, 300.0])
+    compiled = torch.compile(lambda *args: sampler(model, *args), backend="lvsa", options={"policy": Counting(), "inner": "aot_eager"})
+    for _video in range(2):
+        assert close(compiled(latents, schedule, text), expected(latents, schedule, text))
+
+
+def test_dynamo_reset_and_lvsa_reset(counting):
+    """The one gives the tensors up, the other begins new videos at the same addresses."""
+    model, alone = randomise(VideoDiT()), randomise(VideoDiT())
+    compiled = torch.compile(model, backend="lvsa", options={"policy": Counting(), "inner": "aot_eager"})
+    for expected, value, reset in ((1, 900.0, None), (2, 600.0, lvsa_compile.reset), (1, 300.0, torch._dynamo.reset), (1, 200.0, None)):
+        inputs = dit_inputs(timestep=value)
+        assert close(compiled(*inputs), times(alone, inputs, expected)), value
+        if reset is not None:
+            reset()
+    assert all(len(states._tensors) <= 2 for states in state._everywhere)
+
+
+def test_what_was_set_for_another_policy_does_not_reach_this_one(monkeypatch):
+    monkeypatch.setenv("LVSA_OPTIONS", '{"window": 1, "reference_frames": 4}')
+    assert parse_options({}).chosen_policy == LVSA(window=1)
+    assert parse_options({"policy": LVSA()}).chosen_policy == LVSA()
+    assert parse_options({"policy": BlockDiagonal()}).reference_frames == 4
+    monkeypatch.setenv("LVSA_OPTIONS", '{"policy": {"name": "lvsa", "window": 1}}')
+    with pytest.raises(OptionError, match="option window=3: a field of policy 'lvsa' beside policy="):
+        parse_options({"window": 3})
+
+
+@pytest.mark.parametrize("fields", [{"rotate": "false"}, {"expand_window": 1}])
+def test_a_flag_of_lvsa_is_true_or_false(fields):
+    with pytest.raises(OptionError, match=r"not True or False\. Give True or False"):
+        LVSA(**fields)
+
+
+def test_reports_are_pickled_and_measure_afterwards():
+    model = wan(num_layers=1)
+    torch.compile(model, backend="lvsa", options={**EAGER, "policy": BlockDiagonal(), "lowering": "cpu"})(**wan_inputs())
+    report = pickle.loads(pickle.dumps(lvsa_compile.reports()[0]))
+    assert report.summary == lvsa_compile.reports()[0].summary
+    assert set(report.measured().sparse_sites[0].seconds) == {"cpu", "dense"}
+
+
+def test_policies_that_stand_still_ask_for_no_timestep(recwarn):
+    class NoTime(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = randomise(VideoDiT())
+
+        def forward(self, latents, text):
+            return self.inner(latents, torch.full((1,), 500.0), text)
+
+    latents, _, text = dit_inputs()
+    for policy in (BlockDiagonal(), LVSA(window=1, rotate=False)):
+        torch._dynamo.reset()
+        with lvsa_compile.step(0):
+            torch.compile(NoTime(), backend="lvsa", options={**EAGER, "policy": policy, "reference_frames": 4})(latents, text)
+        (report,) = lvsa_compile.reports()
+        still = "all steps are alike" if policy == BlockDiagonal() else "rotate=False, the anchor grid stands still"
+        assert f"denoising step: {still}" in str(report)
+    assert not [str(each.message) for each in recwarn if "timestep" in str(each.message)]
+
+
+def test_reports_differ_where_policies_do():
+    found = [lvsa_compile.explain(wan(num_layers=1), options={"policy": p, "reference_frames": 4}, **wan_inputs()).to_dict()
+             for p in (LVSA(window=1), LVSA(window=2))]  # fmt: skip
+    changed = {each.what for each in differences(*found) if each.site}
+    assert {"policy", "pattern"} <= changed
+
+
 def test_two_models_and_two_sizes_have_state_of_their_own_and_a_third_size_begins_anew(counting):
     models = [wan(seed, num_layers=1) for seed in range(2)]
     alone = [wan(seed, num_layers=1) for seed in range(2)]
@@ -333,8 +518,8 @@ def test_a_policy_is_given_by_name_as_an_object_or_as_json_has_it(given):
     ({"policy": {"name": "lvsa", "windows": 2}}, "policy 'lvsa' has no field 'windows'. Its fields are: window, first_frames,"),
     ({"policy": {"name": "lvsa", "window": -2}}, "option window=-2: smaller than 0. Give a number of latent frames, at least 0."),
     ({"policy": {"window": 2}}, "no policy. Give one of 'lvsa', or a policy object."),
-    ({"policy": LVSA(window=2), "window": 3, "rotate": False},
-     "option rotate=False: a field of policy 'lvsa' beside policy={'name': 'lvsa', 'window': 2}. Give it there, as in policy=LVSA(rotate="),
+    ({"policy": LVSA(window=2), "rotate": True},
+     "option rotate=True: a field of policy 'lvsa' beside policy={'name': 'lvsa', 'window': 2}. Give it there, as in policy=LVSA(rotate="),
     ({"policy": BlockDiagonal(), "window": 2},
      "option window=2: a field of policy 'lvsa' beside policy={'name': 'block_diagonal'}. Leave it out."),
     ({"policy_at_horizon": "lvsa2"}, "option policy_at_horizon='lvsa2': no policy has this name. Did you mean 'lvsa'?"),

@@ -6,12 +6,9 @@ device tensors that a few ops update before each call of the compiled model, so 
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,57 +17,14 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lvsa_compile.caches import dropped_on_reset
-from lvsa_compile.errors import LvsaWarning, StepError
-from lvsa_compile.forward.state import BRANCHES, Caller, States
+from lvsa_compile.forward.doubts import Doubts
+from lvsa_compile.forward.explicit_step import explicit_step
+from lvsa_compile.forward.state import CALLERS, States
 from lvsa_compile.policies.contract import State
 from lvsa_compile.policies.rows import Rows, Turn
 
-_explicit_step: contextvars.ContextVar[tuple[int | None, int | None]] = contextvars.ContextVar("lvsa_step", default=(None, None))
-
-
-def step(index: int, of: int | None = None) -> contextlib.AbstractContextManager[None]:
-    """Within this context (thread, task) compiled models run denoising step ``index``, whatever their timestep says.
-
-    Args:
-        index: the step's number from 0.
-        of: how many steps the video has, where that is known.
-
-    Raises:
-        StepError: ``index`` is not a whole number from 0, or ``of`` is not a whole number above it.
-
-    Example:
-        >>> for i, t in enumerate(timesteps):
-        ...     with lvsa_compile.step(i, of=len(timesteps)):
-        ...         noise = transformer(latents, t)
-    """
-    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-        raise StepError(index)
-    if of is not None and (isinstance(of, bool) or not isinstance(of, int) or of <= index):
-        raise StepError(index, of)
-    return _running(index, of)
-
-
-@contextlib.contextmanager
-def _running(index: int, of: int | None) -> Iterator[None]:
-    token = _explicit_step.set((index, of))
-    try:
-        yield
-    finally:
-        _explicit_step.reset(token)
-
-
-def explicit_step() -> int | None:
-    """The step of the innermost ``step`` context, or None."""
-    return _explicit_step.get()[0]
-
-
-def explicit_steps() -> int | None:
-    """How many steps the video has by the innermost ``step`` context, or None."""
-    return _explicit_step.get()[1]
-
-
-_ROWS = 256
-"""Callers (threads, and sizes of video in each) that one model's clock tells apart before it begins anew."""
+Caller = tuple[int, Hashable]
+"""A thread and a size of video."""
 _FIELDS = 9
 _FIRST, _LAST, _DIRECTION, _STEP = range(4)
 _CALLS = 6
@@ -102,10 +56,10 @@ class Clock:
         self._rows: dict[Caller, int] = {}
         self._last_caller: dict[Hashable, int] = {}  # by size of video
         self._steps: dict[int, Tensor] = {}  # by thread
-        self._branch: dict[int, Tensor | int] = {}  # by thread: the number of the call within its step
-        self._explicit: dict[Caller, tuple[int | None, int]] = {}  # the explicit step of the last call, and its number within the step
         self._states = States()
-        self._caller: dict[int, Caller] = {}  # by thread: whose video its last call belongs to
+        self._call: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by thread: video, whether it begins, number of the call in its step
+        self._entered: dict[int, tuple[int, Tensor]] = {}  # by thread: the entry of the state of its last call
+        self._untimed: dict[Caller, int] = {}  # how often models without a timestep were called
         self._scalars: dict[Hashable, Tensor] = {}
         self._moves = 0  # how often the step may have changed
         self._filled: dict[Hashable, tuple[int, int | None]] = {}  # what the step was when a scalar was filled
@@ -131,10 +85,9 @@ class Clock:
             self._videos = self._video_of = None
             self._rows.clear()
             self._last_caller.clear()
-            self._steps.clear()
-            self._branch.clear()
-            self._explicit.clear()
-            self._states.clear()
+            self._forget_threads()
+            self._untimed.clear()
+            self._states.begin_anew()
             self._moves += 1
 
     @torch.no_grad()
@@ -146,14 +99,12 @@ class Clock:
         with self._lock, torch.inference_mode(False):
             self._moves += 1
             thread = threading.get_ident()
-            self._caller[thread] = (thread, size)
-            if timestep is None or explicit_step() is not None:
-                self._count_explicit((thread, size))
             if timestep is None:
+                self._call_untimed((thread, size))
                 return
             timestep = timestep.detach().float()
             value, mean = timestep.amax(), timestep.mean()
-            row = self._row(thread, size, value)
+            row = self._row((thread, size), value)
             assert self._videos is not None
             assert self._video_of is not None
             video = self._video_of[row : row + 1]
@@ -163,19 +114,21 @@ class Clock:
             self._see(value, moved, begins, doubtful)
             self._last_caller[size] = row
             self._steps[thread] = after[_STEP].to(torch.int32)
+            self._call[thread] = (video.clone(), begins, after[_CALLS])
             if explicit_step() is None:
-                self._branch[thread] = (after[_CALLS] - 1).clamp(max=BRANCHES - 1).to(torch.int32)
-                self._states.begin((thread, size), begins, self._branch[thread])
                 self._doubts.note(doubtful)
 
-    def _count_explicit(self, caller: Caller) -> None:
-        """Which call of its step this is, where the host knows the step."""
-        step = explicit_step()
-        before, calls = self._explicit.get(caller, (None, -1))
-        branch = min(calls + 1, BRANCHES - 1) if step == before else 0
-        self._explicit[caller] = step, branch
-        self._branch[threading.get_ident()] = branch
-        self._states.begin(caller, before is None or (step or 0) < before, branch)
+    def _call_untimed(self, caller: Caller) -> None:
+        """A call without a timestep: only ``lvsa_compile.step`` tells steps apart."""
+        if len(self._untimed) == CALLERS and caller not in self._untimed:
+            self._untimed.clear()
+        calls = self._untimed[caller] = self._untimed.get(caller, 0) + 1
+        number = CALLERS + list(self._untimed).index(caller)
+        self._call[caller[0]] = (torch.tensor([number]), torch.tensor(calls == 1), torch.tensor(float(calls)))
+
+    def _forget_threads(self) -> None:
+        for known in (self._steps, self._call, self._entered, self._filled):
+            known.clear()
 
     def _see(self, value: Tensor, *counted: Tensor) -> None:
         value = value.double()
@@ -186,30 +139,29 @@ class Clock:
         self._saw[5].clamp_(min=value)
         self._explicit_calls += explicit_step() is not None
 
-    def _row(self, thread: int, size: Hashable, value: Tensor) -> int:
+    def _row(self, caller: Caller, value: Tensor) -> int:
         """The row of a caller; a new one gets a video of its own, or the one of the last caller where ``value`` goes on from there."""
-        caller: Caller = (thread, size)
-        if self._videos is None or self._videos.device != value.device or (len(self._rows) == _ROWS and caller not in self._rows):
-            self._videos = torch.full((_ROWS, _FIELDS), float("nan"), device=value.device)
-            self._video_of = torch.arange(_ROWS, device=value.device)
+        if self._videos is None or self._videos.device != value.device or (len(self._rows) == CALLERS and caller not in self._rows):
+            self._videos = torch.full((CALLERS, _FIELDS), float("nan"), device=value.device)
+            self._video_of = torch.arange(CALLERS, device=value.device)
             self._rows.clear()
             self._last_caller.clear()
+            self._forget_threads()
+            self._states.begin_anew()
         if caller in self._rows:
             return self._rows[caller]
         row = self._rows[caller] = len(self._rows)
-        last = self._last_caller.get(size)
+        last = self._last_caller.get(caller[1])
         if last is not None:
             assert self._video_of is not None
             theirs = self._videos.index_select(0, self._video_of[last : last + 1])[0]
-            goes_on = _goes_on(theirs, value)
-            self._video_of[row] = torch.where(goes_on, self._video_of[last], self._video_of[row])
-            self._states.adopt(caller, next(other for other, own in self._rows.items() if own == last), goes_on)
+            self._video_of[row] = torch.where(_goes_on(theirs, value), self._video_of[last], self._video_of[row])
         return row
 
     def phase(self, phases: Rows | int, device: torch.device, number: int = 0) -> Tensor:
         """The row that a rule chooses at the current step, as an int32 scalar on ``device``; a number ``phases`` is ``Turn(phases)``.
 
-        Always the same tensor for the same thread and ``node_name``, the number of the step in a graph of several, as CUDA graphs need it.
+        Always the same tensor for the same thread and ``number``, that of the step in a graph of several, as CUDA graphs need it.
         """
         thread, rows = threading.get_ident(), Turn(phases) if isinstance(phases, int) else phases
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -218,17 +170,29 @@ class Clock:
                 return self._scalar((rows, device, thread, number), lambda: int(rows(torch.tensor(explicit or 0))))
             return self._scalar((rows, device, thread, number), lambda: rows(counted))
 
-    def branch(self, device: torch.device) -> Tensor:
-        """The number of the current call within its step, as an int32 scalar on ``device``: guidance calls a model more than once."""
+    def branch(self, device: torch.device, number: int = 0) -> Tensor:
+        """Which entry of a state tensor the current call reads and writes, by video and by the call within its step (guidance).
+
+        An int32 scalar on ``device``, always the same tensor for the same thread and ``number``, as of ``phase``.
+        """
         thread = threading.get_ident()
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            return self._scalar(("branch", device, thread), lambda: self._branch.get(thread, 0))
+            return self._scalar(("branch", device, thread, number), lambda: self._entry(thread))
+
+    def _entry(self, thread: int) -> Tensor:
+        """The entry of a call, chosen once, however many graphs ask."""
+        moves, entry = self._entered.get(thread, (-1, None))
+        if moves != self._moves or entry is None:
+            if thread not in self._call:
+                self._call_untimed((thread, None))
+            entry = self._states.enter(*self._call[thread], explicit_step())
+            self._entered[thread] = self._moves, entry
+        return entry
 
     def state(self, site: Hashable, state: State, device: torch.device) -> Tensor:
-        """What a site keeps for the video that the last call of this thread belongs to."""
-        thread = threading.get_ident()
+        """What a site keeps; ``branch`` says which entry is that of the current call."""
         with self._lock:
-            return self._states.of(self._caller.get(thread, (thread, None)), site, state, device)
+            return self._states.of(site, state, device)
 
     def _scalar(self, key: Any, value: Callable[[], Tensor | int]) -> Tensor:
         """An int32 scalar on ``key[1]``, always the same tensor, filled once per call: many graphs may ask, and the host would wait."""
@@ -307,40 +271,6 @@ def _goes_on(video: Tensor, value: Tensor) -> Tensor:
     again = (value == video[_LAST]) & (value != video[_FIRST])
     falls = (video[_DIRECTION] == 0) & (value < video[_LAST])
     return again | falls | ((value - video[_LAST]) * video[_DIRECTION] > 0)
-
-
-class Doubts:
-    """Warns once where timesteps did not tell the step; on an accelerator as soon as a copy has arrived, so that nothing waits."""
-
-    def __init__(self) -> None:
-        self.warned = False
-        self._on_its_way: tuple[Tensor, torch.Event] | None = None
-
-    def note(self, doubtful: Tensor) -> None:
-        """Takes notice of a call."""
-        if self.warned:
-            return
-        if doubtful.device.type == "cpu":
-            self._tell(bool(doubtful))
-        elif self._on_its_way is None:
-            copy, arrived = doubtful.to("cpu", non_blocking=True), torch.Event(doubtful.device)
-            arrived.record()
-            self._on_its_way = copy, arrived
-        elif self._on_its_way[1].query():
-            self._tell(bool(self._on_its_way[0]))
-            self._on_its_way = None
-
-    def _tell(self, doubtful: bool) -> None:
-        if doubtful:
-            self.warned = True
-            warnings.warn(DOUBT, LvsaWarning, stacklevel=5)
-
-
-DOUBT = (
-    "lvsa cannot tell the denoising step by the timesteps: they rise inside a video or stay where they are, as where requests take turns, "
-    "a sampler adds noise, or frames are denoised one after the other. Wrap each step in `with lvsa_compile.step(i):`, or in diffusers "
-    "call lvsa_compile.integrations.diffusers.attach(pipe)."
-)
 
 
 _clocks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of parameters and of the modules that own them

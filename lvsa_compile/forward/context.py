@@ -5,11 +5,13 @@ from __future__ import annotations
 import collections
 import contextvars
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lvsa_compile import compat
 
@@ -20,7 +22,8 @@ class Parent:
 
     ``block`` is the path of the block that is called, ``problem`` says why nothing is known of what it gets, ``hooks`` are its
     own (Dynamo does not look whether another block of its class has others), and ``token`` is one object per forward.
-    ``called_by_others`` says that the block is called while the model's forward is not.
+    ``called_by_others`` says that the block is called while the model's forward is not, ``call`` how often it was called before in this
+    forward.
     """
 
     model: Any
@@ -29,6 +32,7 @@ class Parent:
     token: object = dataclasses.field(default_factory=object)
     problem: str = ""
     called_by_others: bool = False
+    call: int = 0
 
 
 parent: contextvars.ContextVar[Parent | None] = contextvars.ContextVar("lvsa_parent", default=None)
@@ -70,6 +74,22 @@ def model_holding(parameter: Tensor, source: str) -> nn.Module | None:
         if along and compat.holds_parameter(along[-1], parameter):
             return along[0]
     return None
+
+
+_numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of modules, and of parameters whose module is known
+_next_number = itertools.count(1)
+
+
+def module_number(parameter: Tensor, source: str) -> int:
+    """A number for the module that holds a parameter, the same as long as the module lives, whatever parameter it holds; 0 if unknown."""
+    number = _numbers.get(parameter)
+    if number is None:
+        holders = (compat.modules_along(collections.ChainMap(f.f_locals, f.f_globals), source) for f in compat.frames())
+        module = next((along[-1] for along in holders if along and compat.holds_parameter(along[-1], parameter)), None)
+        if module is not None and module not in _numbers:
+            _numbers[module] = next(_next_number)
+        number = _numbers[parameter] = 0 if module is None else _numbers[module]
+    return int(number)
 
 
 def is_whole_of_compiled() -> bool:

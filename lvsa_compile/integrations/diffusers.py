@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lvsa_compile.errors import AttachError
-from lvsa_compile.forward.clock import step
+from lvsa_compile.forward.explicit_step import step
 
 _MARK = "_lvsa_attached"
 

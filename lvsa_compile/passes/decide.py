@@ -162,7 +162,7 @@ def _decide(
     if form is not None and form.pairs is not None:
         allowed = _allowed(form.pairs, plan)
         if allowed is None:
-            return reasons.MASK_NOT_EXPRESSIBLE.because("the rows of a latent frame do not share one mask")
+            return reasons.MASK_NOT_EXPRESSIBLE.because("the rows of a query block do not share one mask")
         plan = plan.restricted(allowed)
         if plan.table.some_attend_nothing():
             return reasons.MASK_NOT_EXPRESSIBLE.because("pattern and mask together leave a query without keys")
@@ -185,6 +185,8 @@ def _chosen(compilation: Compilation, geometry: Geometry) -> Policy | Miss:
     if miss is None:
         return options.chosen_policy
     if miss.reason is reasons.PATTERN_FULL and options.chosen_at_horizon is not None:
+        if facts.horizon is None and options.chosen_at_horizon.needs_horizon:
+            return reasons.HORIZON_UNKNOWN.because(facts.horizon_missing)
         miss = why_not(options.chosen_at_horizon, geometry, facts)
         return miss or options.chosen_at_horizon
     return miss

@@ -26,7 +26,7 @@ def run_passes(passes: Sequence[Pass], compilation: Compilation, known: Sequence
     """
     names = [name_of(step) for step in passes]
     disabled = compilation.options.disable_passes
-    _check(disabled, [name_of(step) for step in (*passes, *known)])
+    check_disabled(disabled, (*passes, *known))
     dump(compilation, "0-before")
     for number, (name, step) in enumerate(zip(names, passes, strict=True), start=1):
         if name in disabled:
@@ -71,7 +71,13 @@ def dump(compilation: Compilation, stage: str) -> None:
     path.write_text("\n".join([*lines, "", str(compilation.graph_module.print_readable(print_output=False))]))
 
 
-def _check(disabled: Sequence[str], names: Sequence[str]) -> None:
+def check_disabled(disabled: Sequence[str], passes: Sequence[Pass]) -> None:
+    """Checks the option ``disable_passes``.
+
+    Raises:
+        OptionError: it names no pass, or one that nothing can do without.
+    """
+    names = [name_of(step) for step in passes]
     for name in disabled:
         if name in _ALWAYS:
             problem = f"nothing is known without pass {name!r}"

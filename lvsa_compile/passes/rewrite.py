@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
-from lvsa_compile.forward.state import BRANCHES
+from lvsa_compile.forward.state import BRANCHES, VIDEOS
 from lvsa_compile.graph.edit import called, provenance, writes
 from lvsa_compile.layout.mask_form import MaskForm
 from lvsa_compile.ops.attention import accumulation_dtype, meaning_of
@@ -118,15 +118,17 @@ class _ExtraInputs:
         make = functools.partial(self._input, ExtraInput(self._name("phase"), value, device, rows=rows, step=step))
         return self._once(("row", rows, device, step), make)
 
-    def branch(self, device: torch.device) -> fx.Node:
-        """Node of the guidance branch."""
+    def branch(self, device: torch.device, step: int) -> fx.Node:
+        """Node of the entry of state tensors at one of the graph's denoising steps."""
         value = torch.empty((), dtype=torch.int32, device="meta")
-        return self._once(("branch", device), lambda: self._input(ExtraInput(self._name("branch"), value, device, is_branch=True)))
+        make = functools.partial(self._input, ExtraInput(self._name("branch"), value, device, step=step, is_branch=True))
+        return self._once(("branch", device, step), make)
 
     def state(self, site: str, state: State, device: torch.device) -> fx.Node:
-        """Node of a tensor that a site keeps."""
-        value = torch.empty((BRANCHES, *state.shape), dtype=state.dtype, device="meta")
-        return self._input(ExtraInput(self._name(f"state_{state.name}"), value, device, state=state, site=site))
+        """Node of a tensor that a site keeps, the same for all denoising steps of the graph."""
+        value = torch.empty((VIDEOS * BRANCHES, *state.shape), dtype=state.dtype, device="meta")
+        make = functools.partial(self._input, ExtraInput(self._name(f"state_{state.name}"), value, device, state=state, site=site))
+        return self._once(("state", site, state, device), make)
 
     def _name(self, kind: str) -> str:
         return f"lvsa_{kind}_{next(self._numbers)}"
@@ -157,13 +159,14 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
         grown = inputs.tables(plan.slopes(), where)
         bounds = inputs.moved(bounds, grown[0], site.query, call.query, node)
         ranges = inputs.moved(ranges, grown[1], site.key, call.key, node)
-    row = inputs.row(plan.rows, where, compilation.step_of.get(site.node, 0))
-    state = [inputs.state(decision.name, each, call.device) for each in plan.state]
+    step = compilation.step_of.get(site.node, 0)
+    row = inputs.row(plan.rows, where, step)
+    state = [inputs.state(_name_in_step(decision, compilation), each, call.device) for each in plan.state]
     result = example_value(node)
     with node.graph.inserting_before(node):
         key_mask = _key_mask(node.graph, sparse.mask)
         arguments = (site.query, site.key, site.value, bounds, ranges, row)
-        kept = (inputs.branch(call.device), state) if state else ()
+        kept = (inputs.branch(call.device, step), state) if state else ()
         attention = node.graph.call_function(meaning_of(plan.op), (*arguments, *kept), {"scale": site.scale, "key_mask": key_mask})
         output = node.graph.call_function(operator.getitem, (attention, 0))
         meta = provenance(node)
@@ -178,6 +181,13 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
     substitute(site, rewritten)
     _erase(node)
     return attention
+
+
+def _name_in_step(decision: Decision, compilation: Compilation) -> str:
+    """The name of a site, numbered where its module is called more than once in a denoising step."""
+    step_of = compilation.step_of
+    alike = [d.node for d in compilation.decisions if d.name == decision.name and step_of.get(d.node, 0) == step_of.get(decision.node, 0)]
+    return f"{decision.name} {alike.index(decision.node)}"
 
 
 def _erase(node: fx.Node) -> None:

@@ -13,7 +13,7 @@ from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.carried import is_known_video, shows_generated
 from lvsa_compile.axes.opaque import expanded
 from lvsa_compile.forward import context
-from lvsa_compile.forward.clock import explicit_step
+from lvsa_compile.forward.explicit_step import explicit_step
 from lvsa_compile.forward.labels import annotation_of
 from lvsa_compile.forward.timestep_names import says_timestep
 from lvsa_compile.layout.carry import outgoing_annotation

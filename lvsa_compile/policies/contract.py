@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import dtype
 
+from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import LvsaError, PlanError, PolicyError, in_a_line
 from lvsa_compile.policies.rows import Rows, Turn, WithDenseSteps
 from lvsa_compile.policies.tables import KeyRangeTable, Range, VideoSpan
@@ -216,6 +217,7 @@ def why_not(policy: Policy, geometry: Geometry, facts: Facts) -> Miss | None:
     raise PolicyError(policy.name, "applies", f"returned {miss!r}. {remedy}")
 
 
+@dropped_on_reset
 @functools.lru_cache(maxsize=64)
 def plan_of(policy: Policy, geometry: Geometry, facts: Facts) -> Plan:
     """The plan of a policy for a site to which it applies, made once.
@@ -241,21 +243,24 @@ def _asked(policy: Policy, method: str, geometry: Geometry, facts: Facts) -> Any
         raise PolicyError(policy.name, method, f"raised {in_a_line(error)} ({line})") from error
 
 
+@dropped_on_reset
 @functools.lru_cache(maxsize=64)
 def _with_dense_steps(plan: Plan, steps: int) -> Plan:
     table = plan.table.with_row_of_everything(plan.geometry.key)
     return dataclasses.replace(plan, table=table, rows=WithDenseSteps(plan.rows, steps, table.rows - 1), dense_steps=steps)
 
 
+@dropped_on_reset
 @functools.lru_cache(maxsize=64)
 def _restricted(plan: Plan, allowed: tuple[tuple[Range, ...], ...]) -> Plan:
     return dataclasses.replace(plan, table=plan.table.restricted(allowed), restriction=allowed)
 
 
-_PROBES = (1, 2, 7)
+_PROBES = (1, 2, 333)
 """Tokens before the video for which a table is asked: the third checks what the first two say."""
 
 
+@dropped_on_reset
 @functools.lru_cache(maxsize=64)
 def _slopes(plan: Plan) -> KeyRangeTable:
     tables = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,13 +33,16 @@ def given_policy(option: str, value: Any) -> Policy:
     fields = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
     kinds = {kind.name: kind for kind in registered(POLICIES).values}
     name = fields.pop("name", None)
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise OptionError(option, value, *_problem(value, name, list(kinds)))
     known = {field.name: field for field in dataclasses.fields(kinds[name])}
     for field in fields:
         if field not in known:
             raise OptionError(option, value, f"policy {name!r} has no field {field!r}", f"Its fields are: {', '.join(known)}.")
-    policy: Policy = kinds[name](**{field: tuple(v) if isinstance(v, list) else v for field, v in fields.items()})
+    try:
+        policy: Policy = kinds[name](**{field: tuple(v) if isinstance(v, list) else v for field, v in fields.items()})
+    except TypeError as error:
+        raise OptionError(option, value, str(error), f"Its fields are: {', '.join(known)}.") from None
     return policy
 
 
@@ -59,11 +63,15 @@ def _problem(value: Any, name: Any, names: list[str]) -> tuple[str, str]:
 
 
 def policy_as_dict(policy: Policy) -> dict[str, Any]:
-    """A policy as reports have it: its name and the fields that are not at their defaults."""
+    """A policy as reports have it: its name and the fields that are not at their defaults, as JSON has them or as text."""
     fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
-    changed: dict[str, Any] = {f.name: getattr(policy, f.name) for f in fields if getattr(policy, f.name) != f.default}
-    return {"name": policy.name, **{name: value if _is_plain(value) else str(value) for name, value in changed.items()}}
+    values = {f.name: (getattr(policy, f.name), f.default) for f in fields if f.compare}
+    return {"name": policy.name, **{name: _plain(value) for name, (value, default) in values.items() if repr(value) != repr(default)}}
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (int, float, str, bool, type(None), list, tuple, dict))
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from lvsa_compile.policies.contract import Frames, Plan
-from lvsa_compile.policies.tables import KeyRangeTable, intersection
+from lvsa_compile.policies.tables import KeyRangeTable, join_ranges
 
-_COLUMNS = 128
+_COLUMNS, _VIEWS = 128, 64
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,11 @@ class Picture:
 
 
 def picture_of(plan: Plan) -> Picture:
-    """The picture of a plan; without the row of its dense steps."""
+    """The picture of a plan, without the row of its dense steps; of a table with more rows and heads the first 64 views."""
     if plan.frames is not None:
         return Picture(plan.frames.frames, True, "step", tuple(_of_frames(plan.frames, row) for row in range(plan.sparse_rows)))
     rows, heads = plan.sparse_rows, plan.table.heads
-    turns = [(row, head) for row in range(rows) for head in range(heads)]
+    turns = [(row, head) for row in range(rows) for head in range(heads)][:_VIEWS]
     keys = plan.geometry.key.length
     views = tuple(_of_table(plan.table, row, head, keys) for row, head in turns)
     return Picture(min(keys, _COLUMNS), False, "step" if heads == 1 else "head" if rows == 1 else "step × head", views)
@@ -51,10 +50,8 @@ def _of_frames(frames: Frames, row: int) -> View:
 
 def _of_table(table: KeyRangeTable, row: int, head: int, keys: int) -> View:
     count = min(keys, _COLUMNS)
-    edges = [column * keys // count for column in range(count + 1)]
     own = []
     for ranges in table.key_ranges[row][head]:
-        attended = [bool(intersection(ranges, (part,))) for part in itertools.pairwise(edges)]
-        runs = [list(run) for is_attended, run in itertools.groupby(range(count), attended.__getitem__) if is_attended]
-        own.append(tuple((run[0], run[-1]) for run in runs))
+        columns = [(start * count // keys, -(-min(end, keys) * count // keys)) for start, end in ranges if start < min(end, keys)]
+        own.append(tuple((first, end - 1) for first, end in join_ranges(columns)))
     return View((), tuple(own))

@@ -13,7 +13,7 @@ from lvsa_compile.errors import ReportFileError
 from lvsa_compile.report.names import together
 from lvsa_compile.report.records import SCHEMA
 
-_COMPARED = ("decision", "reason", "detail", "density", "lowering", "layout", "query_shape", "key_shape")
+_COMPARED = ("decision", "reason", "detail", "density", "lowering", "layout", "query_shape", "key_shape", "policy", "pattern")
 _OF_THE_WHOLE = ("model", "horizon", "options", "versions", "work", "forward")
 
 
@@ -62,7 +62,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Dif
             found.append(Difference(name, "site", *shown))
             continue
         for what in _COMPARED:
-            if old.get(what) != new.get(what):
+            if old.get(what) != new.get(what) and (what in old) == (what in new):  # a schema may not know it
                 found.append(Difference(name, what, _text(old.get(what)), _text(new.get(what))))
     return found
 

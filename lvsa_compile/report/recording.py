@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
-from lvsa_compile.forward.clock import explicit_step
+from lvsa_compile.forward.explicit_step import explicit_step
 from lvsa_compile.passes.compilation import Compilation, Decision, sizes_of
 from lvsa_compile.passes.decide import may_be_sparse
 from lvsa_compile.reasons import OUTSIDE_GRAPHS
 from lvsa_compile.report.records import DENSE, MASKED, ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, SiteReport
 from lvsa_compile.report.report import Report
-from lvsa_compile.selection.contract import AttentionCall, Lowering
+from lvsa_compile.selection.contract import AttentionCall
 from lvsa_compile.selection.measure import seconds_of, seconds_of_dense
+from lvsa_compile.selection.select import lowerings
 
 
 def report_of(compilation: Compilation) -> Report:
     """The report of one graph."""
     timestep, options = compilation.timestep, compilation.options
-    if not options.rotate:
-        clock = "rotate=False, the anchor grid stands still"
+    if not moves(compilation):
+        clock = "all steps are alike" if options.chosen_policy.name != "lvsa" else "rotate=False, the anchor grid stands still"
     elif explicit_step() is not None:
         clock = "lvsa_compile.step(i), as given when this was compiled"
     elif timestep is not None:
@@ -45,6 +46,12 @@ def report_of(compilation: Compilation) -> Report:
         passes=compilation.passes,
     )
     return Report(compilation.model, (graph,), _horizon(compilation), options.changed(), dict(options.sources))
+
+
+def moves(compilation: Compilation) -> bool:
+    """Whether any sparse site depends on the denoising step; as far as nothing is sparse, whether it would."""
+    plans = [decision.plan.call.plan for decision in compilation.sparse if decision.plan is not None]
+    return any(plan.rows.moves or plan.state for plan in plans) if plans else getattr(compilation.options.chosen_policy, "rotate", True)
 
 
 def _horizon(compilation: Compilation) -> str:
@@ -81,7 +88,7 @@ def _site(decision: Decision) -> SiteReport:
             flops=plan.call.flops,
             plan=plan.call.plan,
             expected=plan.choice.lowering.expected(plan.call) if plan.call.device.type != "meta" else 0.0,
-            measure=functools.partial(_seconds, plan.choice.lowering, plan.call),
+            measure=Seconds(plan.choice.lowering.name, plan.call),
             segments=decision.segments,
             key_segments=decision.key_segments,
             trail=decision.trail,
@@ -105,12 +112,20 @@ def _site(decision: Decision) -> SiteReport:
     )
 
 
-def _seconds(lowering: Lowering, call: AttentionCall) -> dict[str, float]:
-    """Seconds of a call by its lowering and dense, where they can be measured here."""
-    if call.device.type == "meta":
-        return {}
-    found = {lowering.name: seconds_of(lowering, call), DENSE: seconds_of_dense(call)}
-    return {name: taken for name, taken in found.items() if isinstance(taken, float)}
+@dataclass(frozen=True)
+class Seconds:
+    """Measures a call by a lowering and dense: seconds, of those that can be measured here."""
+
+    lowering: str
+    call: AttentionCall
+
+    def __call__(self) -> dict[str, float]:
+        """Seconds by name; nothing on the meta device."""
+        lowering = next((each for each in lowerings() if each.name == self.lowering), None)
+        if self.call.device.type == "meta" or lowering is None:
+            return {}
+        found = {self.lowering: seconds_of(lowering, self.call), DENSE: seconds_of_dense(self.call)}
+        return {name: taken for name, taken in found.items() if isinstance(taken, float)}
 
 
 def _shape(node: Any) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lvsa_compile import compat
-from lvsa_compile.forward.clock import explicit_step
+from lvsa_compile.forward.explicit_step import explicit_step
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.reasons import TRAINING
+from lvsa_compile.report.recording import moves
 from lvsa_compile.report.report import Report
 
 
@@ -35,10 +36,10 @@ def _training(report: Report) -> Iterator[str]:
 
 
 def _no_timestep(report: Report, compilation: Compilation) -> Iterator[str]:
-    if report.sparse_sites and compilation.options.rotate and compilation.timestep is None and not compilation.clock_before:
+    if report.sparse_sites and moves(compilation) and compilation.timestep is None and not compilation.clock_before:
         yield (
-            f"lvsa found no timestep among the inputs of {report.model or 'the model'}, so the anchor grid stays at step 0. "
-            "Wrap each denoising step in `with lvsa_compile.step(i):`, or pass options={'rotate': False} if that is meant."
+            f"lvsa found no timestep among the inputs of {report.model or 'the model'}, so the {_what(compilation)} stays at step 0. "
+            f"Wrap each denoising step in `with lvsa_compile.step(i):`{_or_else(compilation)}."
         )
 
 
@@ -68,3 +69,15 @@ def _limit(report: Report) -> Iterator[str]:
             f"{limit} allows; what changed last: {changed or 'unknown'}. What differs from all of them runs in eager mode with dense "
             f"attention. Raise the limit (torch._dynamo.config.recompile_limit = {8 * limit}), or keep that from changing."
         )
+
+
+def _is_lvsa(compilation: Compilation) -> bool:
+    return compilation.options.chosen_policy.name == "lvsa"
+
+
+def _what(compilation: Compilation) -> str:
+    return "anchor grid" if _is_lvsa(compilation) else f"pattern of policy {compilation.options.chosen_policy.name!r}"
+
+
+def _or_else(compilation: Compilation) -> str:
+    return ", or pass options={'rotate': False} if that is meant" if _is_lvsa(compilation) else ""

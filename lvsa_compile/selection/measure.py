@@ -32,6 +32,8 @@ _remembered: dict[str, float] = dropped_on_reset({})
 
 def seconds_of(lowering: Lowering, call: AttentionCall) -> float | str:
     """Seconds of one call, the least of three after a first; or what went wrong, such as no memory for tensors of this size."""
+    if call.plan.state:
+        return "ops that keep state are not measured"
     try:
         with compat.no_modes(), torch.no_grad(), random_state_kept(call.device):
             return lowering.tuned(call, functools.partial(_seconds_under, lowering, call))
@@ -102,7 +104,13 @@ def _facts(lowering: Lowering, call: AttentionCall, setup: str) -> str:
     """All that the seconds depend on, as text."""
     cpu = f"{platform.processor()} {cpu_kind()} {torch.get_num_threads()}"
     device = cpu if call.device.type == "cpu" else getattr(torch, call.device.type).get_device_name(call.device)
-    return json.dumps({"lowering": lowering.name, "setup": setup, "call": str(call), "device": device, "versions": _versions()})
+    return json.dumps(
+        {"lowering": lowering.name, "setup": setup, "call": str(call), "table": _digest(call), "device": device, "versions": _versions()}
+    )
+
+
+def _digest(call: AttentionCall) -> str:
+    return hashlib.sha256(repr(call.plan.table).encode()).hexdigest()
 
 
 @functools.cache

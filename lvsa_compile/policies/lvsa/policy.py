@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lvsa_compile import reasons
+from lvsa_compile.caches import dropped_on_reset
+from lvsa_compile.errors import OptionError
 from lvsa_compile.policies.contract import Facts, Geometry, Horizon, Plan, plan_of
 from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
 from lvsa_compile.policies.rows import Turn
@@ -46,7 +48,10 @@ class LVSA:
     rotate: bool = True
 
     def __post_init__(self) -> None:
-        self.pattern(1, 1)  # which checks them all
+        self.pattern(1, 1)  # which checks the numbers
+        for name in ("expand_window", "rotate"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(name, getattr(self, name), "not True or False", "Give True or False.")
 
     def pattern(self, frames: int, horizon: int) -> FramePattern:
         """The frame pattern of a video of ``frames`` latent frames, for a model that was trained on ``horizon`` of them."""
@@ -88,6 +93,7 @@ def plan_with(pattern: FramePattern, query: VideoSpan, key: VideoSpan, *, rotate
     return plan_of(LVSA(*settings, rotate), Geometry.of(query, key, heads=heads), Facts(Horizon(pattern.reference_frames)))
 
 
+@dropped_on_reset
 @functools.lru_cache(maxsize=64)
 def frame_table(pattern: FramePattern, query: VideoSpan, key: VideoSpan, rotate: bool = True, first_frame: int = 0) -> KeyRangeTable:
     """The table of ``pattern`` for video at ``query`` in the query and at ``key`` in the key sequence.
