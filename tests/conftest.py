@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from lvsa_compile import registry
 from lvsa_compile.selection.cpu_kind import KINDS, VARIABLE, cpu_kind
 
 settings.register_profile("default", deadline=None, derandomize=True)
@@ -38,3 +39,7 @@ def fresh_torch():
     if torch._dynamo.utils.counters:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
+    if any(registry._here.values()):  # policies and lowerings that a script of a test or a document registered
+        for registered in registry._here.values():
+            registered.clear()
+        registry.registered.cache_clear()

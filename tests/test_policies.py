@@ -635,20 +635,15 @@ def test_what_is_nearly_a_policy_is_told_what_it_lacks(given, text):
 
 
 def test_policies_and_lowerings_are_registered_in_a_script():
-    try:
-        registry.register_policy(Counting)
-        registry.register_lowering(COUNTING)
-        model, inputs = wan(num_layers=1), wan_inputs()
-        found = torch.compile(model, backend="lvsa", options={"policy": "counting", "inner": "aot_eager"})(**inputs)[0]
-        assert close(found, counted(model, inputs, 1))
-        assert registry.stamp_of_registered()
-        registry.register_policy(Counting)  # as a cell of a notebook that runs again
-        with pytest.raises(ValueError, match=r"lvsa_compile\.policies has a 'lvsa' already"):
-            registry.register_policy(LVSA)
-    finally:
-        for kinds in registry._here.values():
-            kinds.clear()
-        registry.registered.cache_clear()
+    registry.register_policy(Counting)
+    registry.register_lowering(COUNTING)
+    model, inputs = wan(num_layers=1), wan_inputs()
+    found = torch.compile(model, backend="lvsa", options={"policy": "counting", "inner": "aot_eager"})(**inputs)[0]
+    assert close(found, counted(model, inputs, 1))
+    assert registry.stamp_of_registered()
+    registry.register_policy(Counting)  # as a cell of a notebook that runs again
+    with pytest.raises(ValueError, match=r"lvsa_compile\.policies has a 'lvsa' already"):
+        registry.register_policy(LVSA)
 
 
 def test_a_part_of_the_video_can_be_asked_about():
@@ -739,21 +734,16 @@ def test_the_policy_of_the_page_that_learns():
                     return func(query, key, call["value"], self.mask)
             return func(*args, **(kwargs or {}))
 
-    try:
-        module = block_of_the_page(2)
-        model, alone = wan(num_layers=1), wan(num_layers=1)
-        options = {"policy": module.Remember(), "inner": "aot_eager", "dense_steps": 2}
-        compiled = torch.compile(model, backend="lvsa", options=options)
-        for _video in range(2):
-            Half.kept = {}
-            for step, value in enumerate((900.0, 600.0, 300.0)):
-                for branch in range(2):
-                    inputs = wan_inputs(timestep=value)
-                    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"] + branch
-                    with Half(branch, step < 2):
-                        wanted = alone(**inputs)[0]
-                    assert close(compiled(**inputs)[0], wanted), (step, branch)
-    finally:
-        for kinds in registry._here.values():
-            kinds.clear()
-        registry.registered.cache_clear()
+    module = block_of_the_page(2)
+    model, alone = wan(num_layers=1), wan(num_layers=1)
+    options = {"policy": module.Remember(), "inner": "aot_eager", "dense_steps": 2}
+    compiled = torch.compile(model, backend="lvsa", options=options)
+    for _video in range(2):
+        Half.kept = {}
+        for step, value in enumerate((900.0, 600.0, 300.0)):
+            for branch in range(2):
+                inputs = wan_inputs(timestep=value)
+                inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"] + branch
+                with Half(branch, step < 2):
+                    wanted = alone(**inputs)[0]
+                assert close(compiled(**inputs)[0], wanted), (step, branch)
