@@ -135,7 +135,7 @@ class Frames(Protocol):
 class State:
     """A tensor that an op keeps from step to step, for each video, site and guidance branch: zeros when a video begins.
 
-    The op gets it as ``[branches, *shape]`` and writes to the entry of the branch that runs.
+    The op gets it as ``[entries, *shape]`` and reads and writes the entry of its call.
     """
 
     name: str
