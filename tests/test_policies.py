@@ -103,6 +103,12 @@ def test_a_static_pattern_per_head_by_every_lowering(lowering, inner):
     assert report.sparse_sites[0].density == pytest.approx(0.375)
 
 
+def test_a_static_pattern_per_head_by_triton_in_its_interpreter():
+    model, inputs = wan(num_layers=1), wan_inputs()
+    found = torch.compile(model, backend="lvsa", options={"policy": BlockDiagonal(), "lowering": "triton", "inner": "eager"})(**inputs)[0]
+    assert close(found, masked(model, inputs, diagonal(9, 12)))
+
+
 @pytest.mark.inductor
 def test_a_static_pattern_per_head_by_inductor():
     model, inputs = wan(), wan_inputs()

@@ -60,9 +60,10 @@ def define_attention_op(name: str, body: AttentionBody, plans_on_host: bool = Fa
 def define_stateful_op(name: str, body: Callable[..., tuple[Tensor, Tensor]]) -> compat.OpOverload:
     """Registers ``lvsa::<name>``, an attention op that keeps tensors from step to step.
 
-    ``body`` gets ``(query, key, value, query_bounds, key_ranges, phase, branch, state, *, scale, key_mask)``: ``state`` is a list of tensors
-    ``[entries, ...]``, and ``branch`` an int32 scalar tensor that says which entry it may read and write.  A second
-    definition replaces the body of the first, as where a cell of a notebook runs again.
+    ``body`` gets ``(query, key, value, query_bounds, key_ranges, phase, branch, state, *, scale, key_mask)``: ``state`` is a list of
+    tensors ``[entries, ...]``, and ``branch`` an int32 scalar tensor that says which entry it may read and write.
+
+    A second definition replaces the body of the first, as where a cell of a notebook runs again.
     """
     defined_before = name in _bodies
     _bodies[name] = body
