@@ -108,7 +108,7 @@ def registered(group: str) -> Registered:
         value = getattr(importlib.import_module(module.name), attribute, None)
         found += [] if value is None else [value]
     found += _here[group]
-    modules += [getattr(value, "body", value).__module__ for value in _here[group]]
+    modules += [getattr(value, "body", value).__module__ or "__main__" for value in _here[group]]
     names = {each.name for each in found}
     for point in sorted(importlib.metadata.entry_points(group=group), key=lambda point: point.name):
         try:

@@ -162,7 +162,8 @@ def _decide(
     if form is not None and form.pairs is not None:
         allowed = _allowed(form.pairs, plan)
         if allowed is None:
-            return reasons.MASK_NOT_EXPRESSIBLE.because("the rows of a query block do not share one mask")
+            block = "latent frame" if plan.frames is not None else "query block"
+            return reasons.MASK_NOT_EXPRESSIBLE.because(f"the rows of a {block} do not share one mask")
         plan = plan.restricted(allowed)
         if plan.table.some_attend_nothing():
             return reasons.MASK_NOT_EXPRESSIBLE.because("pattern and mask together leave a query without keys")
