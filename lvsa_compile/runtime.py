@@ -1,4 +1,4 @@
-"""The callable Dynamo gets back: asks the clock for the step, calls the compiled graph with its tables, tells the next graph."""
+"""The callable Dynamo gets back: asks the clock for the step, calls the compiled graph with its tables, annotates its outputs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
     if not extra_inputs and not ticks and (not compilation.sites or compat.compiling_ahead()):
         return compiled
     steps = 1 + max((extra.step for extra in extra_inputs), default=0)
-    own_clock, calls = Clock(), calls_of(compilation.compile_id)
+    own_clock, calls, code = Clock(), calls_of(compilation.compile_id), compilation.compile_id.split("/")[0]
     size = next(((d.plan.call.query.frames, d.plan.call.query.tokens_per_frame) for d in compilation.sparse if d.plan is not None), None)
     tensors = [(position, value) for position, value in enumerate(compilation.example_inputs) if isinstance(value, Tensor)]
     first, device = (tensors[0][0], tensors[0][1].device) if tensors else (None, torch.device("cpu"))
@@ -96,7 +96,7 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
             if extra.rows is not None:
                 return clock.phase(extra.rows, extra.device, step)
             if extra.state is not None:
-                return clock.state((block, extra.site), extra.state, extra.device)
+                return clock.state((code, block, extra.site), extra.state, extra.device)
             return clock.branch(extra.device, step) if extra.is_branch else extra.value
 
         return {extra.name: value(extra) for extra in extra_inputs if extra.step == step}
@@ -151,7 +151,7 @@ def _timesteps(timestep: TimestepInput | None, args: Sequence[Any]) -> list[Tens
 
 
 def with_labels(compiled: Callable[..., Any], compilation: Compilation) -> Callable[..., Any]:
-    """Wraps a compiled graph so that what is known of its outputs' axes is said of the tensors, for the next graph."""
+    """Wraps a compiled graph so that its outputs are annotated with what is known of their axes, for the next graph."""
     outgoing, begins = compilation.outgoing, compilation.position.leads_on and not compilation.position.continues
     if not outgoing and not begins:
         return compiled

@@ -267,8 +267,14 @@ def twice(model, tokens, grid, text):
     return tokens + model.attention(tokens)
 
 
+def again_after_a_break(model, tokens, grid, text):
+    tokens = tokens + model.attention(tokens)
+    torch._dynamo.graph_break()
+    return tokens + model.attention(tokens)
+
+
 @pytest.mark.parametrize("explicit", [False, True])
-@pytest.mark.parametrize("block", [breaks_before, breaks_after, breaks_twice, twice])
+@pytest.mark.parametrize("block", [breaks_before, breaks_after, breaks_twice, twice, again_after_a_break])
 def test_state_across_graph_breaks_and_of_a_module_that_is_called_twice(block, explicit, counting):
     """One call of the forward is one guidance branch, however many graphs it has."""
     model, alone = randomise(VideoDiT(block)), randomise(VideoDiT(block))

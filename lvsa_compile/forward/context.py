@@ -81,14 +81,18 @@ _next_number = itertools.count(1)
 
 
 def module_number(parameter: Tensor, source: str) -> int:
-    """A number for the module that holds a parameter, the same as long as the module lives, whatever parameter it holds; 0 if unknown."""
+    """A number for the module that holds a parameter, the same as long as the module lives, whatever parameter it holds.
+
+    Where no module is found, a number for the parameter itself.
+    """
     number = _numbers.get(parameter)
     if number is None:
         holders = (compat.modules_along(collections.ChainMap(f.f_locals, f.f_globals), source) for f in compat.frames())
         module = next((along[-1] for along in holders if along and compat.holds_parameter(along[-1], parameter)), None)
-        if module is not None and module not in _numbers:
-            _numbers[module] = next(_next_number)
-        number = _numbers[parameter] = 0 if module is None else _numbers[module]
+        holder = parameter if module is None else module
+        if holder not in _numbers:
+            _numbers[holder] = next(_next_number)
+        number = _numbers[parameter] = _numbers[holder]
     return int(number)
 
 
