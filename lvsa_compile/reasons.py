@@ -102,7 +102,7 @@ LAYOUT_UNKNOWN: Final = Reason(
 )
 LAYOUT_CONTRADICTED: Final = Reason(
     "layout_contradicted",
-    "Two witnesses of the video's grid disagree, so neither is believed.",
+    "The evidence of the video's grid disagrees, so none of it counts.",
     "Check the numbers of frames, rows and columns, and the coordinates, that the model is called with.",
     mendable=True,
 )

@@ -96,7 +96,7 @@ class GraphReport:
     """One graph of a forward: Dynamo makes several where the model ``breaks``.  ``flops`` are all of it, dense; 0 where not known.
 
     ``passes`` are the passes that ran, each with what it changed and its seconds.
-    ``clock_saw`` tells the timesteps that its models' clocks saw; ``calls`` counts its calls where it was compiled.
+    ``clock_saw`` holds the timesteps that its models' clocks saw; ``calls`` counts its calls where it was compiled.
     """
 
     compile_id: str
@@ -111,7 +111,7 @@ class GraphReport:
 
 
 def alike_sites(sites: Iterable[SiteReport]) -> dict[str, list[SiteReport]]:
-    """The sites of which all but the name is the same, under what is said of them, in order."""
+    """The sites of which all but the name is the same, by the line that describes them, in order."""
     found: dict[str, list[SiteReport]] = {}
     for site in sites:
         found.setdefault(site.text, []).append(site)

@@ -124,7 +124,7 @@ class Report:
 
     @property
     def head(self) -> list[str]:
-        """What is said of the forward as a whole, line by line."""
+        """Lines about the forward as a whole."""
         lines = [self.summary]
         if miss := self.nearest_miss:
             lines += [f"  {self.why_none}: {miss}", *([f"    attention at {miss.source}"] if miss.source else [])]

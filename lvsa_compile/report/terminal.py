@@ -1,4 +1,4 @@
-"""The report in a terminal: what is said of the whole, a table of the sites that are alike, and what to do about those that are dense."""
+"""The report in a terminal: lines about the whole, a table of the sites that are alike, and what to do about those that are dense."""
 
 from __future__ import annotations
 
