@@ -12,6 +12,7 @@ from graph_recorder import shown, traced_output
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from lvsa_compile.axes import rules
 from lvsa_compile.axes.algebra import Concat, Factor, Source, axis_of, axis_size, combine, concat, regroup, slice_axis
 
 # --- the algebra, against labels that go through the same operations --------------------------------------------------------
@@ -244,3 +245,12 @@ def test_a_rope_table_of_aranges_shows_the_grid_of_packed_tokens():
     (axis,) = traced_output(packed, torch.zeros(1, 24, 8))[1:2]
     assert [factor.size for factor in axis] == [2, 3, 4]
     assert math.prod(len(factor.kinds) for factor in axis) == 8
+
+
+def test_every_rule_is_of_an_op_that_there_is():
+    elsewhere = {"lvsa": {"attention"}, "_c10d_functional": {"wait_tensor", "all_reduce", "all_reduce_", "all_to_all_single"}}
+    for name in rules.RULES:
+        known = hasattr(torch.ops.aten, name) or any(
+            name in names and hasattr(getattr(torch.ops, n), name) for n, names in elsewhere.items()
+        )
+        assert known or name.startswith("npu_"), name
