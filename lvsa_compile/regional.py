@@ -181,7 +181,7 @@ class _Region:
             (type(m), id(type(m).forward), id(vars(m).get("forward")), *map(id, compat.forward_hooks(m)), m.training) for m in modules
         )
         outer = [vars(module) for module in modules if id(module) not in blocks]
-        held = tuple(_held(value) for attributes in outer for name, value in attributes.items() if name not in _INTERNAL)
+        held = tuple(_fingerprint(value) for attributes in outer for name, value in attributes.items() if name not in _INTERNAL)
         return around, held, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
     def _as_whole(self, block: nn.Module, compiled: Callable[[Callable[..., Any], bool], Callable[..., Any]]) -> Callable[..., Any]:
@@ -242,19 +242,19 @@ def _annotate_arguments(running: _Running, path: str, arguments: Any) -> str:
 
 def _kind_of(leaf: Any) -> Any:
     """What distinguishes a leaf of the arguments from one of another kind of forward."""
-    return (tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else _held(leaf)
+    return (tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else _fingerprint(leaf)
 
 
-def _held(value: Any, depth: int = 2) -> Any:
+def _fingerprint(value: Any, depth: int = 2) -> Any:
     """What distinguishes a value from another that may lead a forward elsewhere; objects are looked into for some levels."""
     if isinstance(value, (int, float, str, type(None))):
         return value
     if isinstance(value, (list, tuple)) and depth:
-        return len(value), *(_held(item, depth - 1) for item in value[:64])
+        return len(value), *(_fingerprint(item, depth - 1) for item in value[:64])
     if isinstance(value, dict) and depth:
-        return len(value), *((str(name), _held(item, depth - 1)) for name, item in list(value.items())[:64])
+        return len(value), *((str(name), _fingerprint(item, depth - 1)) for name, item in list(value.items())[:64])
     inside = () if isinstance(value, (Tensor, nn.Module, type)) or not depth else getattr(value, "__dict__", {})
-    return id(value), *((name, _held(item, depth - 1)) for name, item in list(dict(inside).items())[:64])
+    return id(value), *((name, _fingerprint(item, depth - 1)) for name, item in list(dict(inside).items())[:64])
 
 
 class _NoRegion:

@@ -249,16 +249,16 @@ def _parts_between(parts: tuple[Axis, ...], low: Size, high: Size) -> list[Axis]
 def concat(parts: list[Axis]) -> Axis:
     """The axes one after the other: empty ones dropped, neighbouring slices of one axis joined again."""
     flat = [inner for part in parts for inner in (part[0].parts if len(part) == 1 and isinstance(part[0], Concat) else (part,))]
-    kept: list[Axis] = []
+    so_far: list[Axis] = []
     for part in flat:
         if same(axis_size(part), 0):
             continue
-        joined = _join_slices(kept[-1], part) if kept else None
+        joined = _join_slices(so_far[-1], part) if so_far else None
         if joined is None:
-            kept.append(part)
+            so_far.append(part)
         else:
-            kept[-1] = joined
-    return kept[0] if len(kept) == 1 else (Concat(tuple(kept)),)
+            so_far[-1] = joined
+    return so_far[0] if len(so_far) == 1 else (Concat(tuple(so_far)),)
 
 
 def _join_slices(a: Axis, b: Axis) -> Axis | None:

@@ -42,16 +42,20 @@ def carried(axes: Axes, generated: Container[str], lost_at: LostAt) -> Axes | No
     Blocks that pass the same video on get equal axes, whatever else they did to it: only the names of latents, counts of a rope table
     and lost orders are kept.  ``generated`` are the names of inputs that hold the generated video.
     """
-    kept = tuple(_kept(axis, position, generated, lost_at) for position, axis in enumerate(axes))
-    return kept if any(digit.source.node_name != _OTHER for axis in kept for factor in leaves(axis) for digit in factor.digits) else None
+    remaining = tuple(_carried_axis(axis, position, generated, lost_at) for position, axis in enumerate(axes))
+    return (
+        remaining
+        if any(digit.source.node_name != _OTHER for axis in remaining for factor in leaves(axis) for digit in factor.digits)
+        else None
+    )
 
 
-def _kept(axis: Axis, position: int, generated: Container[str], lost_at: LostAt) -> Axis:
+def _carried_axis(axis: Axis, position: int, generated: Container[str], lost_at: LostAt) -> Axis:
     telling = _telling([digit.source for factor in axis if isinstance(factor, Factor) for digit in factor.digits], generated)
     done: list[Factor | Concat] = []
     for factor in axis:
         if isinstance(factor, Concat):
-            done.append(Concat(tuple(_kept(part, position, generated, lost_at) for part in factor.parts)))
+            done.append(Concat(tuple(_carried_axis(part, position, generated, lost_at) for part in factor.parts)))
         else:
             digits = {
                 Digit(_renamed(d.source, generated, lost_at), d.size, d.stride, d.start) for d in factor.digits if d.source in telling

@@ -15,8 +15,8 @@ def narrowed(axis: Axis, node_name: str) -> Axis:
             result.extend(concat([narrowed(part, node_name) for part in factor.parts]))
             continue
         own = frozenset(digit for digit in factor.digits if digit.source.node_name == node_name and digit.source.kind == INPUT)
-        kept = own | frozenset(digit for digit in factor.digits if digit.source.kind in (ARANGE, LOST))
-        result.append(Factor(factor.size, kept) if own else factor)
+        digits = own | frozenset(digit for digit in factor.digits if digit.source.kind in (ARANGE, LOST))
+        result.append(Factor(factor.size, digits) if own else factor)
     return tuple(result)
 
 

@@ -23,10 +23,10 @@ def convolution(call: Call) -> Sequence[Axes]:
         step = strides[i - 2]
         if transposed:
             grown = quotient(sizes[i], axis_size(axis))
-            kept = None if grown is None or not same(grown, step) else (*axis, *call.new_axis(grown, CREATED, i))
+            outer = None if grown is None or not same(grown, step) else (*axis, *call.new_axis(grown, CREATED, i))
         else:
-            kept = _under_window(call.uneven(axis, i), sizes[i], step, axis_size(weight[i]))
-        spatial.append(call.new_axis(sizes[i], axis=i) if kept is None else kept)
+            outer = _under_window(call.uneven(axis, i), sizes[i], step, axis_size(weight[i]))
+        spatial.append(call.new_axis(sizes[i], axis=i) if outer is None else outer)
     channels = weight[1] if transposed else weight[0]
     return [(axes[0], channels if same(axis_size(channels), sizes[1]) else call.new_axis(sizes[1], axis=1), *spatial)]
 
@@ -80,11 +80,11 @@ def pad(call: Call) -> Sequence[Axes]:
 def pool(call: Call) -> Sequence[Axes]:
     """Pooling: each spatial axis keeps its order where its windows tile it."""
     axes, sizes = call.input(), sizes_of(call.outputs[0])
-    kept = []
+    outer = []
     for i, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
         halves = split_axis(axis, size)
-        kept.append(call.new_axis(size, axis=i, of=axis) if halves is None else call.uneven(halves[0], i))
-    return [tuple(kept)] * len(call.outputs)
+        outer.append(call.new_axis(size, axis=i, of=axis) if halves is None else call.uneven(halves[0], i))
+    return [tuple(outer)] * len(call.outputs)
 
 
 def pixel_shuffle(call: Call) -> Sequence[Axes]:

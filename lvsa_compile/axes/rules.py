@@ -112,9 +112,9 @@ def reduction(call: Call) -> Sequence[Axes] | None:
         gone = set(range(len(axes)))
     else:
         gone = {axis_index(dim, len(axes)) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
-    kept = tuple(axis for i, axis in enumerate(axes) if i not in gone)
+    remaining = tuple(axis for i, axis in enumerate(axes) if i not in gone)
     held = tuple(() if i in gone else axis for i, axis in enumerate(axes))
-    return [held if output.dim() == len(axes) else kept for output in call.outputs]
+    return [held if output.dim() == len(axes) else remaining for output in call.outputs]
 
 
 def matrix_product(call: Call) -> Sequence[Axes]:
@@ -215,7 +215,7 @@ def gather_rows(call: Call) -> Sequence[Axes] | None:
         return [(*call.input(1), *call.input(0)[1:])]
     axes = call.input()
     dim = axis_index(call.arg(1, "dim"), len(axes))
-    return _taken(call, axes, dim, call.arg(2, "index"))
+    return _by_index(call, axes, dim, call.arg(2, "index"))
 
 
 def index(call: Call) -> Sequence[Axes] | None:
@@ -224,7 +224,7 @@ def index(call: Call) -> Sequence[Axes] | None:
     if any(by.dtype in _MASK_DTYPES for _, by in used):
         return None
     if len(used) == 1:
-        return _taken(call, call.input(), *used[0])
+        return _by_index(call, call.input(), *used[0])
     axes, sizes, first = call.input(), sizes_of(call.outputs[0]), used[0][0]
     if [dim for dim, _ in used] != list(range(first, first + len(used))):
         return None
@@ -233,7 +233,7 @@ def index(call: Call) -> Sequence[Axes] | None:
     return [(*axes[:first], *(call.new_axis(sizes[i], axis=i) for i in indexed), *after)]
 
 
-def _taken(call: Call, axes: Axes, dim: int, by: Tensor) -> Sequence[Axes] | None:
+def _by_index(call: Call, axes: Axes, dim: int, by: Tensor) -> Sequence[Axes] | None:
     """Axes after the elements of one axis were taken in the order of an index.
 
     What is taken of a table runs along the index; what is taken of an input keeps its order where the index has known values that are

@@ -16,7 +16,7 @@ from torch import Tensor
 from lvsa_compile import compat
 
 Array = numpy.typing.NDArray[Any]
-_MOST = 1 << 26
+_LARGEST_VALUE = 1 << 26
 """Elements of the largest value that is computed."""
 
 
@@ -65,7 +65,7 @@ class KnownValues:
 
     def later(self, tensor: Tensor) -> Later | None:
         """The value that a tensor has now, whatever is written to it afterwards; None where it is not known."""
-        held: Later | None = self._held(tensor)
+        held: Later | None = self._real_arguments(tensor)
         return held
 
     def set(self, tensor: Tensor, later: Later | None) -> None:
@@ -77,7 +77,7 @@ class KnownValues:
 
     def real(self, arguments: Any) -> Any:
         """Arguments of a call with the real tensors in place of fakes; None where one is not known."""
-        held = self._held(arguments)
+        held = self._real_arguments(arguments)
         return None if held is None else _real(held)
 
     def result(self, func: compat.OpOverload, args: Any, kwargs: Any, position: int | None, like: Tensor) -> Later | None:
@@ -88,7 +88,7 @@ class KnownValues:
             chosen = found if position is None else found[position]
             return chosen if isinstance(chosen, Tensor) else None
 
-        return self._later(func, (args, kwargs), like, compute)
+        return self._deferred(func, (args, kwargs), like, compute)
 
     def written(self, func: compat.OpOverload, args: Any, kwargs: Any, root: Tensor, views: Sequence[View]) -> Later | None:
         """What an in-place call on a view of ``root``, reached by ``views`` in turn, leaves in ``root``."""
@@ -102,11 +102,11 @@ class KnownValues:
             func(target, *real[1], **real[2])
             return whole
 
-        return self._later(func, (root, list(args[1:]), kwargs, [list(view_args[1:]) for _, view_args, _, _ in views]), root, compute)
+        return self._deferred(func, (root, list(args[1:]), kwargs, [list(view_args[1:]) for _, view_args, _, _ in views]), root, compute)
 
-    def _later(self, func: compat.OpOverload, arguments: Any, like: Tensor, compute: Callable[[Any], Tensor | None]) -> Later | None:
+    def _deferred(self, func: compat.OpOverload, arguments: Any, like: Tensor, compute: Callable[[Any], Tensor | None]) -> Later | None:
         """What ``compute`` makes of the real ``arguments`` of a call; None where one is not known, or chance decides."""
-        held = self._held(arguments)
+        held = self._real_arguments(arguments)
         if held is None or torch.Tag.nondeterministic_seeded in func.tags or not _is_small(like):
             return None
 
@@ -119,7 +119,7 @@ class KnownValues:
 
         return Later(later, _is_constant(held))
 
-    def _held(self, arguments: Any) -> Any:
+    def _real_arguments(self, arguments: Any) -> Any:
         """Arguments with every tensor as the ``Later`` it is now; None where one is not known."""
         if isinstance(arguments, Tensor):
             known = self._known.get(id(arguments))
@@ -128,10 +128,10 @@ class KnownValues:
         if isinstance(arguments, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return None
         if isinstance(arguments, (list, tuple)):
-            held = [_NOTHING if argument is None else self._held(argument) for argument in arguments]
+            held = [_NOTHING if argument is None else self._real_arguments(argument) for argument in arguments]
             return None if any(each is None for each in held) else held
         if isinstance(arguments, dict):
-            values = self._held(list(arguments.values()))
+            values = self._real_arguments(list(arguments.values()))
             return None if values is None else dict(zip(arguments, values, strict=True))
         return _Plain(arguments)
 
@@ -165,4 +165,4 @@ def _is_constant(held: Any) -> bool:
 
 def _is_small(tensor: Tensor) -> bool:
     sizes = list(tensor.shape)
-    return all(isinstance(size, int) for size in sizes) and tensor.numel() <= _MOST
+    return all(isinstance(size, int) for size in sizes) and tensor.numel() <= _LARGEST_VALUE

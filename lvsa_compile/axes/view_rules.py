@@ -109,9 +109,9 @@ def _without(axes: Axes, dim: int, index: Any) -> Axes:
     if not (left and isinstance(index, int) and isinstance(size, int)):
         return left
     taken = slice_axis(axes[dim], index % size, index % size + 1) if size > 1 else axes[dim]
-    kept = tuple(factor for factor in taken or () if isinstance(factor, Factor) and INPUT in factor.kinds and same(factor.size, 1))
+    position = tuple(factor for factor in taken or () if isinstance(factor, Factor) and INPUT in factor.kinds and same(factor.size, 1))
     beside = min(dim, len(left) - 1)
-    return with_axis(left, beside, (*kept, *left[beside]))
+    return with_axis(left, beside, (*position, *left[beside]))
 
 
 def with_place_apart(axes: Axes, dim: int) -> Axes:

@@ -94,8 +94,8 @@ def isolated_run(fake_mode: Any) -> Iterator[None]:
     finally:
         for name in cached:
             delattr(environment, name)
-        for name, kept in before.items():
-            _restore(environment, name, kept)
+        for name, saved in before.items():
+            _restore(environment, name, saved)
         environment._update_version_counter()  # for the caches that go by it
 
 
@@ -112,8 +112,8 @@ def _contents(value: Any) -> Any:
     return (value, copy.copy(value)) if isinstance(value, (list, set)) else (value, None)
 
 
-def _restore(environment: Any, name: str, kept: tuple[Any, Any]) -> None:
-    value, contents = kept
+def _restore(environment: Any, name: str, saved: tuple[Any, Any]) -> None:
+    value, contents = saved
     if name in _ONLY_GROW:
         return
     if contents is not None and value != contents:

@@ -138,10 +138,10 @@ def modules_around(node: fx.Node) -> list[tuple[type, Any]]:
 def modules_among_arguments() -> list[nn.Module]:
     """Modules that the arguments of the function being compiled are or hold, for a function that is called with a model."""
     values = list(compat.argument_scope().values())
-    return [each for value in values for each in (value, *_held_by(value)) if isinstance(each, nn.Module)]
+    return [each for value in values for each in (value, *_contents(value)) if isinstance(each, nn.Module)]
 
 
-def _held_by(value: Any) -> list[Any]:
+def _contents(value: Any) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return list(value)
     return list((value if isinstance(value, Mapping) else getattr(value, "__dict__", {})).values())

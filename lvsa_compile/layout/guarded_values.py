@@ -12,7 +12,7 @@ from torch import Tensor
 from lvsa_compile import compat
 from lvsa_compile.axes.values import Array, Later
 
-_MOST = 1 << 24
+_LARGEST_INPUT = 1 << 24
 """Elements of the largest input that is read."""
 
 
@@ -54,7 +54,7 @@ class Reader:
 
 
 def _is_real(tensor: Tensor) -> bool:
-    return compat.fake_mode_of(tensor) is None and tensor.device.type != "meta" and tensor.numel() <= _MOST
+    return compat.fake_mode_of(tensor) is None and tensor.device.type != "meta" and tensor.numel() <= _LARGEST_INPUT
 
 
 def _waits(tensor: Tensor) -> bool:

@@ -34,7 +34,7 @@ from lvsa_compile.layout.denoiser import why_no_denoiser
 from lvsa_compile.layout.evidence import collect_evidence
 from lvsa_compile.layout.guarded_values import Reader
 
-_MOST = 1 << 25
+_LARGEST_REAL = 1 << 25
 """Elements of the largest tensor that is made for real."""
 
 _AROUND = frozenset(("_hf_hook", "_diffusers_hook"))
@@ -164,7 +164,7 @@ class _ParentTracker(AxisTracker):
         """What no input has a part in is real, since the model may keep it for later; what is too large for that is a fake."""
         with self._fake_mode:
             fake = func(*args, **kwargs)
-        large = any(isinstance(leaf, Tensor) and leaf.numel() > _MOST for leaf in compat.tree_leaves(fake))
+        large = any(isinstance(leaf, Tensor) and leaf.numel() > _LARGEST_REAL for leaf in compat.tree_leaves(fake))
         result = fake if large else func(*args, **kwargs)
         if isinstance(func, compat.OpOverload):
             self.note(func, args, kwargs, result)

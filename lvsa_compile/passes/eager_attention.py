@@ -41,11 +41,11 @@ def disabled_below(called: Any) -> list[Any]:
 
 def disabled_among(code: types.CodeType, scope: Mapping[str, Any]) -> list[Any]:
     """Functions under ``torch.compiler.disable`` that the code of a running function calls by name."""
-    held = [scope.get(name) for name in code.co_names] + [_held_by(scope.get("self"), name) for name in code.co_names]
+    held = [scope.get(name) for name in code.co_names] + [_attribute(scope.get("self"), name) for name in code.co_names]
     return [value for value in held if isinstance(value, (types.FunctionType, types.MethodType, nn.Module)) and compat.is_disabled(value)]
 
 
-def _held_by(owner: Any, name: str) -> Any:
+def _attribute(owner: Any, name: str) -> Any:
     """An attribute of an object of the user's, whose ``__getattr__`` may do anything; None where it has none."""
     try:
         return getattr(owner, name, None)
@@ -74,7 +74,7 @@ def _below(called: Any, depth: int, seen: set[int]) -> Iterator[Any]:
         yield called
         by_argument = getattr(context.root_module(), "_modules", {})
         held = [getattr(function, "__globals__", {}).get(name) for name in code.co_names]
-        held += [_held_by(owner, name) for name in code.co_names if owner is not None]
+        held += [_attribute(owner, name) for name in code.co_names if owner is not None]
         held += [by_argument.get(name) for name in code.co_names]
         held += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
         for value in held:

@@ -14,7 +14,7 @@ from lvsa_compile.layout.graph_trace import input_kind
 from lvsa_compile.layout.token_layout import UNKNOWN, TokenLayout
 from lvsa_compile.passes.compilation import Compilation, Decision, TrailStep, sizes_of
 
-_MOST = 24  # steps of a trail; of a longer one the beginning and the end
+_LONGEST_TRAIL = 24  # steps of a trail; of a longer one the beginning and the end
 
 
 def follow_trails(compilation: Compilation) -> Compilation:
@@ -68,7 +68,7 @@ def _steps(way: list[fx.Node], lost: bool) -> tuple[TrailStep, ...]:
                 steps.append(step)
     if lost and steps:
         steps[-1] = dataclasses.replace(steps[-1], lost=True)
-    if len(steps) > _MOST:
-        left_out = TrailStep("…", f"{len(steps) - _MOST} more", "")
-        steps = [*steps[: _MOST // 2], left_out, *steps[-_MOST // 2 :]]
+    if len(steps) > _LONGEST_TRAIL:
+        left_out = TrailStep("…", f"{len(steps) - _LONGEST_TRAIL} more", "")
+        steps = [*steps[: _LONGEST_TRAIL // 2], left_out, *steps[-_LONGEST_TRAIL // 2 :]]
     return tuple(steps)

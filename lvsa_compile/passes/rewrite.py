@@ -166,8 +166,8 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
     with node.graph.inserting_before(node):
         key_mask = _key_mask(node.graph, sparse.mask)
         arguments = (site.query, site.key, site.value, bounds, ranges, row)
-        kept = (inputs.branch(call.device, step), state) if state else ()
-        attention = node.graph.call_function(meaning_of(plan.op), (*arguments, *kept), {"scale": site.scale, "key_mask": key_mask})
+        of_state = (inputs.branch(call.device, step), state) if state else ()
+        attention = node.graph.call_function(meaning_of(plan.op), (*arguments, *of_state), {"scale": site.scale, "key_mask": key_mask})
         output = node.graph.call_function(operator.getitem, (attention, 0))
         meta = provenance(node)
         attention.meta = {**meta, "example_value": (result, _log_sum_exp_like(result))}

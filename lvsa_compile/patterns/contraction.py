@@ -146,9 +146,9 @@ def _digits(factor: Factor, name: str) -> list[Digit]:
     return [digit for digit in factor.digits if digit.source.name == name]
 
 
-def _contracted(node: fx.Node, name: str, kept: Sequence[Factor]) -> Factor:
+def _contracted(node: fx.Node, name: str, remaining: Sequence[Factor]) -> Factor:
     """The one axis of an operand that a product has summed over."""
-    seen = {digit.source.axis for factor in kept for digit in _digits(factor, name)}
+    seen = {digit.source.axis for factor in remaining for digit in _digits(factor, name)}
     left = [(dim, size) for dim, size in enumerate(sizes_of(example_value(node))) if dim not in seen and not same(size, 1)]
     if len(left) != 1:
         raise NotThisForm(f"a product sums over {len(left)} axes")

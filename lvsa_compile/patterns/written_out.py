@@ -110,13 +110,13 @@ def _way(softmax: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> list
 class _Scores:
     """What happens between the product and the softmax: the scale, and the mask with the scores' axes where it meets them.
 
-    ``fill`` is what masked scores become, or None where the mask is added; ``kept`` says that True keeps a score.
+    ``fill`` is what masked scores become, or None where the mask is added; ``true_keeps`` says that True keeps a score.
     """
 
     scale: float = 1.0
     mask: fx.Node | None = None
     fill: float | None = None
-    kept: bool = False
+    true_keeps: bool = False
     axes: Axes = ()
 
 
@@ -226,7 +226,7 @@ def _after(scores: _Scores, node: fx.Node, earlier: fx.Node, axes: Axes) -> _Sco
     if name in _FILLS and len(others) == 2 and isinstance(others[1], (int, float)):
         if others[1] > AS_GOOD_AS_MINUS_INFINITY:
             raise NotThisForm(f"masked scores become {others[1]}")
-        return _masked(scores, others[0], axes, fill=float(others[1]), kept=name == "where" and node.args[1] is earlier)
+        return _masked(scores, others[0], axes, fill=float(others[1]), true_keeps=name == "where" and node.args[1] is earlier)
     raise NotThisForm(f"{name} is applied to the scores")
 
 
@@ -238,10 +238,10 @@ def _scaled(scores: _Scores, by: Any) -> _Scores:
     return dataclasses.replace(scores, scale=scores.scale * float(by))
 
 
-def _masked(scores: _Scores, mask: Any, axes: Axes, fill: float | None = None, kept: bool = False) -> _Scores:
+def _masked(scores: _Scores, mask: Any, axes: Axes, fill: float | None = None, true_keeps: bool = False) -> _Scores:
     if scores.mask is not None or not is_tensor(mask):
         raise NotThisForm("more than one mask is applied to the scores")
-    return _Scores(scores.scale, mask, fill, kept, axes)
+    return _Scores(scores.scale, mask, fill, true_keeps, axes)
 
 
 def _mask(canonical: CanonicalForm, scores: _Scores, found: Roles) -> fx.Node:
@@ -258,10 +258,10 @@ def _mask(canonical: CanonicalForm, scores: _Scores, found: Roles) -> fx.Node:
     if scores.fill is None:
         return mask
     if scores.fill == -math.inf:
-        return mask if scores.kept else canonical.call(torch.logical_not, mask)
+        return mask if scores.true_keeps else canonical.call(torch.logical_not, mask)
     device = example_value(mask).device
     nothing, fill = (canonical.call(torch.full, (), n, dtype=torch.float32, device=device) for n in (0.0, scores.fill))
-    return canonical.call(torch.where, mask, *((nothing, fill) if scores.kept else (fill, nothing)))
+    return canonical.call(torch.where, mask, *((nothing, fill) if scores.true_keeps else (fill, nothing)))
 
 
 def _uncast(node: fx.Node, value: fx.Node) -> fx.Node:

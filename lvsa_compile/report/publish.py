@@ -13,7 +13,7 @@ from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import LvsaWarning
 from lvsa_compile.forward import context
 from lvsa_compile.report.report import Report
-from lvsa_compile.report.store import keep
+from lvsa_compile.report.store import add
 
 log = logging.getLogger(__name__)
 _warned: set[str] = dropped_on_reset(set())
@@ -23,7 +23,7 @@ _models_warned_of: WeakIdKeyDictionary = dropped_on_reset(WeakIdKeyDictionary())
 def publish(report: Report) -> Report:
     """Keeps the report, logs its line and counts; returns the report of the forward so far."""
     compat.trace_artifact("lvsa_report", lambda: json.dumps(report.to_dict(), indent=1))
-    forward = keep(report, compat.compiled_entry(), context.parent.get())
+    forward = add(report, compat.compiled_entry(), context.parent.get())
     log.info("%s", report.summary)
     log.debug("%s", report)
     counts = compat.counters()

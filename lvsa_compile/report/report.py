@@ -51,11 +51,11 @@ class Report:
     @property
     def work(self) -> str:
         """What the sparse sites compute of what they would dense, in words; "" where none is sparse."""
-        dense, kept = sum(site.flops for site in self.sparse_sites), sum(site.flops * site.density for site in self.sparse_sites)
+        dense, sparse = sum(site.flops for site in self.sparse_sites), sum(site.flops * site.density for site in self.sparse_sites)
         if not dense:
             return ""
-        counted = f"{_flop(kept)} of {_flop(dense)} per forward"
-        return f"attention over the video computes {kept / dense:.0%} of what dense attention would ({counted})"
+        counted = f"{_flop(sparse)} of {_flop(dense)} per forward"
+        return f"attention over the video computes {sparse / dense:.0%} of what dense attention would ({counted})"
 
     @property
     def gain(self) -> str:

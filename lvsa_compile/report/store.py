@@ -11,33 +11,33 @@ from lvsa_compile.report.report import Report, with_what_ran
 
 
 @dataclasses.dataclass
-class _Kept:
+class _Entry:
     report: Report
     entry: tuple[int, int]
     forward: object = None
 
 
-_kept: list[_Kept] = []
+_entries: list[_Entry] = []
 _lock = threading.Lock()
 
 
-def keep(report: Report, compiled: object, forward: context.Parent | None = None) -> Report:
+def add(report: Report, compiled: object, forward: context.Parent | None = None) -> Report:
     """Adds the report of a graph and returns that of its forward so far; ``compiled`` is what the user called, None if unknown.
 
     A graph joins the last report of the same ``forward`` of a model whose blocks are compiled one by one; else that of the same function
-    and thread whose code was not compiled there before: those are the pieces of one forward.  The same code again is a new forward, with
+    and thread whose code was not compiled there before: those are the graphs of one forward.  The same code again is a new forward, with
     other sizes.
     """
     entry = (threading.get_ident(), id(compiled))
     with _lock:
         if forward is not None:
-            last = next((kept for kept in _kept if kept.forward is forward.token), None)
+            last = next((each for each in _entries if each.forward is forward.token), None)
         else:
-            last = next((kept for kept in reversed(_kept) if kept.entry == entry), None) if compiled is not None else None
+            last = next((each for each in reversed(_entries) if each.entry == entry), None) if compiled is not None else None
             last = last if last is not None and not _codes(last.report) & _codes(report) else None
         if last is None:
-            last = _Kept(report, entry, None if forward is None else forward.token)
-            _kept.append(last)
+            last = _Entry(report, entry, None if forward is None else forward.token)
+            _entries.append(last)
         else:
             last.report = merged([last.report, report])
         return last.report
@@ -57,7 +57,9 @@ def merged(parts: list[Report]) -> Report:
 def report_with(compile_id: str) -> Report | None:
     """The report of the forward that the graph of a compile is part of."""
     with _lock:
-        return next((kept.report for kept in reversed(_kept) if any(graph.compile_id == compile_id for graph in kept.report.graphs)), None)
+        return next(
+            (each.report for each in reversed(_entries) if any(graph.compile_id == compile_id for graph in each.report.graphs)), None
+        )
 
 
 def reports() -> list[Report]:
@@ -68,10 +70,10 @@ def reports() -> list[Report]:
         ...     print(report.summary)
     """
     with _lock:
-        return [with_what_ran(kept.report) for kept in _kept]
+        return [with_what_ran(each.report) for each in _entries]
 
 
 @dropped_on_reset
 def _forget() -> None:
     with _lock:
-        _kept.clear()
+        _entries.clear()
