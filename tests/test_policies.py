@@ -151,6 +151,40 @@ def test_a_free_number_of_text_tokens_before_the_video():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def masked_by_frames(model, tokens, grid, text):
+    """A constant mask: the last two frames do not see the first two."""
+    frame = torch.arange(9).repeat_interleave(12)
+    mask = ~((frame[:, None] >= 7) & (frame[None] < 2))
+    return tokens + model.attention(tokens, attn_mask=mask)
+
+
+def test_a_constant_mask_and_empty_query_blocks():
+    """Blocks of whole frames, and text blocks without a token."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Frames:
+        name: ClassVar[str] = "frames"
+        needs_horizon: ClassVar[bool] = False
+
+        def applies(self, geometry, facts):
+            return None
+
+        def plan(self, geometry, facts):
+            bounds = [0, *(12 * n for n in range(10)), 108]
+            own = [[(0, 1)], *([(12 * max(n - 2, 0), 12 * (n + 1))] for n in range(9)), [(0, 1)]]
+            return Plan(self, geometry, facts, padded(bounds, [[own]]))
+
+    model, inputs = randomise(VideoDiT(masked_by_frames)), dit_inputs()
+    found = torch.compile(model, backend="lvsa", options={**EAGER, "policy": Frames()})(*inputs)
+    frame = torch.arange(9).repeat_interleave(12)
+    mask = (frame[None] <= frame[:, None]) & (frame[None] >= frame[:, None] - 2) & ~((frame[:, None] >= 7) & (frame[None] < 2))
+    with oracle.MaskedAttention(mask) as mode:
+        mode.replaces_masks = True
+        wanted = model(*inputs)
+    assert lvsa_compile.reports()[0].sparse_sites
+    assert close(found, wanted)
+
+
 def test_dense_steps_hold_for_every_policy():
     model = wan()
     compiled = torch.compile(model, backend="lvsa", options={**EAGER, "policy": BlockDiagonal(), "dense_steps": 1})

@@ -91,11 +91,11 @@ def _is_mendable(miss: Miss, compilation: Compilation) -> bool:
 
 def may_be_sparse(compilation: Compilation) -> bool:
     """Whether the video that goes into the forward may be long enough for a pattern that skips something, as far as its shape tells."""
-    frames, horizon = compilation.forward.frames, compilation.horizon
-    if not frames or (horizon is None and compilation.options.chosen_policy.needs_horizon):
+    frames, horizon, options = compilation.forward.frames, compilation.horizon, compilation.options
+    if not frames or horizon is None or not options.chosen_policy.needs_horizon or options.chosen_at_horizon is not None:
         return not frames or max(frames) > 1
-    chosen = (_chosen(compilation, Geometry.of_frames(each)) for each in frames)
-    return (horizon is not None and horizon.if_pixels > 0) or any(not isinstance(each, Miss) for each in chosen)
+    misses = (why_not(options.chosen_policy, Geometry.of_frames(each), compilation.facts) for each in frames)
+    return horizon.if_pixels > 0 or any(miss is None for miss in misses)
 
 
 def _segments(layout: TokenLayout) -> Segments:
@@ -210,8 +210,11 @@ def _allowed(pairs: Array, plan: Plan) -> tuple[tuple[Range, ...], ...] | None:
     query, key = plan.geometry.query, plan.geometry.key
     if query.open_ended or key.open_ended or query.free_start or key.free_start or pairs.shape != (query.length, key.length):
         return None
-    found = []
+    found: list[tuple[Range, ...]] = []
     for start, end in itertools.pairwise(plan.table.query_bounds):
+        if start == end:
+            found.append((key.whole,))
+            continue
         row = pairs[start]
         if (pairs[start:end] != row).any():
             return None

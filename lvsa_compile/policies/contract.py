@@ -108,7 +108,10 @@ class Policy(Protocol):
         """Equal policies have equal plans."""
 
     def applies(self, geometry: Geometry, facts: Facts) -> Miss | None:
-        """Why the policy leaves a site dense, or None."""
+        """Why the policy leaves a site dense, or None.
+
+        One that needs the horizon is also asked about ``Geometry.of_frames``, to see whether a dense video is long enough to warn of.
+        """
 
     def plan(self, geometry: Geometry, facts: Facts) -> Plan:
         """The plan of a site to which the policy applies."""
