@@ -670,7 +670,13 @@ class Half:
         return None
 
 
+@dataclasses.dataclass(frozen=True)
+class WithList(BlockDiagonal):
+    sizes: list = dataclasses.field(default_factory=list)
+
+
 @pytest.mark.parametrize(("given", "text"), [
+    (WithList(), "a policy that cannot be hashed (unhashable type: 'list'). Give it fields that can be, as tuples."),
     (NotFrozen(), "a policy without __hash__. Give it what a policy has. Make it a dataclass(frozen=True)."),
     (Half(), "a policy without needs_horizon, plan. Give it what a policy has."),
     (BlockDiagonal, "this is a class. Give a policy, such as BlockDiagonal()."),

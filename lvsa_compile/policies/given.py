@@ -29,6 +29,12 @@ def given_policy(option: str, value: Any) -> Policy:
         OptionError: there is no such policy, or it has no such field, or a field cannot have the value.
     """
     if isinstance(value, Policy) and not isinstance(value, type):
+        try:
+            hash(value)
+        except TypeError as error:
+            raise OptionError(
+                option, value, f"a policy that cannot be hashed ({error})", "Give it fields that can be, as tuples."
+            ) from None
         return value
     fields = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
     kinds = {kind.name: kind for kind in registered(POLICIES).values}
