@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lvsa_compile.functional import sparse_attention
     from lvsa_compile.options import make_options, set_default_options
     from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
-    from lvsa_compile.regional import compile_repeated_blocks
+    from lvsa_compile.regional import compile_repeated_blocks, undo
     from lvsa_compile.report.report import Report
     from lvsa_compile.report.store import reports
 
@@ -36,6 +36,7 @@ _HOMES = {
     "set_default_options": "options",
     "sparse_attention": "functional",
     "step": "forward.explicit_step",
+    "undo": "regional",
 }
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "set_default_options",
     "sparse_attention",
     "step",
+    "undo",
 ]
 
 

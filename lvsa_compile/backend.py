@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lvsa_compile import compat
+from lvsa_compile import compat, reasons
 from lvsa_compile.caches import drop_all
 from lvsa_compile.compilers.inner import compile_inner, device_type
 from lvsa_compile.errors import AheadOfTimeError
@@ -32,8 +32,9 @@ from lvsa_compile.passes.verify import verify
 from lvsa_compile.report.publish import publish, warn_of_model, warn_once
 from lvsa_compile.report.recording import report_of
 from lvsa_compile.report.warning import left_dense, warnings_of
-from lvsa_compile.runtime import owner_of, with_clock, with_labels, with_requirement
+from lvsa_compile.runtime import finding_models, owner_of, with_clock, with_labels, with_requirement, with_watch_away
 from lvsa_compile.source_stamp import source_stamp
+from lvsa_compile.watching.find_model import follow_broken, model_around
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +66,16 @@ def lvsa(
         AheadOfTimeError: the graph becomes sparse and is to be saved as an artifact.
     """
     parsed = parse_options(options, mode).on(device_type(example_inputs))
+    with model_around():
+        return _compiled(graph_module, example_inputs, parsed)
+
+
+def _compiled(graph_module: fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) -> Callable[..., Any]:
     compilation = _decided(PIPELINE, lambda: _beginning(graph_module, example_inputs, parsed), parsed, _settle)
     if compilation.changed and compat.compiling_ahead():
         raise AheadOfTimeError
+    if any(decision.miss is not None and decision.miss.reason is reasons.GRAPH_BREAK for decision in compilation.decisions):
+        follow_broken()
     if compilation.changed:
         compilation.graph_module.recompile()
         fake_mode = compat.tracing_fake_mode()
@@ -76,7 +84,10 @@ def lvsa(
     else:
         compiled = compile_inner(graph_module, example_inputs, parsed, stamp="")
     owner = owner_of(graph_module)
-    running = with_clock(with_labels(compiled, compilation), compilation, owner)
+    running = with_watch_away(with_clock(with_labels(compiled, compilation), compilation, owner))
+    around = context.parent.get()
+    if around is not None and around.first_forward:
+        running = finding_models(running, owner)
     return with_requirement(running, compilation.compile_id, owner) if parsed.require == "sparse" else running
 
 

@@ -165,12 +165,13 @@ class TargetError(LvsaError, ValueError):
 class RegionError(LvsaError, ValueError):
     """Something that cannot be compiled block by block."""
 
-    template = "compile_repeated_blocks({self.argument}={self.value}): {self.problem}. {self.remedy}"
+    template = "{self.function}({self.argument}={self.value}): {self.problem}. {self.remedy}"
 
     argument: str
     value: object
     problem: str
     remedy: str
+    function: str = "compile_repeated_blocks"
 
 
 @dataclass(eq=False, repr=False)

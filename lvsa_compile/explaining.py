@@ -24,6 +24,7 @@ from lvsa_compile.report.records import GraphReport
 from lvsa_compile.report.report import Report
 from lvsa_compile.report.store import merged
 from lvsa_compile.runtime import with_labels
+from lvsa_compile.watching.eager_attention import EagerAttention
 
 
 def explain(
@@ -51,7 +52,7 @@ def explain(
     parsed = parse_options(options)
     check_disabled(parsed.disable_passes, PIPELINE)
     graphs: list[Report] = []
-    eager = compat.EagerAttention()
+    eager = EagerAttention()
 
     def note(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         compilation = analyse(graph_module, example_inputs, parsed, home)
@@ -68,7 +69,7 @@ def explain(
     args, kwargs = _by_name(model, args, kwargs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            with eager:
+            with compat.mode_on(eager):
                 compat.trace_apart(function, note)(*args, **kwargs)
         except Exception as error:
             if device is not None and torch.device(device).type == "meta":

@@ -50,6 +50,12 @@ NO_GRID: Final = Reason(
     "For a part of a video model: lvsa_compile.compile_repeated_blocks(model), or compile the model as a whole. Otherwise nothing to do.",
     mendable=True,
 )
+FIRST_FORWARD: Final = Reason(
+    "first_forward",
+    "The model around this block was found while the block was compiled; its forwards are followed from the next one on.",
+    "Nothing to do: the next forward compiles the block again, sparse where it applies. lvsa_compile.compile_repeated_blocks(model) is "
+    "sparse from the first forward on.",
+)
 FORWARD_NOT_CALLED: Final = Reason(
     "forward_not_called",
     "compile_repeated_blocks follows a model's forward to learn what its blocks get, and something else calls the blocks.",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lvsa_compile import compat
-from lvsa_compile.axes.algebra import PARAMETER
+from lvsa_compile.axes.algebra import PARAMETER, origins
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.carried import in_numbers
 from lvsa_compile.compat import example_value
@@ -18,11 +19,13 @@ from lvsa_compile.errors import RequireError
 from lvsa_compile.forward import context
 from lvsa_compile.forward.calls import calls_of
 from lvsa_compile.forward.clock import Clock, clock_of
-from lvsa_compile.forward.labels import annotate, begin_forward
+from lvsa_compile.forward.labels import annotate, begin_forward, watched_forward
 from lvsa_compile.layout.graph_trace import input_kind
 from lvsa_compile.passes.compilation import Compilation, ExtraInput, TimestepInput
+from lvsa_compile.policies.rows import Rows, WithDenseSteps
 from lvsa_compile.report.store import report_with
 from lvsa_compile.report.warning import left_dense
+from lvsa_compile.watching.find_model import find_model
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
 
         def value(extra: ExtraInput) -> Tensor:
             if extra.rows is not None:
-                return clock.phase(extra.rows, extra.device, step)
+                around = context.parent.get()
+                unconfirmed = around is not None and around.unconfirmed and extra.rows.dense_row is not None
+                return clock.phase(_dense(extra.rows) if unconfirmed else extra.rows, extra.device, step)
             if extra.state is not None:
                 return clock.state((code, block, extra.site), extra.state, extra.device)
             return clock.branch(extra.device, step) if extra.is_branch else extra.value
@@ -103,10 +108,9 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
 
     def block_of(args: Sequence[Any]) -> Hashable:
         """What tells the blocks apart that share the graph."""
+        block = 0 if owner is None else context.module_number(args[owner.position], owner.source)
         around = context.parent.get()
-        if around is not None:
-            return around.block, around.call
-        return 0 if owner is None else context.module_number(args[owner.position], owner.source)
+        return block if around is None or not around.ticks else (block, around.time((code, block)))
 
     def run(*args: Any) -> Any:
         if first is not None and compat.is_fake(args[first]):  # as where Dynamo's DDP optimizer asks for shapes
@@ -120,7 +124,8 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
         block = block_of(args) if keeps_state else 0
         more: dict[str, Tensor] = {}
         timesteps = _timesteps(timestep, args) if ticks else []
-        if untimed and context.parent.get() is None:
+        around = context.parent.get()
+        if untimed and (around is None or not around.ticks):
             clock.tick(None, size)
         for step in range(steps):
             if step < len(timesteps):
@@ -131,6 +136,12 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
         return compiled(*args, *(more[extra.name] for extra in extra_inputs))
 
     return run
+
+
+def _dense(rows: Rows) -> WithDenseSteps:
+    """The rule that chooses the row in which everything is attended at each step."""
+    assert rows.dense_row is not None
+    return WithDenseSteps(rows, 1 << 30, rows.dense_row)
 
 
 def _dense_row(extra: ExtraInput) -> int | None:
@@ -150,25 +161,71 @@ def _timesteps(timestep: TimestepInput | None, args: Sequence[Any]) -> list[Tens
     return found
 
 
+def finding_models(run: Callable[..., Any], owner: Owner | None) -> Callable[..., Any]:
+    """Has a graph that was compiled before its model was followed find other models that it serves, each at its first forward."""
+    looked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def call(*args: Any) -> Any:
+        block = None if owner is None else args[owner.position]
+        if watched_forward.get() is None and (block is None or block not in looked):
+            find_model()
+            if block is not None:
+                looked[block] = True
+        return run(*args)
+
+    return call
+
+
+def with_watch_away(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Has nobody look at the ops of a compiled graph that runs in a forward which is followed."""
+    if compat.compiling_ahead():
+        return run
+
+    def call(*args: Any) -> Any:
+        watched = watched_forward.get()
+        if watched is None:
+            return run(*args)
+        with watched.looking_away():
+            return run(*args)
+
+    return call
+
+
 def with_labels(compiled: Callable[..., Any], compilation: Compilation) -> Callable[..., Any]:
     """Wraps a compiled graph so that its outputs are annotated with what is known of their axes, for the next graph."""
-    outgoing, begins = compilation.outgoing, compilation.position.leads_on and not compilation.position.continues
-    if not outgoing and not begins:
+    begins = compilation.position.leads_on and not compilation.position.continues
+    lost = compilation.position.leads_on and bool(compilation.trace_failure)
+    if not (compilation.outgoing or compilation.passed_on or begins or lost):
         return compiled
     symbols = compat.symbol_positions(compilation.graph_module)
-    known: dict[tuple[int, ...], tuple[tuple[int, Axes], ...]] = {}
+    names = [node.name for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
+    used = origins(axis for _, axes in compilation.passed_on for axis in axes)
+    inputs = [(name, position) for position, name in enumerate(names) if name in used]
+    known: dict[tuple[int, ...], tuple[tuple[tuple[int, Axes], ...], ...]] = {}
+
+    def in_ints(found: tuple[tuple[int, Axes], ...], values: Mapping[Any, int]) -> tuple[tuple[int, Axes], ...]:
+        return tuple((position, in_numbers(axes, lambda size: compat.number_of(size, values))) for position, axes in found)
 
     def run(*args: Any) -> Any:
         if begins:
             begin_forward()
+        watched = watched_forward.get()
+        given = {name: args[position] for name, position in inputs} if watched is not None else {}
         outputs = compiled(*args)
         numbers = tuple(int(args[position]) for position in symbols.values())
         if numbers not in known:
             values = dict(zip(symbols, numbers, strict=True))
-            known[numbers] = tuple((i, in_numbers(axes, lambda size: compat.number_of(size, values))) for i, axes in outgoing)
-        for position, axes in known[numbers]:
+            known[numbers] = in_ints(compilation.outgoing, values), in_ints(compilation.passed_on, values)
+        annotated, passed_on = known[numbers]
+        for position, axes in annotated:
             if isinstance(outputs[position], Tensor):
                 annotate(outputs[position], axes)
+        for position, axes in passed_on if watched is not None else ():
+            if watched is not None and isinstance(outputs[position], Tensor):
+                watched.pass_on(outputs[position], axes, given)
+        for output in outputs if lost else ():
+            if isinstance(output, Tensor):
+                annotate(output, None)
         return outputs
 
     return run

@@ -143,6 +143,8 @@ def run(name: str, world: int) -> dict:
             with oracle.MaskedAttention(oracle.token_mask(FRAMES, ROWS * COLUMNS, step, reference=4, window=1)):
                 answer = alone(*args, **kwargs)[0]
         graphs = graphs or torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        if name == "fully sharded-whole" and not step:
+            continue  # broken into graphs, which are followed from the second forward on
         errors.append(float((output - answer).abs().max() / answer.abs().max()))
         dense_errors.append(float((output - dense).abs().max() / dense.abs().max()))
     recompiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs

@@ -21,6 +21,7 @@ FLOORS = (  # rooms of the package, folders and modules alike; a room imports on
     {"source_stamp", "axes", "graph", "policies"},
     {"forward", "ops", "patterns"},
     {"layout", "selection"},
+    {"watching"},
     {"option_checks"},
     {"options", "lowering"},
     {"passes", "compilers"},

@@ -66,9 +66,9 @@ def test_ring_attention_is_dense_and_says_what_is_sparse():
     assert "Ulysses shows it the whole: ContextParallelConfig(ulysses_degree=...)" in remedy
 
 
-def test_fully_sharded_as_a_whole_is_dense_and_says_what_is_sparse():
+def test_fully_sharded_as_a_whole_is_sparse_from_the_second_forward_on():
     """The hooks of FSDP run between graphs, in code that Dynamo leaves alone."""
     result = results(2)["fully sharded-whole"]
-    assert result["from dense"] < 1e-5
-    assert {(decision, reason) for _, decision, reason, _ in result["sites"]} == {("dense", "graph_break")}
-    assert "lvsa_compile.compile_repeated_blocks(model)" in result["sites"][0][3]
+    assert result["from sparse"] < 1e-5
+    assert result["from dense"] > 1e-2
+    assert {reason for _, _, reason, _ in result["sites"]} <= {"", "cross_attention", "graph_break"}

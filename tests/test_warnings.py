@@ -69,8 +69,8 @@ def test_text_and_images_are_no_reason_to_warn():
     assert heard(lambda: encoder(**ids)) == []
 
 
-def test_blocks_compiled_alone_are_one_warning():
-    model = wan()
+def test_blocks_of_a_model_that_is_not_followed_are_one_warning():
+    model = lvsa_compile.undo(wan())
     for block in model.blocks:
         block.compile(backend="lvsa", options=EXACT)
     (said,) = heard(lambda: model(**wan_inputs()))
@@ -152,9 +152,12 @@ def test_require_raises_from_the_second_forward_on_with_the_report():
 
 
 def test_require_in_blocks_waits_for_the_second_forward():
-    model = wan()
-    for block in model.blocks:
+    model, left_alone = wan(), lvsa_compile.undo(wan())
+    for block in (*model.blocks, *left_alone.blocks):
         block.compile(backend="lvsa", options={**EXACT, "require": "sparse"})
+    heard(lambda: model(**wan_inputs()), calls=3)
+    torch._dynamo.reset()
+    model = left_alone
     heard(lambda: model(**wan_inputs()), calls=1)
     with pytest.raises(RequireError, match="no_grid"), torch.no_grad():
         model(**wan_inputs())

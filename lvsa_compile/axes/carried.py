@@ -8,7 +8,8 @@ from collections.abc import Callable, Container, Sequence
 from lvsa_compile.axes.algebra import ARANGE, INPUT, LOST, Axis, Concat, Digit, Factor, Size, Source, axis_size, leaves
 from lvsa_compile.axes.call import Axes
 
-_GENERATED, _CONDITIONING = "^", "~"
+_GENERATED, _CONDITIONING, _COORDINATES = "^", "~", "@"
+_MARKS = (_GENERATED, _CONDITIONING, _COORDINATES)
 _OTHER = f"{_CONDITIONING}other"
 
 
@@ -32,6 +33,17 @@ def is_generated(node_name: str) -> bool:
     return node_name.startswith(_GENERATED)
 
 
+def of_coordinates(name: str, value: int) -> str:
+    """The node name of an input that may hold the coordinates of tokens; ``value`` is the number of what it holds."""
+    return f"{_COORDINATES}{name}#{value}"
+
+
+def input_of(node_name: str) -> str:
+    """The name of the input of a forward that a node name of another graph stands for."""
+    bare = node_name[1:] if node_name.startswith(_MARKS) else node_name
+    return bare.rpartition("#")[0] if node_name.startswith(_COORDINATES) else bare
+
+
 LostAt = Callable[[Source], str]
 """Says where the trail of a LOST source was lost, for a graph that does not hold the op."""
 
@@ -51,7 +63,9 @@ def carried(axes: Axes, generated: Container[str], lost_at: LostAt) -> Axes | No
 
 
 def _carried_axis(axis: Axis, position: int, generated: Container[str], lost_at: LostAt) -> Axis:
-    telling = _telling([digit.source for factor in axis if isinstance(factor, Factor) for digit in factor.digits], generated)
+    factors = [factor for factor in axis if isinstance(factor, Factor)]
+    is_table = sum(ARANGE in factor.kinds for factor in factors) >= 3
+    telling = _telling([digit.source for factor in factors for digit in factor.digits], generated, is_table)
     done: list[Factor | Concat] = []
     for factor in axis:
         if isinstance(factor, Concat):
@@ -69,7 +83,7 @@ def _other(position: int, size: Size) -> Digit:
     return Digit(Source(INPUT, "other tokens", position, size, _OTHER, 3), size)
 
 
-def _telling(sources: Sequence[Source], generated: Container[str]) -> frozenset[Source]:
+def _telling(sources: Sequence[Source], generated: Container[str], is_table: bool) -> frozenset[Source]:
     """Which of the sources that the factors of one axis run along are worth keeping.
 
     Latents; else the packed tokens, of all inputs that run along the one of the highest rank, and the counts that were witnessed; else
@@ -87,20 +101,53 @@ def _telling(sources: Sequence[Source], generated: Container[str]) -> frozenset[
     if counted:
         return frozenset((*lost, *counted, *by_rank[:1]))
     video = [source for source in by_rank if source.node_name in generated or is_generated(source.node_name)]
-    return frozenset((*lost, *counts, *video[:1])) if len(counts) >= 3 else frozenset(lost)
+    coordinates = [source for source in inputs if source.node_name.startswith(_COORDINATES)]
+    return frozenset((*lost, *(counts if is_table else ()), *video[:1], *coordinates))
 
 
 def _renamed(source: Source, generated: Container[str], lost_at: LostAt) -> Source:
     """The source under a name that no node of another graph has."""
 
     def marked(node_name: str) -> str:
-        if node_name[:1] in (_GENERATED, _CONDITIONING):
+        if node_name.startswith(_MARKS):
             return node_name
         return (_GENERATED if node_name in generated else _CONDITIONING) + node_name
 
     if source.kind == LOST:
         return Source(LOST, lost_at(source), 0, source.size, "", 1, frozenset(map(marked, source.origins)))
-    return dataclasses.replace(source, node_name=marked(source.node_name) if source.node_name else "")
+    inside = _renamed_axis(source.stands_for_axis, generated, lost_at)
+    return dataclasses.replace(source, node_name=marked(source.node_name) if source.node_name else "", stands_for_axis=inside)
+
+
+def _renamed_axis(axis: Axis, generated: Container[str], lost_at: LostAt) -> Axis:
+    def of(factor: Factor | Concat) -> Factor | Concat:
+        if isinstance(factor, Concat):
+            return Concat(tuple(_renamed_axis(part, generated, lost_at) for part in factor.parts))
+        digits = (Digit(_renamed(d.source, generated, lost_at), d.size, d.stride, d.start) for d in factor.digits)
+        return Factor(factor.size, frozenset(digits))
+
+    return tuple(map(of, axis))
+
+
+def unmarked(axes: Axes, inputs: Container[str]) -> Axes:
+    """The axes with the names that the forward's own code has for its ``inputs``."""
+
+    def name(node_name: str) -> str:
+        return node_name[1:] if node_name.startswith((_GENERATED, _CONDITIONING)) and node_name[1:] in inputs else node_name
+
+    def bare(digit: Digit) -> Digit:
+        source = digit.source
+        origins, inside = frozenset(map(name, source.origins)), of(source.stands_for_axis)
+        renamed = dataclasses.replace(source, node_name=name(source.node_name), origins=origins, stands_for_axis=inside)
+        return Digit(renamed, digit.size, digit.stride, digit.start)
+
+    def of(axis: Axis) -> Axis:
+        return tuple(
+            Concat(tuple(map(of, factor.parts))) if isinstance(factor, Concat) else Factor(factor.size, frozenset(map(bare, factor.digits)))
+            for factor in axis
+        )
+
+    return tuple(map(of, axes))
 
 
 def in_numbers(axes: Axes, number: Callable[[Size], int]) -> Axes:

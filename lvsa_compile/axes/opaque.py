@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 from lvsa_compile.axes.algebra import (
     INPUT,
     LOST,
@@ -16,6 +19,7 @@ from lvsa_compile.axes.algebra import (
     concat,
     leaves,
     merge_factors,
+    origins,
     quotient,
     same,
     slice_axis,
@@ -61,6 +65,30 @@ def expanded(axis: Axis) -> Axis:
             result = combine(result, expanded(part)) if part is not None else result
         done.extend(result)
     return tuple(done)
+
+
+def substituted(axes: tuple[Axis, ...], inputs: Mapping[str, tuple[Axis, ...]]) -> tuple[Axis, ...]:
+    """What a graph says of an output in terms of its inputs, in terms of what the axes of these inputs are; by name."""
+
+    def known(source: Source) -> Source:
+        if source.kind == LOST and source.origins:
+            named = frozenset[str]().union(*(origins(inputs[name]) if name in inputs else {name} for name in source.origins))
+            return dataclasses.replace(source, origins=named)
+        own = inputs.get(source.node_name) if source.kind == INPUT else None
+        fits = own is not None and source.axis < len(own) and same(axis_size(own[source.axis]), source.size)
+        return dataclasses.replace(source, stands_for_axis=own[source.axis]) if own is not None and fits else source
+
+    def of(axis: Axis) -> Axis:
+        done: list[Factor | Concat] = []
+        for factor in axis:
+            if isinstance(factor, Concat):
+                done.append(Concat(tuple(map(of, factor.parts))))
+            else:
+                digits = (Digit(known(digit.source), digit.size, digit.stride, digit.start) for digit in factor.digits)
+                done.append(Factor(factor.size, frozenset(digits)))
+        return expanded(tuple(done))
+
+    return tuple(map(of, axes))
 
 
 def _counted_by(digit: Digit) -> Axis | None:

@@ -30,10 +30,11 @@ from lvsa_compile.axes.algebra import (
     same,
     slice_axis,
 )
-from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, tensors_in, with_axis
+from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, with_axis
 from lvsa_compile.axes.device_rules import geglu, npu_attention, repeat_interleave
 from lvsa_compile.axes.overwriting import informed, lost_axes, overwritten, runs_of
 from lvsa_compile.axes.patch_rules import columns_to_image, convolution, image_to_columns, pad, pixel_shuffle, pool, unfold
+from lvsa_compile.axes.pointwise_rules import broadcast_axes, pointwise
 from lvsa_compile.axes.shard_rules import all_to_all
 from lvsa_compile.axes.values import Array
 from lvsa_compile.axes.view_rules import (
@@ -51,21 +52,6 @@ from lvsa_compile.axes.view_rules import (
 )
 
 # --- elementwise, copies, creation ---------------------------------------------------------------------------------------------
-
-
-def broadcast_axes(all_axes: Sequence[Axes], rank: int) -> Axes:
-    """Axes of an elementwise result of ``rank`` axes, aligned from the last as broadcasting does."""
-    result: list[Axis] = [()] * rank
-    for axes in all_axes:
-        for position, axis in enumerate(axes, start=rank - len(axes)):
-            result[position] = combine(result[position], axis)
-    return tuple(result)
-
-
-def pointwise(call: Call) -> Sequence[Axes]:
-    """Elementwise with broadcasting."""
-    operands = [call.axes_of(tensor) for tensor in tensors_in(call.args, call.kwargs.values())]
-    return [broadcast_axes(operands, output.dim()) for output in call.outputs]
 
 
 def copied(call: Call) -> Sequence[Axes]:

@@ -6,6 +6,7 @@ One small set of rules thus serves every spelling: methods, functions, einops, s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from lvsa_compile.axes.algebra import CREATED, Size, Source, axis_of, axis_size,
 from lvsa_compile.axes.call import Axes, Call, sizes_of, tensors_in
 from lvsa_compile.axes.overwriting import lost_axes, overwritten
 from lvsa_compile.axes.patch_rules import mixes_places
-from lvsa_compile.axes.rules import RULES, pointwise
+from lvsa_compile.axes.pointwise_rules import pointwise
+from lvsa_compile.axes.rules import RULES
 from lvsa_compile.axes.values import KnownValues, Later, View
 from lvsa_compile.axes.view_rules import expand, slice_bounds, with_place_apart
 from lvsa_compile.errors import in_a_line
@@ -31,17 +33,25 @@ class RuleFailed(Exception):
     """A rule failed, not the op it is about."""
 
 
+Reference = Callable[[], "Tensor | None"]
+"""Gives a tensor as long as it lives."""
+
+
 @dataclass(frozen=True)
 class _ViewCall:
-    """A call that made views of ``parent``: run its rule again when ``parent`` is written to."""
+    """A call that made views of ``parent``: run its rule again when ``parent`` is written to.  ``rest`` are its further arguments."""
 
     func: compat.OpOverload
-    call: Call
-    parent: Tensor
+    op: str
+    parent: Reference
+    rest: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Reference, ...]
+    node_name: str
 
 
 class AxisTracker(compat.TorchDispatchMode):
-    """Knows the axes of every fake tensor made while it is active.
+    """Knows the axes of every tensor made while it is active.
 
     ``node_name`` and ``moment`` are the name and the number of the step that runs, as the caller says; ``last_written`` holds the moment of
     the last write to each piece of memory, ``convolved`` the names of inputs over which a convolution with overlapping windows ran.
@@ -54,28 +64,46 @@ class AxisTracker(compat.TorchDispatchMode):
         self.node_name, self.moment = "", 0
         self.last_written: dict[int, int] = {}
         self.convolved: set[str] = set()
-        self._axes: dict[int, tuple[Tensor, Axes]] = {}
+        self._axes: dict[int, tuple[Reference, Axes]] = {}
         self._made_by: dict[int, tuple[_ViewCall, int]] = {}
         self._views_of: dict[int, list[_ViewCall]] = {}
         self.values = KnownValues()
 
     def axes_of(self, tensor: Tensor) -> Axes:
         """Axes of a tensor; one never seen is a constant of the model."""
-        known = self._axes.get(id(tensor))
+        known = self.known_axes(tensor)
+        return self._constant(tensor) if known is None else known
+
+    def known_axes(self, tensor: Tensor) -> Axes | None:
+        """Axes of a tensor; None of one never seen."""
+        known = self._stored(tensor)
         if known is not None:
-            return known[1]
+            return known
         part = compat.local_part(tensor)
-        if part is not None and id(part[0]) in self._axes:
-            return self._other_side(self._axes[id(part[0])][1], sizes_of(tensor), part[1])
+        inside = None if part is None else self._stored(part[0])
+        return None if part is None or inside is None else self._other_side(inside, sizes_of(tensor), part[1])
+
+    def set_axes(self, tensor: Tensor, axes: Axes) -> None:
+        """Says what a tensor's axes are."""
+        self._store(tensor, axes)
+        part = compat.local_part(tensor)
+        if part is not None:  # the process's own part is taken out of a distributed tensor without any op
+            self._store(part[0], self._other_side(axes, sizes_of(part[0]), part[1]))
+
+    def _constant(self, tensor: Tensor) -> Axes:
         node_name = self.node_name
         return tuple(axis_of(Source(CREATED, "constant", i, size, node_name)) for i, size in enumerate(sizes_of(tensor)))
 
-    def set_axes(self, tensor: Tensor, axes: Axes) -> None:
-        """Says what a tensor's axes are; the tensor is kept alive so that its identity stays its own."""
-        self._axes[id(tensor)] = (tensor, axes)
-        part = compat.local_part(tensor)
-        if part is not None:  # the process's own part is taken out of a distributed tensor without any op
-            self._axes[id(part[0])] = (part[0], self._other_side(axes, sizes_of(part[0]), part[1]))
+    def _store(self, tensor: Tensor, axes: Axes) -> None:
+        self._axes[id(tensor)] = (self._reference(tensor), axes)
+
+    def _stored(self, tensor: Tensor) -> Axes | None:
+        known = self._axes.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else None
+
+    def _reference(self, tensor: Tensor) -> Reference:
+        """What gives the tensor later: fakes, which take no memory, are kept alive."""
+        return lambda: tensor
 
     def _other_side(self, axes: Axes, sizes: list[Size], cut: frozenset[int]) -> Axes:
         """Axes of a distributed tensor from those of the process's part, or the other way round; axes that are cut start anew."""
@@ -118,7 +146,8 @@ class AxisTracker(compat.TorchDispatchMode):
             self.set_axes(output, axes)
             self.values.set(output, self.values.result(func, args, kwargs, position if several else None, output))
         if compat.returns_views(func) and isinstance(args[0], Tensor):
-            view = _ViewCall(func, call, args[0])
+            references = tuple(map(self._reference, outputs))
+            view = _ViewCall(func, call.op, self._reference(args[0]), args[1:], kwargs, references, self.node_name)
             self._views_of.setdefault(id(args[0]), []).append(view)
             self._made_by.update((id(output), (view, position)) for position, output in enumerate(outputs))
 
@@ -153,18 +182,40 @@ class AxisTracker(compat.TorchDispatchMode):
     def _write(self, target: Tensor, axes: Axes) -> None:
         """Notes what a tensor was overwritten with, in every tensor that shares its memory."""
         self.set_axes(target, axes)
-        made_by = self._made_by.get(id(target))
-        if made_by is None:
+        parent, view, position = self._made_of(target)
+        if parent is None or view is None:
             self._refresh_views(target)
         else:
-            view, position = made_by
-            self._write(view.parent, self._parent_axes(view.call, view.parent, position, axes))
+            call = self._view_call(view, parent)
+            self._write(parent, self._lost(parent, axes) if call is None else self._parent_axes(call, parent, position, axes))
 
     def _refresh_views(self, parent: Tensor) -> None:
-        for view in self._views_of.get(id(parent), ()):
-            for output, axes in zip(view.call.outputs, self._output_axes(view.func, view.call), strict=True):
+        for view in self._views(parent):
+            call = self._view_call(view, parent)
+            if call is None:  # of several views some are gone
+                alive = [output for reference in view.outputs if (output := reference()) is not None]
+                found = [(output, self._lost(output, self.axes_of(parent))) for output in alive]
+            else:
+                found = list(zip(call.outputs, self._output_axes(view.func, call), strict=True))
+            for output, axes in found:
                 self.set_axes(output, axes)
                 self._refresh_views(output)
+
+    def _made_of(self, tensor: Tensor) -> tuple[Tensor | None, _ViewCall | None, int]:
+        """The tensor that a view was taken of, by which call, and which of its outputs it is."""
+        view, position = self._made_by.get(id(tensor), (None, 0))
+        own = view is not None and view.outputs[position]() is tensor
+        return (view.parent(), view, position) if own and view is not None else (None, None, 0)
+
+    def _views(self, parent: Tensor) -> list[_ViewCall]:
+        return [view for view in self._views_of.get(id(parent), ()) if view.parent() is parent]
+
+    def _view_call(self, view: _ViewCall, parent: Tensor) -> Call | None:
+        """The call that made views; None where some of them are gone."""
+        outputs = [output for reference in view.outputs if (output := reference()) is not None]
+        if len(outputs) < len(view.outputs):
+            return None
+        return Call(view.op, (parent, *view.rest), view.kwargs, tuple(outputs), self.axes_of, view.node_name, self.values.of)
 
     def _write_value(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the value of what a call writes to, as far as it is known, in every tensor that shares its memory."""
@@ -174,23 +225,26 @@ class AxisTracker(compat.TorchDispatchMode):
     def _root(self, tensor: Tensor) -> tuple[Tensor, list[View]]:
         """The tensor whose memory a view shows, and the calls that lead from it to the view."""
         path: list[View] = []
-        while (made_by := self._made_by.get(id(tensor))) is not None:
-            view, position = made_by
-            path.insert(0, (view.func, view.call.args, view.call.kwargs, position))
-            tensor = view.parent
-        return tensor, path
+        while True:
+            parent, view, position = self._made_of(tensor)
+            if parent is None or view is None:
+                return tensor, path
+            path.insert(0, (view.func, (parent, *view.rest), view.kwargs, position))
+            tensor = parent
 
     def _set_value(self, root: Tensor, later: Later | None) -> None:
         """Says what a tensor's value is, or that it is not known any more; what its views show follows."""
         self.values.set(root, later)
-        waiting = list(self._views_of.get(id(root), ()))
+        waiting = [(root, view) for view in self._views(root)]
         while waiting:
-            view = waiting.pop(0)
-            several = len(view.call.outputs) > 1
-            for position, output in enumerate(view.call.outputs):
-                seen = self.values.result(view.func, view.call.args, view.call.kwargs, position if several else None, output)
-                self.values.set(output, seen)
-                waiting.extend(self._views_of.get(id(output), ()))
+            parent, view = waiting.pop(0)
+            several = len(view.outputs) > 1
+            for position, reference in enumerate(view.outputs):
+                output = reference()
+                if output is not None:
+                    seen = self.values.result(view.func, (parent, *view.rest), view.kwargs, position if several else None, output)
+                    self.values.set(output, seen)
+                    waiting.extend((output, further) for further in self._views(output))
 
     def _parent_axes(self, call: Call, parent: Tensor, position: int, child: Axes) -> Axes:
         """Axes of ``parent`` after its view, output ``position`` of ``call``, was overwritten with ``child``."""

@@ -10,6 +10,7 @@ import torch
 
 TORCH = f"{next(iter(torch.__path__))}/"
 """The folder of torch's own code."""
+_HERE = f"{__file__.rpartition('/compat/')[0]}/"
 
 
 def frames() -> Iterator[types.FrameType]:
@@ -23,6 +24,15 @@ def frames() -> Iterator[types.FrameType]:
 def is_entry(frame: types.FrameType) -> bool:
     """Whether a frame is that of a function that ``torch.compile`` returned."""
     return frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.startswith(TORCH)
+
+
+def users_line() -> str:
+    """The innermost line of the calls in progress that is neither torch's nor made by a compiler."""
+    for frame in frames():
+        code = frame.f_code
+        if not code.co_filename.startswith((TORCH, "<", _HERE)):
+            return line_of(code.co_filename, frame.f_lineno, code.co_name)
+    return "an unknown line"
 
 
 def line_of(file: str, number: int | None, function: str) -> str:

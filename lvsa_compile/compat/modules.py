@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lvsa_compile.compat.frames import frames, is_entry
 
@@ -79,6 +80,14 @@ def holds_parameter(module: torch.nn.Module, parameter: Tensor) -> bool:
     return any(held is parameter for held in module._parameters.values())
 
 
+def parameter_names(module_class: type) -> tuple[str, ...]:
+    """Names of all parameters of a module's forward."""
+    try:
+        return tuple(inspect.signature(module_class.forward).parameters)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError):
+        return ()
+
+
 def required_parameters(module_class: type) -> tuple[str, ...]:
     """Names of the parameters that a module's forward cannot do without."""
     try:
@@ -93,18 +102,25 @@ def plain_call(module: torch.nn.Module) -> Callable[..., Any]:
     return module._call_impl
 
 
-def set_compiled_call(module: torch.nn.Module, call: Callable[..., Any]) -> None:
-    """Has a module's calls go to ``call``, as ``module.compile()`` does."""
-    module._compiled_call_impl = call
+_hooks_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def forward_hooks(module: torch.nn.Module) -> list[Any]:
-    """Hooks of a module that run before and after its forward."""
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+def forward_hooks(module: torch.nn.Module) -> tuple[int, ...]:
+    """Identities of the forward hooks of a module and of those in it, which Dynamo compiles with it and does not guard."""
+    held = _hooks_of.get(module)
+    if held is None:
+        held = _hooks_of[module] = [hooks for each in module.modules() for hooks in (each._forward_pre_hooks, each._forward_hooks)]
+    return tuple([id(hook) for hooks in held if hooks for hook in hooks.values()])
 
 
-def remove_forward_hooks(module: torch.nn.Module, unwanted: Callable[[Any], bool]) -> None:
-    """Takes the forward hooks away for which ``unwanted`` is true."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if unwanted(hook)]:
-            del hooks[key]
+def compiled_call(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """Where a module's calls go, as ``module.compile()`` has it; None where they go to the module itself."""
+    return vars(module).get("_compiled_call_impl")
+
+
+def set_compiled_call(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
+    """Has a module's calls go to ``call``; copies and pickles of the module know nothing of it."""
+    if call is None:
+        vars(module).pop("_compiled_call_impl", None)
+    else:
+        vars(module)["_compiled_call_impl"] = call

@@ -6,7 +6,7 @@ import collections
 import contextvars
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -20,19 +20,27 @@ from lvsa_compile import compat
 class Parent:
     """The model around a block that is compiled by itself.
 
-    ``block`` is the path of the block that is called, ``problem`` says why nothing is known of what it gets, ``hooks`` are its
-    own (Dynamo does not look whether another block of its class has others), and ``token`` is one object per forward.
-    ``called_by_others`` says that the block is called while the model's forward is not, ``call`` how often it was called before in this
-    forward.
+    ``block`` is the path of the block that is being compiled, ``problem`` says why nothing is known of what it gets, and ``token`` is
+    one object per forward.  ``called_by_others`` says that the block is called while the model's forward is not, ``first_forward`` that
+    the forward had begun before the model was found.  ``ticks`` says that the clock moved where the forward began.  ``unconfirmed`` says
+    that no output has shown yet which of several videos is generated: attention is dense until one has.  ``times`` counts what is called
+    in this forward.
     """
 
     model: Any
     block: str = ""
-    hooks: tuple[int, ...] = ()
     token: object = dataclasses.field(default_factory=object)
     problem: str = ""
     called_by_others: bool = False
-    call: int = 0
+    first_forward: bool = False
+    ticks: bool = True
+    unconfirmed: bool = False
+    times: collections.Counter[Hashable] = dataclasses.field(default_factory=collections.Counter)
+
+    def time(self, called: Hashable) -> int:
+        """How often ``called`` was called before in this forward; this is one more call."""
+        self.times[called] += 1
+        return self.times[called] - 1
 
 
 parent: contextvars.ContextVar[Parent | None] = contextvars.ContextVar("lvsa_parent", default=None)
@@ -49,12 +57,6 @@ class Position:
     continues: bool = False
     leads_on: bool = False
     breaks: bool = False
-
-
-def hooks_around() -> tuple[int, ...]:
-    """The hooks of the block that is called by itself."""
-    around = parent.get()
-    return around.hooks if around is not None else ()
 
 
 def root_module() -> Any:

@@ -1,13 +1,18 @@
-"""The weak map from a tensor to the annotation of its axes: how one graph of a forward tells the next what it found out.
+"""The annotation of a tensor's axes: how one graph of a forward tells the next what it found out.
 
-A forward may be several graphs: Dynamo breaks it, or its blocks are compiled one by one.  Nothing is known of tensors that eager code
-made of annotated ones.
+A forward may be several graphs: Dynamo breaks it, or its blocks are compiled one by one.  Where the forward is watched, the watch knows
+the axes of all its tensors; elsewhere graphs annotate their outputs in a weak map, and nothing is known of tensors that eager code made
+of annotated ones.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import itertools
 import threading
+from collections.abc import Mapping
+from typing import Protocol
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -15,6 +20,33 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import axis_size
 from lvsa_compile.axes.call import Axes
+from lvsa_compile.axes.values import Array
+
+
+class WatchedForward(Protocol):
+    """A forward in progress whose tensors are followed."""
+
+    def annotate(self, tensor: Tensor, axes: Axes | None) -> None:
+        """Says what a graph knows of the axes of an output; None where it knows nothing."""
+
+    def pass_on(self, tensor: Tensor, axes: Axes, inputs: Mapping[str, Tensor]) -> None:
+        """Says what the axes of an output of a graph are in terms of those of its inputs, given by name."""
+
+    def annotation_of(self, tensor: Tensor) -> Axes | None:
+        """What a graph should know of the axes of an input; None where nothing of use is known."""
+
+    def looking_away(self) -> contextlib.AbstractContextManager[None]:
+        """Surroundings in which ops are not followed."""
+
+    def peek(self, node_name: str) -> Array | None:
+        """The value of an input of the forward, by its name in annotations."""
+
+    def rely_on(self, node_name: str) -> None:
+        """Notes that what was peeked at decided something: annotations are others from where the value is another."""
+
+
+watched_forward: contextvars.ContextVar[WatchedForward | None] = contextvars.ContextVar("lvsa_watched_forward", default=None)
+"""The forward that is followed now, if any."""
 
 _annotations: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _forward = threading.local()
@@ -28,13 +60,15 @@ def begin_forward() -> None:
 _numbers = itertools.count(1)
 
 
-def annotate(tensor: Tensor, axes: Axes | None, at_once: bool = False) -> None:
+def annotate(tensor: Tensor, axes: Axes | None) -> None:
     """Annotates a real tensor with its axes; None forgets them.
 
-    Tensors of inference mode have no version counter, so that a stale annotation would go unnoticed: they are annotated only where the next
-    graph runs ``at_once``.
+    Tensors of inference mode have no version counter, so that a stale annotation would go unnoticed: only a watch annotates them.
     """
-    if axes is None or (tensor.is_inference() and not at_once):
+    watched = watched_forward.get()
+    if watched is not None:
+        watched.annotate(tensor, axes)
+    elif axes is None or tensor.is_inference():
         _annotations.pop(tensor, None)
     elif [axis_size(axis) for axis in axes] == list(tensor.shape):
         _annotations[tensor] = (axes, compat.version_of(tensor), getattr(_forward, "number", 0))
@@ -42,6 +76,9 @@ def annotate(tensor: Tensor, axes: Axes | None, at_once: bool = False) -> None:
 
 def annotation_of(tensor: Tensor) -> Axes | None:
     """The annotation of a tensor in this forward; None where there is none, or the tensor was written to since."""
+    watched = watched_forward.get()
+    if watched is not None:
+        return watched.annotation_of(tensor)
     found = _annotations.get(tensor)
     return found[0] if found is not None and found[1:] == (compat.version_of(tensor), getattr(_forward, "number", 0)) else None
 

@@ -15,6 +15,7 @@ from lvsa_compile.axes.algebra import INPUT, PARAMETER, Source, axis_of, axis_si
 from lvsa_compile.axes.call import Axes, sizes_of
 from lvsa_compile.axes.tracker import AxisTracker, RuleFailed
 from lvsa_compile.axes.values import Array, Later
+from lvsa_compile.forward.labels import watched_forward
 from lvsa_compile.layout.guarded_values import Reader
 
 
@@ -57,6 +58,8 @@ class LayoutInterpreter(fx.Interpreter):
             self.output_axes = {i: self.tracker.axes_of(tensor) for i, tensor in tensors.items()}
         self.tracker.node_name, self.tracker.moment = n.name, len(self._ran)
         self._ran[n] = self.tracker.moment
+        if isinstance(n.meta.get("example_value"), torch.SymFloat):  # read again it would be another number that nobody knows
+            return n.meta["example_value"]
         try:
             result = super().run_node(n)
         except RuleFailed:
@@ -157,7 +160,7 @@ def run_on_fakes(
         return None
     tracker = AxisTracker()
     placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
-    reader = Reader(dict(zip(placeholders, example_inputs, strict=False)))
+    reader = Reader(dict(zip(placeholders, example_inputs, strict=False)), watched_forward.get())
     interpreter = LayoutInterpreter(graph_module, tracker, watched, reader, brought, unwritten)
     inputs = [None for _ in placeholders]
     with compat.isolated_run(fake_mode), interpreter.surroundings(), tracker:

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from lvsa_compile import compat
 from lvsa_compile.axes.values import Array, Later
+from lvsa_compile.forward.labels import WatchedForward
 
 _LARGEST_INPUT = 1 << 24
 """Elements of the largest input that is read."""
 
 
 class Reader:
-    """Reads the inputs of a graph or a model, by name, and remembers which."""
+    """Reads the inputs of a graph or a model, by name, and remembers which; those of the forward around it are read ``elsewhere``."""
 
-    def __init__(self, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, inputs: Mapping[str, Any], elsewhere: WatchedForward | None = None) -> None:
+        self._elsewhere = elsewhere
         self._real = {node_name: value for node_name, value in inputs.items() if isinstance(value, Tensor) and _is_real(value)}
         self._read: dict[str, Tensor] = {}
         self._looked_at: dict[str, Array] = {}
@@ -31,6 +33,8 @@ class Reader:
     def read(self, node_name: str) -> Tensor | None:
         """The value of an input, on the CPU; None where the caller gave no real tensor."""
         if node_name not in self._real:
+            if self._elsewhere is not None:
+                self._elsewhere.rely_on(node_name)
             return None
         if node_name not in self._read:
             with compat.no_modes():
@@ -40,6 +44,8 @@ class Reader:
     def peek(self, node_name: str) -> Array | None:
         """Peeks at an input that may be coordinates (an axis of three), without a guard: ``read`` it before depending on the value."""
         tensor = self._real.get(node_name)
+        if tensor is None and self._elsewhere is not None:
+            return self._elsewhere.peek(node_name)
         if tensor is None or tensor.is_complex() or not 2 <= tensor.dim() <= 4 or 3 not in tensor.shape:
             return None
         if node_name not in self._looked_at:

@@ -207,7 +207,7 @@ def refined(axis: Axis, evidence: Mapping[Digit, Evidence], contradictions: Cont
         if isinstance(factor, Concat):
             done.extend(concat([refined(part, evidence, contradictions) for part in factor.parts]))
             continue
-        known = [digit for digit in _packed_digits(factor) if digit in evidence]
+        known = [digit for digit in _packed_digits(factor) if digit in evidence and LOST not in factor.kinds]
         shown = {evidence[digit].stretches for digit in known}
         disputed = any(digit.source.node_name in contradictions for digit in _packed_digits(factor))
         done.extend(_stretched(known, shown.pop()) if len(shown) == 1 and not disputed else (factor,))

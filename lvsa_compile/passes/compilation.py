@@ -176,6 +176,7 @@ class Compilation:
         specialised: symbolic sizes that had to be fixed, in words.
         extra_inputs: inputs appended to the graph.
         outgoing: annotations of outputs, by position, for the next graph of the same forward.
+        passed_on: axes of the other outputs, in terms of the graph's inputs.
         flops: those of the whole graph, dense; 0 where a size is not a number.
         changed: whether a pass changed what the graph computes; without it the graph is compiled as it came.
         passes: the passes that ran.
@@ -208,6 +209,7 @@ class Compilation:
     specialised: tuple[str, ...] = ()
     extra_inputs: tuple[ExtraInput, ...] = ()
     outgoing: tuple[tuple[int, Axes], ...] = ()
+    passed_on: tuple[tuple[int, Axes], ...] = ()
     flops: float = 0.0
     changed: bool = False
     passes: tuple[PassRun, ...] = ()

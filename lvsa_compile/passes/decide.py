@@ -33,9 +33,9 @@ _NEEDED = ("trace_layout", "rewrite", "lower", "find_horizon")
 def decide(compilation: Compilation) -> Compilation:
     """Fills in ``decisions``, one per site, and ``specialised``, the symbolic sizes that had to be fixed."""
     options = compilation.options
-    if options.dense_layers and compilation.sites and not compilation.has_video and context.is_whole_of_compiled():
+    if options.dense_layers and compilation.sites and _is_block(compilation):
         raise OptionError(
-            "dense_layers", list(options.dense_layers), "what is compiled shows no video, so it is a block that serves many layers",
+            "dense_layers", list(options.dense_layers), "what is compiled is a block, which serves many layers",
             "Compile the whole model to choose among its layers.",
         )  # fmt: skip
     decisions: list[Decision] = []
@@ -98,6 +98,12 @@ def may_be_sparse(compilation: Compilation) -> bool:
     return horizon.if_pixels > 0 or any(miss is None for miss in misses)
 
 
+def _is_block(compilation: Compilation) -> bool:
+    """Whether one graph serves many blocks of a model."""
+    around = context.parent.get()
+    return around.ticks if around is not None else not compilation.has_video and context.is_whole_of_compiled()
+
+
 def _segments(layout: TokenLayout) -> Segments:
     return tuple((segment.kind, str(segment), segment.size if isinstance(segment.size, int) else 0) for segment in layout.segments)
 
@@ -157,7 +163,9 @@ def _decide(
     policy = _chosen(compilation, geometry)
     if isinstance(policy, Miss):
         return policy
-    plan = plan_of(policy, geometry, compilation.facts).with_dense_steps(compilation.options.dense_steps)
+    plan = plan_of(policy, geometry, compilation.facts)
+    around = context.parent.get()
+    plan = plan.with_dense_steps(compilation.options.dense_steps, spare=around is not None and around.unconfirmed)
     check_op(plan)
     if form is not None and form.pairs is not None:
         allowed = _allowed(form.pairs, plan)

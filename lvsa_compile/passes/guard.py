@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT
@@ -24,10 +24,10 @@ def guard(compilation: Compilation) -> None:
     for node_name, held in (compilation.reader.relied_on if compilation.reader is not None else {}).items():
         node = next(node for node in placeholders if node.name == node_name)
         compat.guard_input(node, SameValue(held), "holds the values that the token layout was read from")
-    around = context.parent.get()
-    if around is not None and placeholders:
-        hooks = around.hooks
-        compat.guard_input(placeholders[-1], lambda _: context.hooks_around() == hooks, "goes to a block with the same hooks")
+    block = compat.argument_scope().get("self")
+    if context.parent.get() is not None and isinstance(block, nn.Module):
+        hooks = compat.forward_hooks(block)
+        compat.guard_self(lambda module: compat.forward_hooks(module) == hooks, "is a block with the same hooks")
     shows_nothing = bool(compilation.sites) and not compilation.has_video
     if shows_nothing or (compilation.position.continues and (compilation.sites or compilation.outgoing)):
         for node, value in zip(placeholders, compilation.example_inputs, strict=False):

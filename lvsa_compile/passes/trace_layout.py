@@ -49,7 +49,10 @@ def trace_layout(compilation: Compilation) -> Compilation:
             pairs[site.node] = (query, key)
     tokens = [axes[-2] for pair in pairs.values() for axes in pair]
     seen, unannotated = collect_evidence(tokens, traced.output_axes, traced.reader), _not_annotated(compilation, brought)
-    guessed = unannotated - _shown_elsewhere([*tokens, *(axis for axes in seen.outputs.values() for axis in axes)])
+    if context.parent.get() is not None:  # then every input that may show the video is annotated
+        guessed = frozenset(seen.targets.keys() - _names_in(brought))
+    else:
+        guessed = unannotated - _shown_elsewhere([*tokens, *(axis for axes in seen.outputs.values() for axis in axes)])
     seen = dataclasses.replace(seen, targets={node_name: axes for node_name, axes in seen.targets.items() if node_name not in guessed})
     outputs = None if compilation.position.breaks else _outputs(compilation.graph_module.graph)
     not_denoiser = why_no_denoiser(seen.targets, [*map(expanded, tokens)], outputs, _has_time(compilation), traced.tracker.convolved)
@@ -63,7 +66,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
         for node, (query, key) in ((node, (seen.refine(query), seen.refine(key))) for node, (query, key) in pairs.items())
     }
     masks = {site.node: _mask_form(site, site.mask, traced) for site in sites if site.mask is not None}
-    outgoing = _outgoing(seen, compilation.graph_module.graph) if compilation.position.leads_on else ()
+    outgoing = _outgoing(seen, compilation.graph_module.graph, brought) if compilation.position.leads_on else ()
     return dataclasses.replace(
         compilation,
         layouts=layouts,
@@ -74,6 +77,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
         not_denoiser=not_denoiser,
         reader=traced.reader,
         outgoing=outgoing,
+        passed_on=_passed_on(traced, outgoing, brought) if context.parent.get() is not None else (),
     )
 
 
@@ -89,6 +93,11 @@ def _cut_off(
         return not isinstance(size, int) or size >= least
 
     return frozenset(node for node, (query, _) in pairs.items() if origins(query) & set(unannotated) and long_enough(query[-2]))
+
+
+def _names_in(brought: Mapping[str, Axes]) -> frozenset[str]:
+    """Names of inputs of the forward that annotations tell of."""
+    return frozenset(node_name for axes in brought.values() for node_name in origins(axes))
 
 
 def _shown_elsewhere(axes: Iterable[Axis]) -> frozenset[str]:
@@ -159,20 +168,33 @@ def _brought(compilation: Compilation) -> dict[str, Axes]:
     return found
 
 
-def _outgoing(seen: LayoutEvidence, graph: fx.Graph) -> tuple[tuple[int, Axes], ...]:
+def _outgoing(seen: LayoutEvidence, graph: fx.Graph, brought: Mapping[str, Axes]) -> tuple[tuple[int, Axes], ...]:
     """What is to be said of the outputs, by position.
 
-    Of several videos that may be generated it is not known here which one is, unless they run along one axis, as items of a batch do.
+    An output that is as an input was is said to be what was said of that, so that all blocks of a kind get the same.  Of several videos
+    that may be generated it is not known here which one is, unless they run along one axis, as items of a batch do.
     """
     factors = [factor for axes in seen.outputs.values() for axis in axes for factor in leaves(axis)]
     together = any(seen.targets.keys() <= {digit.source.node_name for digit in factor.digits} for factor in factors)
     generated = seen.targets if together else {}
-    tokens = {position: axes for position, axes in seen.outputs.items() if len(axes) < 5}  # a latent shows its grid by itself
-    sizes = (
-        (position, outgoing_annotation(axes, generated, lambda lost: after(lost.name, lost.node_name, graph)))
-        for position, axes in tokens.items()
-    )
-    return tuple((position, axes) for position, axes in sizes if axes is not None)
+    around = context.parent.get() is not None
+    tokens = {position: axes for position, axes in seen.outputs.items() if len(axes) < 5 or around}  # a latent shows its grid to a graph
+
+    def annotation(axes: Axes) -> Axes | None:
+        return outgoing_annotation(axes, generated, lambda lost: after(lost.name, lost.node_name, graph))
+
+    as_before = {annotation(seen.refine(axes)): axes for axes in brought.values()}
+    found = ((position, annotation(axes)) for position, axes in tokens.items())
+    return tuple((position, as_before.get(axes, axes)) for position, axes in found if axes is not None)
+
+
+def _passed_on(
+    traced: LayoutInterpreter, outgoing: tuple[tuple[int, Axes], ...], brought: Mapping[str, Axes]
+) -> tuple[tuple[int, Axes], ...]:
+    """Axes of outputs of which nothing is said, as far as they run along inputs of which nothing was said either."""
+    annotated = {position for position, _ in outgoing}
+    others = {position: axes for position, axes in traced.output_axes.items() if position not in annotated}
+    return tuple((position, axes) for position, axes in others.items() if origins(axes) - brought.keys())
 
 
 def _outside_tokens(axes: Axes) -> Axis:

@@ -76,6 +76,8 @@ def _miss(node: fx.Node, query: TokenLayout, key: TokenLayout, compilation: Comp
         parent = context.parent.get()
         if parent is not None and parent.called_by_others:
             return reasons.FORWARD_NOT_CALLED.because(f"{parent.block} of {type(parent.model).__name__} is called, its forward is not")
+        if parent is not None and parent.first_forward and not has_video:
+            return reasons.FIRST_FORWARD.because(f"{parent.block or 'a part'} of {type(parent.model).__name__}")
         if not has_video and (parent is None or parent.problem):
             why = "no input of this graph shows a video grid" if parent is None else parent.problem
             if parent is None and compilation.forward.model and compilation.timestep is None:

@@ -162,6 +162,7 @@ class Plan:
         frames: a hint for lowerings and reports, where query blocks are latent frames that attend whole frames.
         parts: a hint: into about how many dense attentions of equal shape a row falls.
         dense_steps: denoising steps at the start in which everything is attended.
+        dense_row_added: whether the last row of the table, beside those of the policy, attends everything.
         restriction: what a constant mask leaves each query block, None where there is no such mask.
 
     Raises:
@@ -179,6 +180,7 @@ class Plan:
     frames: Frames | None = dataclasses.field(default=None, compare=False, repr=False)
     parts: int = dataclasses.field(default=1, compare=False, repr=False)
     dense_steps: int = 0
+    dense_row_added: bool = False
     restriction: tuple[tuple[Range, ...], ...] | None = None
 
     def __post_init__(self) -> None:
@@ -189,11 +191,14 @@ class Plan:
     @property
     def sparse_rows(self) -> int:
         """Rows of the table but the one in which everything is attended."""
-        return self.table.rows - bool(self.dense_steps)
+        return self.table.rows - self.dense_row_added
 
-    def with_dense_steps(self, steps: int) -> Plan:
-        """The plan that attends everything in the first ``steps`` denoising steps: by one more row of the table."""
-        return _with_dense_steps(self, steps) if steps else self
+    def with_dense_steps(self, steps: int, spare: bool = False) -> Plan:
+        """The plan that attends everything in the first ``steps`` denoising steps, by one more row of the table.
+
+        ``spare`` adds that row for no steps, too.
+        """
+        return _with_dense_steps(self, steps) if steps or spare else self
 
     def restricted(self, allowed: Sequence[Sequence[Range]]) -> Plan:
         """The plan where each query block attends nothing beside the ranges that ``allowed`` holds for it."""
@@ -250,7 +255,9 @@ def _asked(policy: Policy, method: str, geometry: Geometry, facts: Facts) -> Any
 @functools.lru_cache(maxsize=64)
 def _with_dense_steps(plan: Plan, steps: int) -> Plan:
     table = plan.table.with_row_of_everything(plan.geometry.key)
-    return dataclasses.replace(plan, table=table, rows=WithDenseSteps(plan.rows, steps, table.rows - 1), dense_steps=steps)
+    return dataclasses.replace(
+        plan, table=table, rows=WithDenseSteps(plan.rows, steps, table.rows - 1), dense_steps=steps, dense_row_added=True
+    )
 
 
 @dropped_on_reset
@@ -266,9 +273,8 @@ _PROBES = (1, 2, 333)
 @dropped_on_reset
 @functools.lru_cache(maxsize=64)
 def _slopes(plan: Plan) -> KeyRangeTable:
-    tables = [
-        plan_of(plan.policy, plan.geometry.with_prefix(tokens), plan.facts).with_dense_steps(plan.dense_steps).table for tokens in _PROBES
-    ]
+    plans = (plan_of(plan.policy, plan.geometry.with_prefix(tokens), plan.facts) for tokens in _PROBES)
+    tables = [each.with_dense_steps(plan.dense_steps, spare=plan.dense_row_added).table for each in plans]
     try:
         found: KeyRangeTable = _combined(tables[1], tables[0], lambda two, one: two - one)
         even = tables[2] == _combined(tables[0], found, lambda base, slope: base + (_PROBES[2] - 1) * slope)

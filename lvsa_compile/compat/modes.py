@@ -1,0 +1,99 @@
+"""Dispatch modes on the stack of this thread, and whether an op runs inside a compiled graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._ops import OpOverload as OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+
+def push_mode(mode: TorchDispatchMode) -> None:
+    """Puts a mode on the stack of this thread; unlike ``with mode:`` it touches nothing that other threads see."""
+    torch._C._push_on_torch_dispatch_stack(mode)
+
+
+def modes_on_stack() -> list[Any]:
+    """The modes of this thread, the one that sees an op first last."""
+    return [torch._C._get_dispatch_stack_at(i) for i in range(torch._C._len_torch_dispatch_stack())]
+
+
+def take_mode(mode: TorchDispatchMode) -> list[Any] | None:
+    """Takes a mode off the stack, wherever it is; returns the modes above it, which stay, or None where it is not on the stack."""
+    if not any(each is mode for each in modes_on_stack()):
+        return None
+    above: list[Any] = []
+    while (top := torch._C._pop_torch_dispatch_stack(None)) is not mode:
+        above.append(top)
+    for each in reversed(above):
+        torch._C._push_on_torch_dispatch_stack(each)
+    return above
+
+
+@contextlib.contextmanager
+def mode_on(mode: TorchDispatchMode) -> Iterator[None]:
+    """Surroundings in which a mode sees the ops of this thread; however they are left, it is off the stack, and no other mode is."""
+    push_mode(mode)
+    try:
+        yield
+    finally:
+        take_mode(mode)
+
+
+@contextlib.contextmanager
+def mode_away(mode: TorchDispatchMode) -> Iterator[None]:
+    """Surroundings without a mode, which is afterwards where it was in the stack; the other modes see what runs."""
+    above = take_mode(mode)
+    try:
+        yield
+    finally:
+        if above is not None:
+            kept = [each for each in above if any(each is now for now in modes_on_stack())]
+            for _ in kept:
+                torch._C._pop_torch_dispatch_stack(None)
+            for each in (mode, *reversed(kept)):
+                torch._C._push_on_torch_dispatch_stack(each)
+
+
+@functools.cache
+def _disabled() -> types.CodeType:
+    """Code of the function around every function under ``torch.compiler.disable``, Dynamo's own graphs among them."""
+    code: types.CodeType = torch.compiler.disable(lambda: None).__code__
+    return code
+
+
+@functools.lru_cache(maxsize=4096)
+def _graphs_called(code: types.CodeType) -> tuple[str, ...]:
+    """Names of the graphs that code made by Dynamo calls."""
+    return tuple(name for name in code.co_names if name.startswith("__compiled_fn"))
+
+
+def in_compiled_graph(end: types.CodeType) -> bool:
+    """Whether a compiled graph, anybody's, is being run by the call in progress; looks outwards as far as a frame of the code ``end``."""
+    frame: types.FrameType | None = sys._getframe(2)
+    disabled = _disabled()
+    while frame is not None and frame.f_code is not end:
+        outer = frame.f_back
+        if frame.f_code is disabled and outer is not None and (names := _graphs_called(outer.f_code)):
+            called, scope = frame.f_locals.get("fn"), outer.f_globals
+            if any(getattr(scope.get(name), "_torchdynamo_orig_callable", None) is called for name in names):
+                return True
+        frame = outer
+    return False
+
+
+@functools.lru_cache(maxsize=4096)
+def is_composite(operator: OpOverload) -> bool:
+    """Whether an op is made of other ops for every device, so that under ``torch.inference_mode`` it comes whole, else as those."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+def decomposed(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a composite op gives, run op by op."""
+    return operator.decompose(*args, **kwargs)

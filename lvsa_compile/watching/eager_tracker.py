@@ -1,0 +1,174 @@
+"""The axis tracker on real tensors: follows the eager code of a forward while it runs."""
+
+from __future__ import annotations
+
+import logging
+import types
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvsa_compile import compat
+from lvsa_compile.axes.algebra import LOST, Axis, Source, axis_of, origins
+from lvsa_compile.axes.call import Axes, Call, sizes_of, tensors_in
+from lvsa_compile.axes.rules import RULES
+from lvsa_compile.axes.tracker import AxisTracker, Reference
+from lvsa_compile.axes.values import Array, KnownValues
+from lvsa_compile.layout.guarded_values import SameValue
+from lvsa_compile.watching.memory import Found, Memory, is_counted_by, key_of
+
+log = logging.getLogger(__name__)
+
+_LARGEST_VALUE = 1 << 24
+"""Elements of the largest tensor that is read."""
+
+
+class EagerTracker(AxisTracker):
+    """Knows the axes of the real tensors of one forward, which it does not keep alive; of no op inside a compiled graph.
+
+    ``attended`` holds the token axes of the attention it saw.  What it finds out is kept in ``memory`` for the next forward.
+    ``end`` is the code of the function around the forward.
+    """
+
+    def __init__(self, memory: Memory, end: types.CodeType) -> None:
+        super().__init__()
+        self.attended: dict[int, Axis] = {}
+        self.values = self._read = _ReadValues()
+        self._memory, self._end = memory, end
+        self._times: dict[Hashable, int] = {}
+        self._versions: dict[int, tuple[int, int]] = {}
+        self._writes = False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Dynamo compiles while it is active, and does not look at it."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Runs the op, then notes the axes of what it returned or wrote."""
+        kwargs = kwargs or {}
+        if not isinstance(func, compat.OpOverload) or compat.in_compiled_graph(self._end):
+            return func(*args, **kwargs)
+        if compat.is_composite(func) and _name(func) not in RULES and torch.Tag.pointwise not in func.tags and not compat.modes_on_stack():
+            with compat.mode_on(self):
+                return compat.decomposed(func, args, kwargs)
+        result = func(*args, **kwargs)
+        try:
+            self.note(func, args, kwargs, result)
+        except Exception:  # the user's forward goes on; what a rule that failed left unknown is lost
+            log.debug("the rule of %s failed", func, exc_info=True)
+            for tensor in tensors_in((result,), compat.written_by(func, args, kwargs)):
+                self.lose(tensor, str(func), origins(axis for each in tensors_in(args, kwargs.values()) for axis in self.axes_of(each)))
+        return result
+
+    def note(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Notes the axes of what a call returned or wrote."""
+        if "scaled_dot_product" in _name(func):
+            for tensor in args[:2]:
+                axis = self.axes_of(tensor)[-2]
+                self.attended[id(axis)] = axis
+        self._writes = compat.schema_of(func).is_mutable  # torch counts a write after its op
+        super().note(func, args, kwargs, result)
+        self._writes = False
+        if compat.returns_views(func) and isinstance(args[0], Tensor):  # torch lets a view count with its base after the op
+            version = compat.version_of(args[0])
+            self._versions.update((id(view), (version, version)) for view in tensors_in((result,)))
+
+    def lose(self, tensor: Tensor, name: str, counted: frozenset[str]) -> None:
+        """Says that nobody knows what a tensor's axes are, of which the inputs ``counted`` may have a part in each."""
+        lost = (axis_of(Source(LOST, name, i, size, origins=counted)) for i, size in enumerate(sizes_of(tensor)))
+        self.set_axes(tensor, tuple(lost))
+
+    def _reference(self, tensor: Tensor) -> Reference:
+        return weakref.ref(tensor)
+
+    def _store(self, tensor: Tensor, axes: Axes) -> None:
+        super()._store(tensor, self._memory.one(axes))
+        version = compat.version_of(tensor)
+        self._versions[id(tensor)] = (version, version + self._writes)
+
+    def _stored(self, tensor: Tensor) -> Axes | None:
+        axes = super()._stored(tensor)
+        if axes is None or compat.version_of(tensor) in self._versions[id(tensor)]:
+            return axes
+        named = origins(axes)  # code that shows no ops wrote to it
+        lost = (axis_of(Source(LOST, "a write", i, size, "", origins=named)) for i, size in enumerate(sizes_of(tensor)))
+        return self._memory.one(tuple(lost))
+
+    def _constant(self, tensor: Tensor) -> Axes:
+        return self._memory.held(tensor.shape, lambda: super(EagerTracker, self)._constant(tensor))
+
+    def _output_axes(self, func: compat.OpOverload, call: Call) -> list[Axes]:
+        key = (func, call.op, key_of((call.args, *call.kwargs.items()), self.axes_of), *(output.shape for output in call.outputs))
+        return self._again(key, call, lambda named: super(EagerTracker, self)._output_axes(func, named))
+
+    def _written_axes(self, func: compat.OpOverload, call: Call) -> Axes:
+        key = ("written", func, key_of((call.args, *call.kwargs.items()), self.axes_of))
+        return self._again(key, call, lambda named: [super(EagerTracker, self)._written_axes(func, named)])[0]
+
+    def _parent_axes(self, call: Call, parent: Tensor, position: int, child: Axes) -> Axes:
+        key = ("parent", call.op, key_of((call.args, *call.kwargs.items()), self.axes_of), position, id(self._memory.one(child)))
+        return self._again(key, call, lambda named: [super(EagerTracker, self)._parent_axes(named, parent, position, child)])[0]
+
+    def _again(self, key: Hashable, call: Call, rule: Callable[[Call], list[Axes]]) -> list[Axes]:
+        """What a rule gave for the same call before, or gives now."""
+        found = self._memory.found.get(key)
+        if found is not None and found.values:
+            tensors = tensors_in(call.args, call.kwargs.values())
+            with compat.no_modes():
+                found = found if all(holds(tensors[position]) for position, holds in found.values) else None
+        if found is not None and not found.times:
+            return found.axes
+        time = self._times[key] = self._times.get(key, -1) + 1
+        if found is not None and time < len(found.times):
+            return found.times[time]
+        name = f"{call.op}.{self._memory.next_number if found is None else found.number}.{time}"
+        self._read.asked.clear()
+        axes = [self._memory.one(each) for each in rule(_named(call, name))]
+        if found is not None:
+            found.times.append(axes)
+            return axes
+        tensors = tensors_in(call.args, call.kwargs.values())
+        values = tuple((i, SameValue(held)) for i, tensor in enumerate(tensors) if (held := self._read.asked.get(id(tensor))) is not None)
+        self._memory.keep(key, Found(axes, values, [axes] if is_counted_by(axes, name) else [], self._memory.next_number))
+        return axes
+
+
+def _named(call: Call, node_name: str) -> Call:
+    return Call(call.op, call.args, call.kwargs, call.outputs, call.axes_of, node_name, call.value_of)
+
+
+def _name(func: compat.OpOverload) -> str:
+    return str(compat.schema_of(func).name.split("::")[1])
+
+
+class _ReadValues(KnownValues):
+    """Values of real tensors, read when a rule asks: ``asked`` holds them by the tensor's identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[int, Tensor] = {}
+
+    def of(self, tensor: Tensor) -> Array | None:
+        """The value of a tensor as an array, or None."""
+        if compat.is_fake(tensor) or tensor.device.type == "meta" or tensor.numel() > _LARGEST_VALUE or tensor.is_complex():
+            return None
+        with compat.no_modes():
+            value = self.asked[id(tensor)] = tensor.detach().to("cpu", copy=True)
+            array: Array = (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
+        return array
+
+    def later(self, tensor: Tensor) -> None:
+        """Nothing is put off: a value is read while its rule runs."""
+
+    def set(self, tensor: Tensor, later: object) -> None:
+        """Nothing is kept."""
+
+    def result(self, *_: Any) -> None:
+        """Nothing is computed."""
+
+    def written(self, *_: Any) -> None:
+        """Nothing is computed."""

@@ -1,0 +1,304 @@
+"""Follows the forwards of a model, so that its blocks know what they get, whoever compiled them.
+
+At each forward an ``EagerTracker`` sees the ops of the model's own code that runs between compiled graphs.  What the outputs alone show
+(which input holds the generated video, where packed tokens are unpacked) is taken from the forward before of the same sizes, and
+compared at the end of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lvsa_compile import compat
+from lvsa_compile.axes.algebra import Axis, Concat, origins
+from lvsa_compile.axes.call import Axes
+from lvsa_compile.axes.carried import input_of, is_known_video, unmarked
+from lvsa_compile.axes.opaque import expanded, substituted
+from lvsa_compile.axes.values import Array
+from lvsa_compile.errors import LvsaWarning
+from lvsa_compile.forward import clock, context
+from lvsa_compile.forward.explicit_step import explicit_step
+from lvsa_compile.forward.labels import begin_forward, watched_forward
+from lvsa_compile.forward.timestep_names import timestep_among
+from lvsa_compile.layout.carry import outgoing_annotation
+from lvsa_compile.layout.denoiser import why_no_denoiser
+from lvsa_compile.layout.evidence import LayoutEvidence, collect_evidence
+from lvsa_compile.layout.guarded_values import Reader, SameValue
+from lvsa_compile.layout.token_layout import Targets
+from lvsa_compile.watching.eager_tracker import EagerTracker
+from lvsa_compile.watching.inputs import ForwardInputs, axes_of_input
+from lvsa_compile.watching.memory import Memory
+
+_MOST_SIZES = 64
+"""Sizes of forwards of which something is remembered."""
+
+
+@dataclasses.dataclass
+class Size:
+    """What is known of the forwards of one size.
+
+    ``targets`` are the inputs that hold the generated video, None before anything has shown them, ``confirmed`` that an output has;
+    ``shown`` is what the outputs showed;
+    ``problem`` says why blocks get no annotations; ``values`` are those that inputs had whose values decided, by name.
+    """
+
+    targets: Targets | None = None
+    shown: LayoutEvidence | None = None
+    problem: str = ""
+    confirmed: bool = False
+    values: dict[str, list[SameValue]] = dataclasses.field(default_factory=dict)
+    annotations: dict[int, Axes | None] = dataclasses.field(default_factory=dict)
+    checked: tuple[Any, ...] | None = None
+    in_graphs: set[str] = dataclasses.field(default_factory=set)
+
+
+class Watch:
+    """The watch over one model: what its calls go through.  ``ticks`` says that no graph of its own moves the clock."""
+
+    def __init__(self, model: nn.Module, ticks: bool) -> None:
+        self._model = weakref.ref(model)
+        self._inner: Callable[..., Any] | None = compat.compiled_call(model)
+        self.ticks = ticks
+        self.memory = Memory()
+        self.sizes: dict[Any, Size] = {}
+        self.targets: Targets = {}  # as the last output showed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model and follows its forward."""
+        model = self._model()
+        assert model is not None
+        call = self._inner or compat.plain_call(model)
+        if torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        return _follow(self, model, call, args, kwargs)
+
+    @property
+    def model(self) -> Any:
+        """The model, without what ``torch.compile`` put around it."""
+        model = self._model()
+        return getattr(model, "_orig_mod", model)
+
+    def undo(self) -> None:
+        """Takes the watch off its model."""
+        model = self._model()
+        if model is not None and compat.compiled_call(model) is self:
+            compat.set_compiled_call(model, self._inner)
+
+    def size(self, inputs: ForwardInputs) -> Size:
+        """What is known of forwards with such inputs."""
+        if len(self.sizes) >= _MOST_SIZES and inputs.size not in self.sizes:
+            self.sizes.clear()
+        return self.sizes.setdefault(inputs.size, Size())
+
+
+def watch(model: nn.Module, ticks: bool) -> Watch:
+    """Has every forward of a model followed."""
+    present = watch_of(model)
+    if present is None:
+        _left_alone.pop(model, None)
+        present = Watch(model, ticks)
+        compat.set_compiled_call(model, present)
+    return present
+
+
+_left_alone: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def leave_alone(model: nn.Module) -> None:
+    """Has a model not be followed unless somebody asks for it."""
+    _left_alone[model] = True
+
+
+def left_alone(model: nn.Module) -> bool:
+    """Whether a model is not to be followed unless somebody asks for it."""
+    return model in _left_alone
+
+
+def watch_of(model: nn.Module) -> Watch | None:
+    """The watch over a model, if there is one."""
+    found = compat.compiled_call(model)
+    return found if isinstance(found, Watch) else None
+
+
+def _follow(watch: Watch, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One forward."""
+    forward, outer = Forward(watch, model, args, kwargs), watched_forward.get()
+    away = compat.take_mode(outer.tracker) if isinstance(outer, Forward) else None
+    tokens = watched_forward.set(forward), context.parent.set(forward.parent)
+    try:
+        with compat.mode_on(forward.tracker):
+            output = call(*args, **kwargs)
+        forward.finish(output)
+        return output
+    finally:
+        context.parent.reset(tokens[1])
+        watched_forward.reset(tokens[0])
+        if away is not None and isinstance(outer, Forward):
+            compat.push_mode(outer.tracker)
+
+
+class Forward:
+    """A forward in progress that is followed."""
+
+    @compat.not_compiled
+    def __init__(self, watch: Watch, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        begin_forward()
+        self._inputs = ForwardInputs.of(model, args, kwargs)
+        self._watch, self._size = watch, watch.size(self._inputs)
+        self.tracker = EagerTracker(watch.memory, _follow.__code__)
+        self.parent = context.Parent(getattr(model, "_orig_mod", model), problem=self._size.problem, ticks=watch.ticks)
+        self._asked: dict[int, Axis] = {}
+        for name, tensor in self._inputs.tensors.items():
+            self.tracker.set_axes(tensor, axes_of_input(name, tensor, self._number_of_value(name, tensor)))
+        self._reader = Reader(self._inputs.tensors)
+        if watch.ticks:
+            tick(self.parent.model, self._inputs)
+
+    def annotation_of(self, tensor: Tensor) -> Axes | None:
+        """What a graph should know of the axes of an input."""
+        axes = self.tracker.known_axes(tensor)
+        if axes is None or self._size.problem:
+            return None
+        if len(axes) >= 3:
+            self._asked[id(axes[-2])] = axes[-2]
+        known = self._size.annotations
+        if id(axes) not in known:
+            targets = self._targets(axes)
+            if not targets and not any(map(is_known_video, origins(axes))):
+                return None
+            refined = axes if self._size.shown is None else self._size.shown.refine(axes)
+            annotation = outgoing_annotation(refined, targets or {})
+            known[id(axes)] = None if annotation is None else self._watch.memory.one(annotation)
+        return known[id(axes)]
+
+    def annotate(self, tensor: Tensor, axes: Axes | None) -> None:
+        """Says what a graph knows of the axes of an output."""
+        if axes is None:
+            self.tracker.lose(tensor, "a compiled graph", frozenset(self._inputs.latents()))
+        else:
+            self.tracker.set_axes(
+                tensor, self._watch.memory.of_graph(axes, lambda: tuple(map(expanded, unmarked(axes, self._inputs.names))))
+            )
+
+    def pass_on(self, tensor: Tensor, axes: Axes, inputs: Mapping[str, Tensor]) -> None:
+        """Says what the axes of an output of a graph are in terms of those of its inputs, given by name."""
+        known = {name: self.tracker.axes_of(value) for name, value in inputs.items()}
+        self.tracker.set_axes(tensor, self._watch.memory.of_graph(axes, lambda: substituted(axes, known), *known.values()))
+
+    def looking_away(self) -> contextlib.AbstractContextManager[None]:
+        """Surroundings in which ops are not followed."""
+        return compat.mode_away(self.tracker)
+
+    def peek(self, node_name: str) -> Array | None:
+        """The value of an input of the forward, by its name in annotations."""
+        return self._reader.peek(input_of(node_name))
+
+    def rely_on(self, node_name: str) -> None:
+        """Notes that the value of an input decided something."""
+        name = input_of(node_name)
+        held = self._reader.read(name)
+        if held is not None and not self._size.values.get(name):
+            self._size.values[name] = [SameValue(held)]
+
+    @compat.not_compiled
+    def finish(self, output: Any) -> None:
+        """The end of a forward: takes from its outputs which input holds the generated video, and compares."""
+        returned = [leaf for leaf in compat.tree_leaves(output) if isinstance(leaf, Tensor)]
+        axes = {i: self.tracker.axes_of(leaf) for i, leaf in enumerate(returned)}
+        tokens = {**self._asked, **self.tracker.attended}
+        timed = timestep_among(self._inputs.names) is not None or explicit_step() is not None
+        checked = (tuple(map(id, axes.values())), frozenset(tokens), timed, tuple(leaf.shape for leaf in returned))
+        size = self._size
+        if checked == size.checked:
+            return
+        size.checked = checked
+        with compat.no_modes():
+            shown = collect_evidence(list(tokens.values()), axes, self._reader)
+        why = why_no_denoiser(shown.targets, [*map(expanded, tokens.values())], returned, timed, self.tracker.convolved)
+        self._settle(shown, why)
+
+    def _settle(self, shown: LayoutEvidence, not_denoiser: str) -> None:
+        """Has the next forwards follow what the outputs showed, and warns where this one followed something else."""
+        size, model = self._size, type(self.parent.model).__name__
+        candidates = self._inputs.latents() or self._inputs.packed()
+        targets = {name: axes for name, axes in shown.targets.items() if name in candidates}
+        followed, given = size.targets, not self.parent.unconfirmed and any(each is not None for each in size.annotations.values())
+        size.shown = shown
+        size.annotations.clear()
+        if not_denoiser:
+            size.problem = f"{model} is no denoiser: {not_denoiser}"
+        elif targets and size.confirmed and targets.keys() != (followed or {}).keys():
+            size.problem = f"forwards of one size return different videos: {_listed(followed or {})}, then {_listed(targets)}"
+        elif targets:
+            size.targets, size.confirmed = targets, True
+            self._watch.targets = targets
+        if given and (size.problem or (targets and targets.keys() != (followed or {}).keys())):
+            why = size.problem or f"{model} returns {_listed(targets)}, and {_listed(followed or {})} was taken for the generated video"
+            now = "dense" if size.problem else "that of what is returned"
+            warnings.warn(
+                f"lvsa: {why}. Where the forward that just ended was sparse it may be wrong: run it again. From now on attention is {now}.",
+                LvsaWarning,
+                stacklevel=4,
+            )
+
+    def _targets(self, axes: Axes) -> Targets | None:
+        """The inputs that hold the generated video, as a forward before showed; before that all latents.
+
+        Of latents that are joined one after the other in ``axes`` only one is generated: it is taken to be the first among the model's
+        arguments, and attention is dense until an output confirms it.
+        """
+        size, candidates = self._size, self._candidates()
+        if size.targets is None and size.shown is None and self._watch.targets.keys() <= set(candidates):
+            size.targets, size.confirmed = self._watch.targets or None, bool(self._watch.targets)
+        if size.targets is None and size.shown is None:
+            timed = timestep_among(self._inputs.names) is not None or explicit_step() is not None
+            size.targets = dict.fromkeys(candidates, frozenset[int]()) if candidates and timed else None
+        if size.targets and not size.confirmed:
+            joined = [name for name in size.targets if name in _joined(axes)]
+            if len(joined) > 1:
+                self.parent.unconfirmed = True
+                size.targets = {name: own for name, own in size.targets.items() if name not in joined[1:]}
+                size.annotations.clear()
+        return size.targets
+
+    def _candidates(self) -> list[str]:
+        return self._inputs.latents() or self._inputs.packed_with_places(self._watch.memory.counted)
+
+    def _number_of_value(self, name: str, tensor: Tensor) -> int:
+        """Which of the values that an input had, where its value decides, it has now."""
+        values = self._size.values.get(name, [])
+        for number, holds in enumerate(values):
+            if holds(tensor):
+                return number
+        if values:
+            values.append(SameValue(tensor.detach().to("cpu", copy=True)))
+        return max(0, len(values) - 1)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(names)
+
+
+def _joined(axes: Axes) -> frozenset[str]:
+    """Names of inputs that lie one after the other along an axis."""
+    parts = [part for axis in axes for factor in axis if isinstance(factor, Concat) for part in factor.parts]
+    return origins(parts)
+
+
+def tick(model: nn.Module, inputs: ForwardInputs) -> None:
+    """Moves the clock of a model whose forward begins."""
+    at = timestep_among(inputs.names)
+    value = None if at is None else inputs.leaves[at]
+    if at is not None:
+        clock.set_clock_input(model, inputs.names[at], "")
+    with compat.no_modes():
+        clock.clock_of(model).tick(value if isinstance(value, Tensor | None) else torch.tensor(float(value)), inputs.video_size)
