@@ -43,6 +43,12 @@ SECTIONS = {
         "`over dense` is the time over that of dense attention. Where the pattern is full, dense attention is what runs.",
     ),
     "growth": ("Growth with frames", ""),
+    "watching": (
+        "Following a forward",
+        "A forward whose blocks are compiled one by one, and one that is wholly eager, against the same that nobody follows.\n"
+        "All are dense and short: the cost is that of each op of the model's own code, whatever the sizes. `more` is the median\n"
+        "of the differences of pairs.",
+    ),
     "overheads": ("Costs beside attention", ""),
 }  # fmt: skip
 

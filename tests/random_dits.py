@@ -39,7 +39,7 @@ DECOYS = (
     "flipped rows",
 )
 OUTPUTS = ("reshape", "einops", "conv transpose", "fold frames")
-GRAPHS = ("whole", "breaks", "regional")
+GRAPHS = ("whole", "breaks", "regional", "in place", "by forward", "in place, inference mode")
 
 
 @dataclass(frozen=True)

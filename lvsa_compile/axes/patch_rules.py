@@ -10,6 +10,8 @@ from lvsa_compile.axes.call import Axes, Call, axis_index, sizes_of
 from lvsa_compile.compat import size_expression
 
 _POOLS = frozenset(("avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"))
+CONVOLUTIONS = _POOLS | {"convolution"}
+"""Ops that may mix positions."""
 
 
 def convolution(call: Call) -> Sequence[Axes]:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +36,7 @@ Reference = Callable[[], "Tensor | None"]
 """Gives a tensor as long as it lives."""
 
 
-@dataclass(frozen=True)
-class _ViewCall:
+class ViewCall(NamedTuple):
     """A call that made views of ``parent``: run its rule again when ``parent`` is written to.  ``rest`` are its further arguments."""
 
     func: compat.OpOverload
@@ -65,8 +63,8 @@ class AxisTracker(compat.TorchDispatchMode):
         self.last_written: dict[int, int] = {}
         self.convolved: set[str] = set()
         self._axes: dict[int, tuple[Reference, Axes]] = {}
-        self._made_by: dict[int, tuple[_ViewCall, int]] = {}
-        self._views_of: dict[int, list[_ViewCall]] = {}
+        self._made_by: dict[int, tuple[ViewCall, int]] = {}
+        self._views_of: dict[int, list[ViewCall]] = {}
         self.values = KnownValues()
 
     def axes_of(self, tensor: Tensor) -> Axes:
@@ -146,10 +144,17 @@ class AxisTracker(compat.TorchDispatchMode):
             self.set_axes(output, axes)
             self.values.set(output, self.values.result(func, args, kwargs, position if several else None, output))
         if compat.returns_views(func) and isinstance(args[0], Tensor):
-            references = tuple(map(self._reference, outputs))
-            view = _ViewCall(func, call.op, self._reference(args[0]), args[1:], kwargs, references, self.node_name)
-            self._views_of.setdefault(id(args[0]), []).append(view)
-            self._made_by.update((id(output), (view, position)) for position, output in enumerate(outputs))
+            self._note_views(func, call.op, args, kwargs, outputs)
+
+    def _note_views(
+        self, func: compat.OpOverload, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: tuple[Tensor, ...]
+    ) -> None:
+        """Remembers which call made views."""
+        references = tuple(map(self._reference, outputs))
+        view = ViewCall(func, op, self._reference(args[0]), args[1:], kwargs, references, self.node_name)
+        self._views_of.setdefault(id(args[0]), []).append(view)
+        for position, output in enumerate(outputs):
+            self._made_by[id(output)] = (view, position)
 
     def _lose_written(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Marks what a call writes to beside its first argument: ``out=`` and the ``_foreach`` ops are not followed."""
@@ -201,16 +206,16 @@ class AxisTracker(compat.TorchDispatchMode):
                 self.set_axes(output, axes)
                 self._refresh_views(output)
 
-    def _made_of(self, tensor: Tensor) -> tuple[Tensor | None, _ViewCall | None, int]:
+    def _made_of(self, tensor: Tensor) -> tuple[Tensor | None, ViewCall | None, int]:
         """The tensor that a view was taken of, by which call, and which of its outputs it is."""
         view, position = self._made_by.get(id(tensor), (None, 0))
         own = view is not None and view.outputs[position]() is tensor
         return (view.parent(), view, position) if own and view is not None else (None, None, 0)
 
-    def _views(self, parent: Tensor) -> list[_ViewCall]:
+    def _views(self, parent: Tensor) -> list[ViewCall]:
         return [view for view in self._views_of.get(id(parent), ()) if view.parent() is parent]
 
-    def _view_call(self, view: _ViewCall, parent: Tensor) -> Call | None:
+    def _view_call(self, view: ViewCall, parent: Tensor) -> Call | None:
         """The call that made views; None where some of them are gone."""
         outputs = [output for reference in view.outputs if (output := reference()) is not None]
         if len(outputs) < len(view.outputs):

@@ -15,12 +15,12 @@ from typing import Any
 import numpy
 import torch
 
-from lvsa_compile.bench import attention_sites, overheads, video_model
+from lvsa_compile.bench import attention_sites, overheads, video_model, watching
 from lvsa_compile.bench.attention_sites import Site
 from lvsa_compile.errors import BenchError
 from lvsa_compile.report.report import versions
 
-PARTS = ("sites", "variants", "sweep", "growth", "model", "overheads")
+PARTS = ("sites", "variants", "sweep", "growth", "model", "watching", "overheads")
 Results = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -34,7 +34,7 @@ def check(parts: Sequence[str]) -> None:
     for part in parts:
         if part not in PARTS:
             raise BenchError(part, "no such part", f"Name some of: {', '.join(PARTS)}.")
-    if "model" in parts:
+    if "model" in parts or "watching" in parts:
         video_model.wan_shaped()
 
 
@@ -60,6 +60,9 @@ def run(parts: Sequence[str], device: torch.device, rounds: int, command: str, s
         say("model: a Wan-shaped transformer at 1 to 12 times its horizon")
         small: dict[str, Any] = {"horizons": (1, 2), "dense_up_to": 2} if quick else {}
         results["model"] = video_model.measure(device, rounds, **small)
+    if "watching" in parts:
+        say("watching: forwards that are followed")
+        results["watching"] = watching.measure(device, rounds, frames=1 if quick else 3)
     if "overheads" in parts:
         say("overheads")
         results["overheads"] = overheads.measure(rounds)

@@ -119,12 +119,21 @@ _OVERHEADS: tuple[_Column, ...] = (
     ("least", lambda r: seconds(r["least"])),
     ("most", lambda r: seconds(r["most"])),
 )
+_WATCHING: tuple[_Column, ...] = (
+    ("40 blocks of width 1536", lambda r: r["forward"]),
+    ("plain", lambda r: seconds(r["plain"])),
+    ("±", lambda r: _percent(r["spread"])),
+    ("followed", lambda r: seconds(r["followed"])),
+    ("more", lambda r: seconds(r["more"])),
+    ("share", lambda r: f"{r['share']:.1%}"),
+)
 _TABLES: dict[str, tuple[tuple[str, tuple[_Column, ...]], ...]] = {
     "sites": (("One attention site, every way of computing it", _SITE),),
     "variants": (("The same beside text, padded, with guidance, with grouped queries", _SITE),),
     "sweep": (("From tiny to large sites", _PAIR),),
     "growth": (("One site at 2 to 12 times the horizon", _PAIR),),
     "model": (("A Wan-shaped transformer, one denoising step", _MODEL), ("The same: memory, error, compiling", _MODEL_BESIDE_TIME)),
+    "watching": (("What following a forward costs", _WATCHING),),
     "overheads": (("Costs beside attention", _OVERHEADS),),
 }
 

@@ -25,8 +25,8 @@ _TEXT = 64
 Row = dict[str, Any]
 
 
-def wan_shaped() -> nn.Module:
-    """Wan 2.1 1.3B with 2 layers for 30 and 4 heads for 12, widths in proportion, random weights.
+def wan_shaped(heads: int = _HEADS, ffn_dim: int = 2944, layers: int = _LAYERS) -> nn.Module:
+    """Wan 2.1 1.3B with 2 layers for 30 and 4 heads for 12 unless others are given, widths in proportion, random weights.
 
     Raises:
         BenchError: diffusers is not installed.
@@ -38,8 +38,8 @@ def wan_shaped() -> nn.Module:
     torch.manual_seed(0)
     made: Any = WanTransformer3DModel
     model: nn.Module = made(
-        patch_size=(1, 2, 2), num_attention_heads=_HEADS, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=512,
-        freq_dim=256, ffn_dim=2944, num_layers=_LAYERS, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=1024,
+        patch_size=(1, 2, 2), num_attention_heads=heads, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=512,
+        freq_dim=256, ffn_dim=ffn_dim, num_layers=layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=1024,
     )  # fmt: skip
     return model.eval()
 

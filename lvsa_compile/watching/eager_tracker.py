@@ -6,19 +6,21 @@ import logging
 import types
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import LOST, Axis, Source, axis_of, origins
 from lvsa_compile.axes.call import Axes, Call, sizes_of, tensors_in
+from lvsa_compile.axes.patch_rules import CONVOLUTIONS
 from lvsa_compile.axes.rules import RULES
 from lvsa_compile.axes.tracker import AxisTracker, Reference
 from lvsa_compile.axes.values import Array, KnownValues
 from lvsa_compile.layout.guarded_values import SameValue
-from lvsa_compile.watching.memory import Found, Memory, is_counted_by, key_of
+from lvsa_compile.watching.memory import MOST, Found, Memory, is_counted_by, key_of
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +41,8 @@ class EagerTracker(AxisTracker):
         self.values = self._read = _ReadValues()
         self._memory, self._end = memory, end
         self._times: dict[Hashable, int] = {}
-        self._versions: dict[int, tuple[int, int]] = {}
-        self._writes = False
+        self._held: dict[int, tuple[Reference, Axes, int, int]] = {}  # axes, and the versions at which they hold
+        self._writes = self._once = False
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -49,33 +51,72 @@ class EagerTracker(AxisTracker):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs the op, then notes the axes of what it returned or wrote."""
-        kwargs = kwargs or {}
+        kwargs = kwargs or _NONE
         if not isinstance(func, compat.OpOverload) or compat.in_compiled_graph(self._end):
             return func(*args, **kwargs)
-        if compat.is_composite(func) and _name(func) not in RULES and torch.Tag.pointwise not in func.tags and not compat.modes_on_stack():
+        known = _ops.get(id(func)) or _known(func)
+        if known.to_be_decomposed and not compat.modes_on_stack():
             with compat.mode_on(self):
                 return compat.decomposed(func, args, kwargs)
+        if known.attention:
+            for tensor in args[:2]:
+                axis = self._axes_of(tensor)[-2]
+                self.attended[id(axis)] = axis
         result = func(*args, **kwargs)
         try:
-            self.note(func, args, kwargs, result)
+            if not known.plain:
+                self.note(func, args, kwargs, result)
+            else:
+                key = (id(func), *[key_of(value, self._axes_of) for value in args])
+                if kwargs:
+                    key = (*key, *kwargs, *[key_of(value, self._axes_of) for value in kwargs.values()])
+                if not self._noted_again(key, known, args, kwargs, result):
+                    self.note(func, args, kwargs, result)
+                    self._remember(key, result)
         except Exception:  # the user's forward goes on; what a rule that failed left unknown is lost
             log.debug("the rule of %s failed", func, exc_info=True)
             for tensor in tensors_in((result,), compat.written_by(func, args, kwargs)):
                 self.lose(tensor, str(func), origins(axis for each in tensors_in(args, kwargs.values()) for axis in self.axes_of(each)))
         return result
 
+    def _noted_again(self, key: Hashable, known: _Known, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+        """Notes what the same call gave before; False where there was none."""
+        remembered = self._memory.results.get(key)
+        if remembered is None:
+            return False
+        outputs: tuple[Tensor, ...] = (result,) if type(result) is Tensor else tuple(result)
+        if len(outputs) != len(remembered):
+            return False
+        for tensor, (shape, _) in zip(outputs, remembered, strict=True):
+            if type(tensor) is not Tensor or tensor.shape != shape:
+                return False
+        base = compat.version_of(args[0]) if known.view else None
+        for tensor, (_, axes) in zip(outputs, remembered, strict=True):
+            version = compat.version_of(tensor)
+            self._held[id(tensor)] = (weakref.ref(tensor), axes, version, version if base is None else base)
+        if known.view and type(args[0]) is not Parameter:  # nobody writes to a weight within a forward
+            self._note_views(known.func, known.name, args, kwargs, outputs)
+        return True
+
+    def _remember(self, key: Hashable, result: Any) -> None:
+        """Remembers what a call gave that gives the same each time."""
+        outputs = (result,) if isinstance(result, Tensor) else tuple(result) if isinstance(result, (tuple, list)) else ()
+        if self._once or not outputs or any(type(tensor) is not Tensor for tensor in outputs):
+            return
+        if len(self._memory.results) >= MOST:
+            self._memory.results.clear()
+        self._memory.results[key] = tuple((tensor.shape, self.axes_of(tensor)) for tensor in outputs)
+
     def note(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Notes the axes of what a call returned or wrote."""
-        if "scaled_dot_product" in _name(func):
-            for tensor in args[:2]:
-                axis = self.axes_of(tensor)[-2]
-                self.attended[id(axis)] = axis
         self._writes = compat.schema_of(func).is_mutable  # torch counts a write after its op
+        self._once = False
         super().note(func, args, kwargs, result)
         self._writes = False
         if compat.returns_views(func) and isinstance(args[0], Tensor):  # torch lets a view count with its base after the op
-            version = compat.version_of(args[0])
-            self._versions.update((id(view), (version, version)) for view in tensors_in((result,)))
+            for view in tensors_in((result,)):
+                held = self._held[id(view)]
+                self._held[id(view)] = (*held[:3], compat.version_of(args[0]))
 
     def lose(self, tensor: Tensor, name: str, counted: frozenset[str]) -> None:
         """Says that nobody knows what a tensor's axes are, of which the inputs ``counted`` may have a part in each."""
@@ -83,34 +124,44 @@ class EagerTracker(AxisTracker):
         self.set_axes(tensor, tuple(lost))
 
     def _reference(self, tensor: Tensor) -> Reference:
-        return weakref.ref(tensor)
+        held = self._held.get(id(tensor))
+        return held[0] if held is not None and held[0]() is tensor else weakref.ref(tensor)
 
     def _store(self, tensor: Tensor, axes: Axes) -> None:
-        super()._store(tensor, self._memory.one(axes))
         version = compat.version_of(tensor)
-        self._versions[id(tensor)] = (version, version + self._writes)
+        self._held[id(tensor)] = (weakref.ref(tensor), self._memory.one(axes), version, version + self._writes)
 
     def _stored(self, tensor: Tensor) -> Axes | None:
-        axes = super()._stored(tensor)
-        if axes is None or compat.version_of(tensor) in self._versions[id(tensor)]:
-            return axes
-        named = origins(axes)  # code that shows no ops wrote to it
+        held = self._held.get(id(tensor))
+        if held is None or held[0]() is not tensor:
+            return None
+        version = compat.version_of(tensor)
+        if version == held[2] or version == held[3]:
+            return held[1]
+        named = origins(held[1])  # code that shows no ops wrote to it
         lost = (axis_of(Source(LOST, "a write", i, size, "", origins=named)) for i, size in enumerate(sizes_of(tensor)))
         return self._memory.one(tuple(lost))
+
+    def _axes_of(self, tensor: Tensor) -> Axes:
+        """``axes_of``, always the same object."""
+        held = self._held.get(id(tensor))
+        if held is not None and held[0]() is tensor and compat.version_of(tensor) in held[2:]:
+            return held[1]
+        return self._memory.one(self.axes_of(tensor))
 
     def _constant(self, tensor: Tensor) -> Axes:
         return self._memory.held(tensor.shape, lambda: super(EagerTracker, self)._constant(tensor))
 
     def _output_axes(self, func: compat.OpOverload, call: Call) -> list[Axes]:
-        key = (func, call.op, key_of((call.args, *call.kwargs.items()), self.axes_of), *(output.shape for output in call.outputs))
+        key = (func, call.op, key_of((call.args, *call.kwargs.items()), self._axes_of), *(output.shape for output in call.outputs))
         return self._again(key, call, lambda named: super(EagerTracker, self)._output_axes(func, named))
 
     def _written_axes(self, func: compat.OpOverload, call: Call) -> Axes:
-        key = ("written", func, key_of((call.args, *call.kwargs.items()), self.axes_of))
+        key = ("written", func, key_of((call.args, *call.kwargs.items()), self._axes_of))
         return self._again(key, call, lambda named: [super(EagerTracker, self)._written_axes(func, named)])[0]
 
     def _parent_axes(self, call: Call, parent: Tensor, position: int, child: Axes) -> Axes:
-        key = ("parent", call.op, key_of((call.args, *call.kwargs.items()), self.axes_of), position, id(self._memory.one(child)))
+        key = ("parent", call.op, key_of((call.args, *call.kwargs.items()), self._axes_of), position, id(self._memory.one(child)))
         return self._again(key, call, lambda named: [super(EagerTracker, self)._parent_axes(named, parent, position, child)])[0]
 
     def _again(self, key: Hashable, call: Call, rule: Callable[[Call], list[Axes]]) -> list[Axes]:
@@ -121,7 +172,9 @@ class EagerTracker(AxisTracker):
             with compat.no_modes():
                 found = found if all(holds(tensors[position]) for position, holds in found.values) else None
         if found is not None and not found.times:
+            self._once = self._once or bool(found.values)
             return found.axes
+        self._once = True
         time = self._times[key] = self._times.get(key, -1) + 1
         if found is not None and time < len(found.times):
             return found.times[time]
@@ -133,7 +186,9 @@ class EagerTracker(AxisTracker):
             return axes
         tensors = tensors_in(call.args, call.kwargs.values())
         values = tuple((i, SameValue(held)) for i, tensor in enumerate(tensors) if (held := self._read.asked.get(id(tensor))) is not None)
-        self._memory.keep(key, Found(axes, values, [axes] if is_counted_by(axes, name) else [], self._memory.next_number))
+        found = Found(axes, values, [axes] if is_counted_by(axes, name) else [], self._memory.next_number)
+        self._memory.keep(key, found)
+        self._once = bool(found.values or found.times)
         return axes
 
 
@@ -141,8 +196,28 @@ def _named(call: Call, node_name: str) -> Call:
     return Call(call.op, call.args, call.kwargs, call.outputs, call.axes_of, node_name, call.value_of)
 
 
-def _name(func: compat.OpOverload) -> str:
-    return str(compat.schema_of(func).name.split("::")[1])
+class _Known(NamedTuple):
+    """What is known of an op: whether its calls are ``plain``, which write nothing and give sizes that no value decides."""
+
+    func: compat.OpOverload
+    name: str
+    plain: bool
+    view: bool
+    attention: bool
+    to_be_decomposed: bool
+
+
+_NONE: dict[str, Any] = {}
+_ops: dict[int, _Known] = {}  # by identity: ops live as long as the process, and hashing one is slow
+
+
+def _known(func: compat.OpOverload) -> _Known:
+    name = str(compat.schema_of(func).name.split("::")[1])
+    ruled = name in RULES or torch.Tag.pointwise in func.tags
+    plain = not compat.schema_of(func).is_mutable and name not in CONVOLUTIONS
+    composite = compat.is_composite(func) and not ruled
+    _ops[id(func)] = _Known(func, name, plain, compat.returns_views(func), "scaled_dot_product" in name, composite)
+    return _ops[id(func)]
 
 
 class _ReadValues(KnownValues):

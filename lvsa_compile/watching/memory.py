@@ -13,7 +13,7 @@ from lvsa_compile.axes.algebra import ARANGE, Axis, Concat, Size, axis_size, lea
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.layout.guarded_values import SameValue
 
-_MOST = 1 << 14
+MOST = 1 << 14
 """Calls of ops that are remembered; then all is forgotten and found out anew."""
 
 
@@ -35,10 +35,12 @@ class Memory:
 
     def __init__(self) -> None:
         self.found: dict[Hashable, Found] = {}
+        self.results: dict[Hashable, tuple[tuple[torch.Size, Axes], ...]] = {}  # of whole calls, by op and arguments: shapes and axes
         self.counted: set[Size] = set()  # sizes of axes that run along three counts, as those of rope tables do
         self.next_number = 0
         self._axes: dict[Axes, Axes] = {}
         self._held: dict[tuple[int, ...], Axes] = {}
+        self._annotated: dict[Axes, Axes] = {}
         self._of_graphs: dict[tuple[int, ...], tuple[Axes, Axes]] = {}
 
     def one(self, axes: Axes) -> Axes:
@@ -52,19 +54,29 @@ class Memory:
             known = self._held[shape] = self.one(axes())
         return known
 
+    def annotation(self, annotation: Axes, axes: Axes) -> Axes:
+        """The one object for the annotation of a tensor with these axes."""
+        annotation = self.one(annotation)
+        self._annotated.setdefault(annotation, axes)
+        return annotation
+
+    def annotated(self, annotation: Axes) -> Axes | None:
+        """The axes of a tensor that was annotated so; None where none was."""
+        return self._annotated.get(annotation)
+
     def of_graph(self, axes: Axes, own: Callable[[], Axes], *inputs: Axes) -> Axes:
         """What ``own`` makes of the axes that a graph has for an output, and those of ``inputs``; made once."""
         key = (id(axes), *map(id, inputs))
         known = self._of_graphs.get(key)
         if known is None or known[0] is not axes:
-            if len(self._of_graphs) >= _MOST:
+            if len(self._of_graphs) >= MOST:
                 self._of_graphs.clear()
             known = self._of_graphs[key] = axes, self.one(own())
         return known[1]
 
     def keep(self, key: Hashable, found: Found) -> None:
         """Remembers what a rule gave."""
-        if len(self.found) >= _MOST:
+        if len(self.found) >= MOST:
             self.found.clear()
         self.found[key] = found
         self.next_number += 1
@@ -92,12 +104,20 @@ def is_counted_by(axes: list[Axes], node_name: str) -> bool:
     )
 
 
+_AS_THEY_ARE = frozenset((type(None), int, bool, str, torch.dtype, torch.device))
+
+
 def key_of(value: Any, axes_of: Callable[[Tensor], Axes]) -> Hashable:
     """What of an argument decides what a rule gives: of a tensor its axes and dtype, of a float only that it is one."""
-    if isinstance(value, Tensor):
-        return id(axes_of(value)), value.dtype
-    if value is None or isinstance(value, (int, str, torch.dtype, torch.device)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return tuple([key_of(each, axes_of) for each in value])
-    return str(type(value))
+    kind = type(value)
+    if kind in _AS_THEY_ARE:
+        key: Hashable = value
+    elif kind is Tensor or isinstance(value, Tensor):
+        key = (id(axes_of(value)), value.dtype)
+    elif kind is tuple or kind is list:
+        if all(type(each) is int for each in value):
+            return tuple(value)
+        key = tuple([key_of(each, axes_of) for each in value])
+    else:
+        key = kind.__name__
+    return key

@@ -27,7 +27,7 @@ from lvsa_compile.axes.values import Array
 from lvsa_compile.errors import LvsaWarning
 from lvsa_compile.forward import clock, context
 from lvsa_compile.forward.explicit_step import explicit_step
-from lvsa_compile.forward.labels import begin_forward, watched_forward
+from lvsa_compile.forward.labels import NOTHING, begin_forward, watched_forward
 from lvsa_compile.forward.timestep_names import timestep_among
 from lvsa_compile.layout.carry import outgoing_annotation
 from lvsa_compile.layout.denoiser import why_no_denoiser
@@ -166,7 +166,9 @@ class Forward:
     def annotation_of(self, tensor: Tensor) -> Axes | None:
         """What a graph should know of the axes of an input."""
         axes = self.tracker.known_axes(tensor)
-        if axes is None or self._size.problem:
+        if self._size.problem or (self._size.shown is not None and not self._size.targets and not self._watch.targets):
+            return NOTHING
+        if axes is None:
             return None
         if len(axes) >= 3:
             self._asked[id(axes[-2])] = axes[-2]
@@ -177,7 +179,7 @@ class Forward:
                 return None
             refined = axes if self._size.shown is None else self._size.shown.refine(axes)
             annotation = outgoing_annotation(refined, targets or {})
-            known[id(axes)] = None if annotation is None else self._watch.memory.one(annotation)
+            known[id(axes)] = None if annotation is None else self._watch.memory.annotation(annotation, axes)
         return known[id(axes)]
 
     def annotate(self, tensor: Tensor, axes: Axes | None) -> None:
@@ -185,9 +187,9 @@ class Forward:
         if axes is None:
             self.tracker.lose(tensor, "a compiled graph", frozenset(self._inputs.latents()))
         else:
-            self.tracker.set_axes(
-                tensor, self._watch.memory.of_graph(axes, lambda: tuple(map(expanded, unmarked(axes, self._inputs.names))))
-            )
+            memory, names = self._watch.memory, self._inputs.names
+            own = memory.of_graph(axes, lambda: memory.annotated(axes) or tuple(map(expanded, unmarked(axes, names))))
+            self.tracker.set_axes(tensor, own)
 
     def pass_on(self, tensor: Tensor, axes: Axes, inputs: Mapping[str, Tensor]) -> None:
         """Says what the axes of an output of a graph are in terms of those of its inputs, given by name."""
@@ -232,7 +234,8 @@ class Forward:
         candidates = self._inputs.latents() or self._inputs.packed()
         targets = {name: axes for name, axes in shown.targets.items() if name in candidates}
         followed, given = size.targets, not self.parent.unconfirmed and any(each is not None for each in size.annotations.values())
-        size.shown = shown
+        known = {} if size.shown is None else size.shown.evidence  # a forward that shows less, as one that skips blocks, takes nothing back
+        size.shown = dataclasses.replace(shown, evidence={**known, **shown.evidence})
         size.annotations.clear()
         if not_denoiser:
             size.problem = f"{model} is no denoiser: {not_denoiser}"

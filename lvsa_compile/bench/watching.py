@@ -1,0 +1,75 @@
+"""What following a forward costs: 40 blocks of width 1536 with shared weights, compiled one by one, and a wholly eager forward."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lvsa_compile.bench.measuring import in_turn
+from lvsa_compile.bench.video_model import wan_shaped
+from lvsa_compile.regional import undo
+from lvsa_compile.watching.watch import watch
+
+_BLOCKS, _TEXT = 40, 64
+_DENSE = {"reference_frames": 1000}
+Row = dict[str, Any]
+
+
+def measure(device: torch.device, rounds: int, frames: int = 3) -> list[Row]:
+    """Two rows, each a forward that nobody follows against one that is followed; every forward is dense, of ``frames`` latent frames."""
+    with torch.no_grad():
+        rows = [_row(name, make, device, rounds, frames) for name, make in (("blocks compiled one by one", _compiled), ("eager", _eager))]
+    torch.compiler.reset()
+    return rows
+
+
+def _row(name: str, pair: Callable[[nn.Module, nn.Module], None], device: torch.device, rounds: int, frames: int) -> Row:
+    torch.compiler.reset()
+    plain, followed = (_model().to(device) for _ in range(2))
+    pair(plain, followed)
+    latents = torch.randn(1, 16, frames, 16, 16, device=device)
+    text, timestep = torch.randn(1, _TEXT, 512, device=device), torch.full((1,), 900.0, device=device)
+    inputs = {"hidden_states": latents, "timestep": timestep, "encoder_hidden_states": text, "return_dict": False}
+    runs = {name: functools.partial(_forward, model, inputs) for name, model in (("plain", plain), ("followed", followed))}
+    for run in (*runs.values(), *runs.values()):
+        run()
+    seconds = in_turn(runs, rounds, device, least_seconds=10.0)
+    undo(followed)
+    pairs = zip(seconds["followed"].rounds, seconds["plain"].rounds, strict=True)
+    more = sorted(one - other for one, other in pairs)
+    return {
+        "forward": name,
+        "plain": seconds["plain"].median,
+        "followed": seconds["followed"].median,
+        "more": more[len(more) // 2],
+        "share": more[len(more) // 2] / seconds["plain"].median,
+        "spread": seconds["plain"].spread,
+        "rounds": len(more),
+    }
+
+
+def _forward(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    return model(**inputs)[0]
+
+
+def _compiled(plain: nn.Module, followed: nn.Module) -> None:
+    undo(plain)
+    for block in plain.blocks:  # type: ignore[union-attr]
+        block.compile(dynamic=False)
+    for block in followed.blocks:  # type: ignore[union-attr]
+        block.compile(backend="lvsa", options=_DENSE, dynamic=False)
+
+
+def _eager(plain: nn.Module, followed: nn.Module) -> None:
+    watch(followed, ticks=True)
+
+
+def _model() -> nn.Module:
+    model = wan_shaped(heads=12, ffn_dim=8960, layers=1)
+    model.blocks = nn.ModuleList(copy.copy(model.blocks[0]) for _ in range(_BLOCKS))  # type: ignore[index,misc]
+    return model
