@@ -14,17 +14,23 @@ import warnings
 import pytest
 import torch
 from accelerate.utils import compile_regions
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_graph_breaks import close, masked
 from test_regional import Block, Stack, one_after_the_other, with_text
 from tiny_models import PATTERN, VideoDiT, dit_inputs, randomise, timesteps, wan, wan_inputs
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lvsa_compile
 from lvsa_compile import compat
+from lvsa_compile.axes.algebra import INPUT, Concat, Source, axis_of
+from lvsa_compile.axes.tracker import AxisTracker
 from lvsa_compile.watching.eager_tracker import EagerTracker
+from lvsa_compile.watching.memory import Memory
 from lvsa_compile.watching.watch import watch_of
 
 EAGER = {**PATTERN, "inner": "eager"}
@@ -625,3 +631,74 @@ def test_a_value_is_read_once_per_size(monkeypatch):
             each.order.copy_(each.order.flip(0))
         assert close(model(*inputs), alone(*inputs))
         assert len(reads) == 2
+
+
+OPS = {  # of a tensor [2, 6, 4, 8] and back to one
+    "permute": lambda x: x.permute(0, 2, 1, 3),
+    "flatten and back": lambda x: x.flatten(1, 2).unflatten(1, x.shape[1:3]),
+    "chunks": lambda x: torch.cat(x.chunk(2, 1), 1),
+    "halves swapped": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
+    "a part": lambda x: torch.cat([x[:, :2], x[:, 2:]], 1),
+    "flip": lambda x: x.flip(1),
+    "linear": lambda x: torch.nn.functional.linear(x, torch.ones(x.shape[-1], x.shape[-1])),
+    "norm": lambda x: torch.nn.functional.layer_norm(x, x.shape[-1:]),
+    "added in place": lambda x: x.clone().add_(1.0),
+    "written to a view": lambda x: _written(x),
+    "stack": lambda x: torch.stack(list(x.unbind(1)), 1),
+    "index": lambda x: x[:, torch.arange(x.shape[1])],
+    "reversed by index": lambda x: x[:, torch.arange(x.shape[1] - 1, -1, -1)],
+    "transposed": lambda x: x.transpose(1, 2).contiguous(),
+    "rolled": lambda x: x.roll(1, 2),
+    "a table": lambda x: x * torch.arange(float(x.shape[1]))[None, :, None, None].cos(),
+}
+
+
+def _written(x):
+    out = torch.empty_like(x)
+    out[..., 0::2] = x[..., 0::2]
+    out[..., 1::2] = -x[..., 1::2]
+    return out
+
+
+def shown(axes):
+    """What axes say of inputs and counts, whatever the nodes are called."""
+
+    def of(factor):
+        if isinstance(factor, Concat):
+            return tuple(tuple(map(of, part)) for part in factor.parts)
+        digits = {
+            (d.source.kind, d.source.axis, d.size, d.stride, d.start) for d in factor.digits if d.source.kind in ("input", "arange", "lost")
+        }
+        return factor.size, frozenset(digits)
+
+    return tuple(tuple(map(of, axis)) for axis in axes)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from(sorted(OPS)), min_size=1, max_size=6), st.booleans())
+def test_eager_code_is_followed_as_a_graph_is(names, inference):
+    """One tracker, two drivers: on fakes without memory, and on the real tensors of eager code, twice by one memory."""
+
+    def run(x):
+        for name in names:
+            x = OPS[name](x)
+        return x
+
+    def own(x):
+        return tuple(axis_of(Source(INPUT, "x", i, size, "x", 4)) for i, size in enumerate(x.shape))
+
+    graph, fake_mode = AxisTracker(), FakeTensorMode(allow_non_fake_inputs=True)
+    with fake_mode, torch.no_grad():
+        x = torch.empty(2, 6, 4, 8)
+        graph.set_axes(x, own(x))
+        with graph:
+            graph.node_name = "node"
+            expected = shown(graph.axes_of(run(x)))
+    memory = Memory()
+    for _ in range(2):
+        with torch.inference_mode(inference), torch.no_grad():
+            tracker, x = EagerTracker(memory, run.__code__.replace(co_name="nobody")), torch.randn(2, 6, 4, 8)
+            tracker.set_axes(x, own(x))
+            with compat.mode_on(tracker):
+                output = run(x)
+            assert shown(tracker.axes_of(output)) == expected

@@ -144,9 +144,9 @@ class AxisTracker(compat.TorchDispatchMode):
             self.set_axes(output, axes)
             self.values.set(output, self.values.result(func, args, kwargs, position if several else None, output))
         if compat.returns_views(func) and isinstance(args[0], Tensor):
-            self._note_views(func, call.op, args, kwargs, outputs)
+            self.note_views(func, call.op, args, kwargs, outputs)
 
-    def _note_views(
+    def note_views(
         self, func: compat.OpOverload, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: tuple[Tensor, ...]
     ) -> None:
         """Remembers which call made views."""

@@ -4,7 +4,7 @@ Each function says what it stands for, so that a change in torch is mended here 
 """
 
 from lvsa_compile.compat.breaks import GraphBreak, break_of, callables_at_break, calls_in_progress, given_up, is_disabled, was_given_up
-from lvsa_compile.compat.calls import named_leaves, not_compiled, tree_leaves, tree_map, tree_unflatten
+from lvsa_compile.compat.calls import named_leaves, not_compiled, tree_leaves
 from lvsa_compile.compat.dynamo import (
     argument_scope,
     capture_failures,
@@ -25,14 +25,12 @@ from lvsa_compile.compat.dynamo import (
     trace_artifact,
 )
 from lvsa_compile.compat.fakes import (
-    NEEDS_VALUES,
     constant_of,
     fake_like,
     fake_mode_of,
     fake_mode_of_graph,
     is_fake,
     isolated_run,
-    new_fake_mode,
     tracing_fake_mode,
     tracing_on_fakes,
 )
@@ -69,7 +67,6 @@ from lvsa_compile.compat.modules import (
 from lvsa_compile.compat.ops import (
     AUTOCAST_KEYS,
     HOST_OP_TAGS,
-    INDEXING_OPS,
     NO_BLOCKS,
     OPAQUE_OP_TAGS,
     HigherOrderOperator,
@@ -83,7 +80,6 @@ from lvsa_compile.compat.ops import (
     group_of,
     local_part,
     memory_of,
-    no_fast_paths,
     no_modes,
     register_autocast,
     returns_views,
@@ -108,8 +104,6 @@ from lvsa_compile.compat.sizes import (
 __all__ = [
     "AUTOCAST_KEYS",
     "HOST_OP_TAGS",
-    "INDEXING_OPS",
-    "NEEDS_VALUES",
     "NO_BLOCKS",
     "OPAQUE_OP_TAGS",
     "GraphBreak",
@@ -175,8 +169,6 @@ __all__ = [
     "module_stack",
     "modules_along",
     "named_leaves",
-    "new_fake_mode",
-    "no_fast_paths",
     "no_modes",
     "not_compiled",
     "number_of",
@@ -212,8 +204,6 @@ __all__ = [
     "tracing_on_fakes",
     "transforms_kept",
     "tree_leaves",
-    "tree_map",
-    "tree_unflatten",
     "users_line",
     "version_of",
     "was_given_up",

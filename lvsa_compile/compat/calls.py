@@ -52,17 +52,3 @@ def tree_leaves(value: Any) -> list[Any]:
     import torch.utils._pytree as pytree
 
     return pytree.tree_leaves(value)
-
-
-def tree_map(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same structure with ``function`` of every leaf."""
-    import torch.utils._pytree as pytree
-
-    return pytree.tree_map(function, value)
-
-
-def tree_unflatten(leaves: list[Any], structure: Any) -> Any:
-    """The structure with other leaves."""
-    import torch.utils._pytree as pytree
-
-    return pytree.tree_unflatten(leaves, structure)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator as HigherOrderOperator
 from torch._ops import OpOverload as OpOverload
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 
@@ -20,17 +19,6 @@ def fake_like(tensor: Tensor, fake_mode: Any, device: torch.device | None = None
     """A fake tensor with the metadata of ``tensor`` and static sizes, on ``device`` or that of the tensor."""
     with fake_mode:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device or tensor.device)
-
-
-def new_fake_mode() -> Any:
-    """A fake mode of its own, without symbols: ops that need values raise one of ``NEEDS_VALUES``."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
-"""What fake tensors raise where the values of real ones decide."""
 
 
 def tracing_fake_mode() -> Any:

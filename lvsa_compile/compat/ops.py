@@ -123,17 +123,6 @@ def cudnn_attention_enabled() -> bool:
     return bool(torch.backends.cuda.cudnn_sdp_enabled())
 
 
-@contextlib.contextmanager
-def no_fast_paths() -> Iterator[None]:
-    """Surroundings in which ``nn.MultiheadAttention`` runs op by op, as Dynamo traces it."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 def local_part(tensor: Tensor) -> tuple[Tensor, frozenset[int]] | None:
     """This process's part of a distributed tensor, and the axes that are cut; None for any other tensor."""
     distributed = sys.modules.get("torch.distributed.tensor")
@@ -152,7 +141,6 @@ def group_of(name: str) -> tuple[int, int]:
 
 NO_BLOCKS = 1 << 30
 """``flex_attention``'s size of a block where it has no block mask (``_LARGE_SPARSE_BLOCK_SIZE``)."""
-INDEXING_OPS = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 
 @contextlib.contextmanager

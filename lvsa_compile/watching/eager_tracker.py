@@ -95,7 +95,7 @@ class EagerTracker(AxisTracker):
             version = compat.version_of(tensor)
             self._held[id(tensor)] = (weakref.ref(tensor), axes, version, version if base is None else base)
         if known.view and type(args[0]) is not Parameter:  # nobody writes to a weight within a forward
-            self._note_views(known.func, known.name, args, kwargs, outputs)
+            self.note_views(known.func, known.name, args, kwargs, outputs)
         return True
 
     def _remember(self, key: Hashable, result: Any) -> None:
