@@ -77,7 +77,7 @@ def follow_broken() -> None:
     """Has the forwards of the model that is compiled as a whole followed, since one of its graphs ended in a break."""
     calls, own = _calls(), _compiled_module()
     found = next((call for call in calls if _is(call.module, own)), None)
-    if found is not None and context.parent.get() is None:
+    if found is not None and context.parent.get() is None and not left_alone(found.module):
         watch(found.module, ticks=False)
 
 

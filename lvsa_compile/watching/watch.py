@@ -104,7 +104,7 @@ def watch(model: nn.Module, ticks: bool) -> Watch:
     """Has every forward of a model followed."""
     present = watch_of(model)
     if present is None:
-        _left_alone.pop(model, None)
+        _left_alone.pop(getattr(model, "_orig_mod", model), None)
         present = Watch(model, ticks)
         compat.set_compiled_call(model, present)
     return present
@@ -115,12 +115,12 @@ _left_alone: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def leave_alone(model: nn.Module) -> None:
     """Has a model not be followed unless somebody asks for it."""
-    _left_alone[model] = True
+    _left_alone[getattr(model, "_orig_mod", model)] = True
 
 
 def left_alone(model: nn.Module) -> bool:
     """Whether a model is not to be followed unless somebody asks for it."""
-    return model in _left_alone
+    return getattr(model, "_orig_mod", model) in _left_alone
 
 
 def watch_of(model: nn.Module) -> Watch | None:
@@ -166,7 +166,8 @@ class Forward:
     def annotation_of(self, tensor: Tensor) -> Axes | None:
         """What a graph should know of the axes of an input."""
         axes = self.tracker.known_axes(tensor)
-        if self._size.problem or (self._size.shown is not None and not self._size.targets and not self._watch.targets):
+        unknown = self._size.shown is not None and not self._size.targets and not self._watch.targets
+        if self._watch.ticks and (self._size.problem or unknown):  # else the model's own graphs tell
             return NOTHING
         if axes is None:
             return None
