@@ -21,6 +21,7 @@ MODELS = int(os.environ.get("FUZZ", "0"))
 seen: collections.Counter[str] = collections.Counter()
 SPARSE_OR_WHY = {  # reasons a site over the target video may be left dense for, and when they are true
     "no_grid": lambda r: r.packed and (r.graphs == "breaks" or not shows_grid(r)),
+    "first_forward": lambda r: r.packed and not shows_grid(r),
     "graph_break": lambda r: r.packed and r.graphs == "breaks",
     "not_video": lambda r: r.packed and not shows_grid(r),
     "layout_unknown": lambda r: r.packed and r.decoy == "flipped rows",

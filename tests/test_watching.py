@@ -128,7 +128,7 @@ def test_the_first_forward_is_dense_and_says_so_and_no_warning_speaks_of_it():
         (site,) = lvsa_compile.reports()[0].sites
         model(*dit_inputs())
     assert (site.decision, site.reason, site.detail) == ("dense", "first_forward", "blocks.0 of Stack")
-    assert site.remedy.startswith("Nothing to do: the next forward compiles the block again")
+    assert site.remedy.startswith("Nothing to do: call the model again.")
     assert [report.model for report in lvsa_compile.reports()] == ["Stack", "Stack"]
     assert lvsa_compile.reports()[1].sites[0].name == "blocks.*.attention"
 

@@ -48,9 +48,6 @@ class WatchedForward(Protocol):
 watched_forward: contextvars.ContextVar[WatchedForward | None] = contextvars.ContextVar("lvsa_watched_forward", default=None)
 """The forward that is followed now, if any."""
 
-NOTHING: Axes = ()
-"""The annotation of every tensor of a forward of which it is known that nothing shows its video."""
-
 _annotations: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _forward = threading.local()
 

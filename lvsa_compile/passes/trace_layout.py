@@ -163,7 +163,7 @@ def _brought(compilation: Compilation) -> dict[str, Axes]:
     for node, value in zip(placeholders, compilation.example_inputs, strict=False):
         axes = annotation_of(value) if isinstance(value, Tensor) else None
         fake = compat.example_value(node)
-        if axes and all(compat.specialise(size, fake) is not None for size in fake.shape):
+        if axes is not None and all(compat.specialise(size, fake) is not None for size in fake.shape):
             found[node.name] = axes
     return found
 

@@ -27,7 +27,7 @@ from lvsa_compile.axes.values import Array
 from lvsa_compile.errors import LvsaWarning
 from lvsa_compile.forward import clock, context
 from lvsa_compile.forward.explicit_step import explicit_step
-from lvsa_compile.forward.labels import NOTHING, begin_forward, watched_forward
+from lvsa_compile.forward.labels import begin_forward, watched_forward
 from lvsa_compile.forward.timestep_names import timestep_among
 from lvsa_compile.layout.carry import outgoing_annotation
 from lvsa_compile.layout.denoiser import why_no_denoiser
@@ -166,10 +166,7 @@ class Forward:
     def annotation_of(self, tensor: Tensor) -> Axes | None:
         """What a graph should know of the axes of an input."""
         axes = self.tracker.known_axes(tensor)
-        unknown = self._size.shown is not None and not self._size.targets and not self._watch.targets
-        if self._watch.ticks and (self._size.problem or unknown):  # else the model's own graphs tell
-            return NOTHING
-        if axes is None:
+        if axes is None or (self._size.problem and self._watch.ticks):
             return None
         if len(axes) >= 3:
             self._asked[id(axes[-2])] = axes[-2]
