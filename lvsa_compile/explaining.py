@@ -61,7 +61,7 @@ def explain(
         graphs.append(report_of(compilation))
         return eager.in_graph(with_labels(graph_module.forward, compilation))
 
-    model = getattr(model, "_orig_mod", model)
+    model = compat.uncompiled(model)
     home = next((tensor.device for tensor in _tensors((model, args, kwargs))), None)
     if device is not None:
         model, args, kwargs = _moved((model, args, kwargs), torch.device(device))

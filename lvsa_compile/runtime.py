@@ -220,9 +220,10 @@ def with_labels(compiled: Callable[..., Any], compilation: Compilation) -> Calla
         for position, axes in annotated:
             if isinstance(outputs[position], Tensor):
                 annotate(outputs[position], axes)
-        for position, axes in passed_on if watched is not None else ():
-            if watched is not None and isinstance(outputs[position], Tensor):
-                watched.pass_on(outputs[position], axes, given)
+        if watched is not None:
+            for position, axes in passed_on:
+                if isinstance(outputs[position], Tensor):
+                    watched.pass_on(outputs[position], axes, given)
         for output in outputs if lost else ():
             if isinstance(output, Tensor):
                 annotate(output, None)

@@ -137,6 +137,15 @@ class Other(Block):
     """A second kind of block."""
 
 
+class Around(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents, timestep, text):
+        return self.model(latents, timestep, text)
+
+
 class ListOfItsOwn(nn.ModuleList):
     pass
 
@@ -147,14 +156,6 @@ def test_two_kinds_of_blocks_in_a_list_of_its_own_with_a_model_around():
             super().__init__()
             self.blocks = ListOfItsOwn([Block(), Other(), Block(), Other()])
 
-    class Around(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, latents, timestep, text):
-            return self.model(latents, timestep, text)
-
     alone, model = randomise(Two()), randomise(Two())
     in_the_list(model, backend="lvsa", options=EAGER)
     exact_from_the_second_call(Around(model), alone)
@@ -162,14 +163,6 @@ def test_two_kinds_of_blocks_in_a_list_of_its_own_with_a_model_around():
 
 
 def test_a_whole_model_in_a_wrapper_is_left_as_it_is():
-    class Around(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, latents, timestep, text):
-            return self.model(latents, timestep, text)
-
     alone, model = randomise(Stack()), randomise(Stack())
     around = Around(torch.compile(model, backend="lvsa", options=EAGER))
     inputs = dit_inputs()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Sequence
 
 from lvsa_compile.axes.algebra import ARANGE, INPUT, LOST, Axis, Concat, Digit, Factor, Size, Source, axis_size, leaves
 from lvsa_compile.axes.call import Axes
+from lvsa_compile.axes.digits import with_digits
 
 _GENERATED, _CONDITIONING, _COORDINATES = "^", "~", "@"
 _MARKS = (_GENERATED, _CONDITIONING, _COORDINATES)
@@ -115,18 +116,12 @@ def _renamed(source: Source, generated: Container[str], lost_at: LostAt) -> Sour
 
     if source.kind == LOST:
         return Source(LOST, lost_at(source), 0, source.size, "", 1, frozenset(map(marked, source.origins)))
-    inside = _renamed_axis(source.stands_for_axis, generated, lost_at)
-    return dataclasses.replace(source, node_name=marked(source.node_name) if source.node_name else "", stands_for_axis=inside)
 
+    def inside(digit: Digit) -> Digit:
+        return dataclasses.replace(digit, source=_renamed(digit.source, generated, lost_at))
 
-def _renamed_axis(axis: Axis, generated: Container[str], lost_at: LostAt) -> Axis:
-    def of(factor: Factor | Concat) -> Factor | Concat:
-        if isinstance(factor, Concat):
-            return Concat(tuple(_renamed_axis(part, generated, lost_at) for part in factor.parts))
-        digits = (Digit(_renamed(d.source, generated, lost_at), d.size, d.stride, d.start) for d in factor.digits)
-        return Factor(factor.size, frozenset(digits))
-
-    return tuple(map(of, axis))
+    node_name = marked(source.node_name) if source.node_name else ""
+    return dataclasses.replace(source, node_name=node_name, stands_for_axis=with_digits(source.stands_for_axis, inside))
 
 
 def unmarked(axes: Axes, inputs: Container[str]) -> Axes:
@@ -137,17 +132,12 @@ def unmarked(axes: Axes, inputs: Container[str]) -> Axes:
 
     def bare(digit: Digit) -> Digit:
         source = digit.source
-        origins, inside = frozenset(map(name, source.origins)), of(source.stands_for_axis)
-        renamed = dataclasses.replace(source, node_name=name(source.node_name), origins=origins, stands_for_axis=inside)
-        return Digit(renamed, digit.size, digit.stride, digit.start)
-
-    def of(axis: Axis) -> Axis:
-        return tuple(
-            Concat(tuple(map(of, factor.parts))) if isinstance(factor, Concat) else Factor(factor.size, frozenset(map(bare, factor.digits)))
-            for factor in axis
+        origins, inside = frozenset(map(name, source.origins)), with_digits(source.stands_for_axis, bare)
+        return dataclasses.replace(
+            digit, source=dataclasses.replace(source, node_name=name(source.node_name), origins=origins, stands_for_axis=inside)
         )
 
-    return tuple(map(of, axes))
+    return tuple(with_digits(axis, bare) for axis in axes)
 
 
 def in_numbers(axes: Axes, number: Callable[[Size], int]) -> Axes:

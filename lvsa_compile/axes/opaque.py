@@ -25,6 +25,7 @@ from lvsa_compile.axes.algebra import (
     slice_axis,
     split_axis,
 )
+from lvsa_compile.axes.digits import with_digits
 
 
 def cut_axis(axis: Axis, start: Size, stop: Size) -> Axis | None:
@@ -78,17 +79,7 @@ def substituted(axes: tuple[Axis, ...], inputs: Mapping[str, tuple[Axis, ...]]) 
         fits = own is not None and source.axis < len(own) and same(axis_size(own[source.axis]), source.size)
         return dataclasses.replace(source, stands_for_axis=own[source.axis]) if own is not None and fits else source
 
-    def of(axis: Axis) -> Axis:
-        done: list[Factor | Concat] = []
-        for factor in axis:
-            if isinstance(factor, Concat):
-                done.append(Concat(tuple(map(of, factor.parts))))
-            else:
-                digits = (Digit(known(digit.source), digit.size, digit.stride, digit.start) for digit in factor.digits)
-                done.append(Factor(factor.size, frozenset(digits)))
-        return expanded(tuple(done))
-
-    return tuple(map(of, axes))
+    return tuple(expanded(with_digits(axis, lambda digit: dataclasses.replace(digit, source=known(digit.source)))) for axis in axes)
 
 
 def _counted_by(digit: Digit) -> Axis | None:

@@ -79,7 +79,7 @@ def measure(
             steps: dict[str, Callable[[], Tensor]] = {}
             for name in ("inductor", "lvsa") if horizon <= dense_up_to else ("lvsa",):
                 compiled = torch.compile(copy.deepcopy(plain), backend=name, dynamic=False)
-                steps[name] = functools.partial(_step, compiled, inputs)
+                steps[name] = functools.partial(one_step, compiled, inputs)
                 started = time.perf_counter()
                 steps[name]()
                 row[f"{name}_first"] = time.perf_counter() - started
@@ -101,7 +101,8 @@ def measure(
     return rows
 
 
-def _step(model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
+def one_step(model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
+    """What a denoising step gives."""
     output: Tensor = model(**inputs)[0]
     return output
 
@@ -112,7 +113,7 @@ def _error_of(output: Tensor, plain: nn.Module, inputs: dict[str, Any], name: st
     if name == "lvsa":
         exact = torch.compile(exact, backend="lvsa", dynamic=False, options={"inner": "eager"})
     widened = {key: value.double() if isinstance(value, Tensor) and key != "timestep" else value for key, value in inputs.items()}
-    expected = _step(exact, widened)
+    expected = one_step(exact, widened)
     return float((output.double() - expected).abs().max() / expected.abs().max())
 
 

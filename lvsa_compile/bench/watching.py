@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 from torch import nn
 
 from lvsa_compile.bench.measuring import in_turn
-from lvsa_compile.bench.video_model import wan_shaped
+from lvsa_compile.bench.video_model import inputs_of, one_step, wan_shaped
 from lvsa_compile.regional import undo
 from lvsa_compile.watching.watch import watch
 
-_BLOCKS, _TEXT = 40, 64
+_BLOCKS = 40
 _DENSE = {"reference_frames": 1000}
 Row = dict[str, Any]
 
@@ -32,29 +33,23 @@ def _row(name: str, pair: Callable[[nn.Module, nn.Module], None], device: torch.
     torch.compiler.reset()
     plain, followed = (_model().to(device) for _ in range(2))
     pair(plain, followed)
-    latents = torch.randn(1, 16, frames, 16, 16, device=device)
-    text, timestep = torch.randn(1, _TEXT, 512, device=device), torch.full((1,), 900.0, device=device)
-    inputs = {"hidden_states": latents, "timestep": timestep, "encoder_hidden_states": text, "return_dict": False}
-    runs = {name: functools.partial(_forward, model, inputs) for name, model in (("plain", plain), ("followed", followed))}
+    inputs = inputs_of(frames, device)
+    runs = {name: functools.partial(one_step, model, inputs) for name, model in (("plain", plain), ("followed", followed))}
     for run in (*runs.values(), *runs.values()):
         run()
     seconds = in_turn(runs, rounds, device, least_seconds=10.0)
     undo(followed)
     pairs = zip(seconds["followed"].rounds, seconds["plain"].rounds, strict=True)
-    more = sorted(one - other for one, other in pairs)
+    more = [one - other for one, other in pairs]
     return {
         "forward": name,
         "plain": seconds["plain"].median,
         "followed": seconds["followed"].median,
-        "more": more[len(more) // 2],
-        "share": more[len(more) // 2] / seconds["plain"].median,
+        "more": statistics.median(more),
+        "share": statistics.median(more) / seconds["plain"].median,
         "spread": seconds["plain"].spread,
         "rounds": len(more),
     }
-
-
-def _forward(model: nn.Module, inputs: dict[str, Any]) -> Any:
-    return model(**inputs)[0]
 
 
 def _compiled(plain: nn.Module, followed: nn.Module) -> None:

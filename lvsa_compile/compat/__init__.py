@@ -48,7 +48,7 @@ from lvsa_compile.compat.inductor import (
     reset_cuda_graphs,
     with_cache_stamp,
 )
-from lvsa_compile.compat.modes import decomposed, in_compiled_graph, is_composite, mode_away, mode_on, modes_on_stack, push_mode, take_mode
+from lvsa_compile.compat.modes import decomposed, in_compiled_graph, is_composite, mode_away, mode_on, modes_on_stack
 from lvsa_compile.compat.modules import (
     compiled_call,
     compiled_entry,
@@ -63,6 +63,7 @@ from lvsa_compile.compat.modules import (
     required_parameters,
     resumes,
     set_compiled_call,
+    uncompiled,
 )
 from lvsa_compile.compat.ops import (
     AUTOCAST_KEYS,
@@ -176,7 +177,6 @@ __all__ = [
     "path_parts",
     "placeholder_source",
     "plain_call",
-    "push_mode",
     "recompile_limit",
     "recompile_reason",
     "register_autocast",
@@ -196,7 +196,6 @@ __all__ = [
     "specialise",
     "statically_true",
     "symbol_positions",
-    "take_mode",
     "takes_recompile_limit",
     "trace_apart",
     "trace_artifact",
@@ -204,6 +203,7 @@ __all__ = [
     "tracing_on_fakes",
     "transforms_kept",
     "tree_leaves",
+    "uncompiled",
     "users_line",
     "version_of",
     "was_given_up",

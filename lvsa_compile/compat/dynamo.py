@@ -151,23 +151,19 @@ def argument_scope() -> dict[str, Any]:
 def guard_self(holds: Callable[[Any], bool], text: str) -> None:
     """Adds a Dynamo guard on the object whose method is compiled, as ``guard_input`` on an input; without one it does nothing."""
     from torch._dynamo.source import LocalSource
-    from torch._guards import Guard, TracingContext
 
-    context = TracingContext.try_get()
-    if context is None or "self" not in argument_scope():
-        return
-
-    def create(builder: Any, guard: Any) -> None:
-        builder.get_guard_manager(guard).add_lambda_guard(holds, [f"lvsa: {guard.name} {text}"], guard.user_stack)
-
-    context.guards_context.dynamo_guards.add(Guard(LocalSource("self"), create))
+    _guard(LocalSource("self") if "self" in argument_scope() else None, holds, text)
 
 
 def guard_input(node: fx.Node, holds: Callable[[Tensor], bool], text: str) -> None:
     """Adds a Dynamo guard on the input behind a placeholder: the code is compiled again once ``holds(input)`` is false."""
+    _guard(getattr(node, "_dynamo_source", None), holds, text)
+
+
+def _guard(source: Any, holds: Callable[[Any], bool], text: str) -> None:
     from torch._guards import Guard, TracingContext
 
-    context, source = TracingContext.try_get(), getattr(node, "_dynamo_source", None)
+    context = TracingContext.try_get()
     if context is None or source is None:
         return
 

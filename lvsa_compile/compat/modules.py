@@ -80,21 +80,26 @@ def holds_parameter(module: torch.nn.Module, parameter: Tensor) -> bool:
     return any(held is parameter for held in module._parameters.values())
 
 
+def uncompiled(module: Any) -> Any:
+    """The module that ``torch.compile`` wrapped; any other one as it is."""
+    return getattr(module, "_orig_mod", module)
+
+
 def parameter_names(module_class: type) -> tuple[str, ...]:
     """Names of all parameters of a module's forward."""
-    try:
-        return tuple(inspect.signature(module_class.forward).parameters)  # type: ignore[attr-defined]
-    except (AttributeError, TypeError, ValueError):
-        return ()
+    return tuple(_parameters(module_class))
 
 
 def required_parameters(module_class: type) -> tuple[str, ...]:
     """Names of the parameters that a module's forward cannot do without."""
+    return tuple(name for name, parameter in _parameters(module_class).items() if parameter.default is inspect.Parameter.empty)
+
+
+def _parameters(module_class: type) -> Mapping[str, inspect.Parameter]:
     try:
-        parameters = inspect.signature(module_class.forward).parameters  # type: ignore[attr-defined]
+        return inspect.signature(module_class.forward).parameters  # type: ignore[attr-defined]
     except (AttributeError, TypeError, ValueError):
-        return ()
-    return tuple(name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty)
+        return {}
 
 
 def plain_call(module: torch.nn.Module) -> Callable[..., Any]:

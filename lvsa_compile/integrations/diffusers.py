@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from lvsa_compile import compat
 from lvsa_compile.errors import AttachError
 from lvsa_compile.forward.explicit_step import step
 
@@ -52,7 +53,7 @@ def detach(pipe: Any) -> Any:
 
 def _models(pipe: Any) -> list[nn.Module]:
     """The models of a pipeline that have a ``cache_context``, as they are under ``torch.compile``."""
-    found = (getattr(part, "_orig_mod", part) for part in getattr(pipe, "components", {}).values())
+    found = (compat.uncompiled(part) for part in getattr(pipe, "components", {}).values())
     return [model for model in found if isinstance(model, nn.Module) and hasattr(model, "cache_context")]
 
 

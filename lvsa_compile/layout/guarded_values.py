@@ -22,7 +22,7 @@ class Reader:
 
     def __init__(self, inputs: Mapping[str, Any], elsewhere: WatchedForward | None = None) -> None:
         self._elsewhere = elsewhere
-        self._real = {node_name: value for node_name, value in inputs.items() if isinstance(value, Tensor) and _is_real(value)}
+        self._real = {node_name: value for node_name, value in inputs.items() if isinstance(value, Tensor) and can_be_read(value)}
         self._read: dict[str, Tensor] = {}
         self._looked_at: dict[str, Array] = {}
 
@@ -46,7 +46,7 @@ class Reader:
         tensor = self._real.get(node_name)
         if tensor is None and self._elsewhere is not None:
             return self._elsewhere.peek(node_name)
-        if tensor is None or tensor.is_complex() or not 2 <= tensor.dim() <= 4 or 3 not in tensor.shape:
+        if tensor is None or not may_be_coordinates(tensor):
             return None
         if node_name not in self._looked_at:
             with compat.no_modes():
@@ -59,7 +59,13 @@ class Reader:
         return self._read
 
 
-def _is_real(tensor: Tensor) -> bool:
+def may_be_coordinates(tensor: Tensor) -> bool:
+    """Whether a tensor may hold a place ``(t, h, w)`` for each token."""
+    return 2 <= tensor.dim() <= 4 and 3 in tensor.shape and not tensor.is_complex()
+
+
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether a tensor has values, and not too many to look at."""
     return compat.fake_mode_of(tensor) is None and tensor.device.type != "meta" and tensor.numel() <= _LARGEST_INPUT
 
 

@@ -110,7 +110,7 @@ def _video() -> Forward:
     """The video that goes in, if any: into a known model, or as latents, of five axes or of four in a list."""
     model, latents = "", []
     for called, args, kwargs in compat.calls_in_progress():
-        kind = type(getattr(called, "_orig_mod", called))
+        kind = type(compat.uncompiled(called))
         found = []
         for value in (*args, *kwargs.values()):
             axes = 4 if isinstance(value, (list, tuple)) else 5

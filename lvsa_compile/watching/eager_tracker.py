@@ -18,14 +18,11 @@ from lvsa_compile.axes.call import Axes, Call, sizes_of, tensors_in
 from lvsa_compile.axes.patch_rules import CONVOLUTIONS
 from lvsa_compile.axes.rules import RULES
 from lvsa_compile.axes.tracker import AxisTracker, Reference
-from lvsa_compile.axes.values import Array, KnownValues
-from lvsa_compile.layout.guarded_values import SameValue
+from lvsa_compile.axes.values import Array, KnownValues, Later
+from lvsa_compile.layout.guarded_values import SameValue, can_be_read
 from lvsa_compile.watching.memory import MOST, Found, Memory, is_counted_by, key_of
 
 log = logging.getLogger(__name__)
-
-_LARGEST_VALUE = 1 << 24
-"""Elements of the largest tensor that is read."""
 
 
 class EagerTracker(AxisTracker):
@@ -120,8 +117,7 @@ class EagerTracker(AxisTracker):
 
     def lose(self, tensor: Tensor, name: str, counted: frozenset[str]) -> None:
         """Says that nobody knows what a tensor's axes are, of which the inputs ``counted`` may have a part in each."""
-        lost = (axis_of(Source(LOST, name, i, size, origins=counted)) for i, size in enumerate(sizes_of(tensor)))
-        self.set_axes(tensor, tuple(lost))
+        self.set_axes(tensor, _lost_axes(tensor, name, counted))
 
     def _reference(self, tensor: Tensor) -> Reference:
         held = self._held.get(id(tensor))
@@ -138,16 +134,12 @@ class EagerTracker(AxisTracker):
         version = compat.version_of(tensor)
         if version == held[2] or version == held[3]:
             return held[1]
-        named = origins(held[1])  # code that shows no ops wrote to it
-        lost = (axis_of(Source(LOST, "a write", i, size, "", origins=named)) for i, size in enumerate(sizes_of(tensor)))
-        return self._memory.one(tuple(lost))
+        return self._memory.one(_lost_axes(tensor, "a write", origins(held[1])))  # code that shows no ops wrote to it
 
     def _axes_of(self, tensor: Tensor) -> Axes:
         """``axes_of``, always the same object."""
-        held = self._held.get(id(tensor))
-        if held is not None and held[0]() is tensor and compat.version_of(tensor) in held[2:]:
-            return held[1]
-        return self._memory.one(self.axes_of(tensor))
+        axes = self._stored(tensor)
+        return self._memory.one(self.axes_of(tensor)) if axes is None else axes
 
     def _constant(self, tensor: Tensor) -> Axes:
         return self._memory.held(tensor.shape, lambda: super(EagerTracker, self)._constant(tensor))
@@ -192,6 +184,10 @@ class EagerTracker(AxisTracker):
         return axes
 
 
+def _lost_axes(tensor: Tensor, name: str, counted: frozenset[str]) -> Axes:
+    return tuple(axis_of(Source(LOST, name, i, size, origins=counted)) for i, size in enumerate(sizes_of(tensor)))
+
+
 def _named(call: Call, node_name: str) -> Call:
     return Call(call.op, call.args, call.kwargs, call.outputs, call.axes_of, node_name, call.value_of)
 
@@ -229,12 +225,11 @@ class _ReadValues(KnownValues):
 
     def of(self, tensor: Tensor) -> Array | None:
         """The value of a tensor as an array, or None."""
-        if compat.is_fake(tensor) or tensor.device.type == "meta" or tensor.numel() > _LARGEST_VALUE or tensor.is_complex():
+        if not can_be_read(tensor) or tensor.is_complex():
             return None
         with compat.no_modes():
             value = self.asked[id(tensor)] = tensor.detach().to("cpu", copy=True)
-            array: Array = (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
-        return array
+        return Later(lambda: value, constant=False).array()
 
     def later(self, tensor: Tensor) -> None:
         """Nothing is put off: a value is read while its rule runs."""

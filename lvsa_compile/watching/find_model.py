@@ -13,7 +13,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lvsa_compile import compat
 from lvsa_compile.forward import context
-from lvsa_compile.forward.timestep_names import timestep_among
 from lvsa_compile.watching.inputs import ForwardInputs
 from lvsa_compile.watching.watch import Watch, left_alone, tick, watch, watch_of
 
@@ -24,10 +23,6 @@ class _Call:
 
     module: nn.Module
     inputs: ForwardInputs
-
-    @property
-    def timed(self) -> bool:
-        return timestep_among(self.inputs.names) is not None
 
 
 _NOBODY: Callable[[], None] = lambda: None  # noqa: E731
@@ -69,7 +64,7 @@ def find_model() -> Watch | None:
     if found is None or left_alone(found.module):
         return None
     if watch_of(found.module) is None:
-        tick(getattr(found.module, "_orig_mod", found.module), found.inputs)
+        tick(compat.uncompiled(found.module), found.inputs)
     return watch(found.module, ticks=True)
 
 
@@ -86,15 +81,15 @@ def _find() -> _Call | None:
     own = _compiled_module()
     calls = _calls()
     around = [call for call in calls if not _is(call.module, own)]
-    if not around or any(_is(call.module, own) and call.timed and call.inputs.latents() for call in calls):
+    if not around or any(_is(call.module, own) and call.inputs.timed and call.inputs.latents() for call in calls):
         return None
-    complete = [call for call in around if call.timed and call.inputs.latents()]
+    complete = [call for call in around if call.inputs.timed and call.inputs.latents()]
     if complete:
         return complete[-1]
     repeated = own is not None and sum(type(module) is type(own) for module in around[0].module.modules()) > 1
-    if any(_is(call.module, own) and call.timed for call in calls) and not repeated:
+    if any(_is(call.module, own) and call.inputs.timed for call in calls) and not repeated:
         return None
-    timed = [call for call in around if call.timed]
+    timed = [call for call in around if call.inputs.timed]
     known = timed or [call for call in around if call.inputs.latents()]
     return known[0] if known and own is not None and (timed or repeated) else None
 
@@ -118,7 +113,7 @@ def _compiled_module() -> nn.Module | None:
 
 
 def _is(module: nn.Module, own: nn.Module | None) -> bool:
-    return own is not None and (module is own or getattr(module, "_orig_mod", None) is own)
+    return own is not None and (module is own or compat.uncompiled(module) is own)
 
 
 def _path(model: nn.Module, own: nn.Module | None) -> str:

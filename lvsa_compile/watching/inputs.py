@@ -12,6 +12,8 @@ from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT, Source, axis_of
 from lvsa_compile.axes.call import Axes, sizes_of
 from lvsa_compile.axes.carried import of_coordinates
+from lvsa_compile.forward.timestep_names import timestep_among
+from lvsa_compile.layout.guarded_values import may_be_coordinates
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,18 @@ class ForwardInputs:
     @staticmethod
     def of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardInputs:
         """The inputs of ``model(*args, **kwargs)``."""
-        kind: Any = type(getattr(model, "_orig_mod", model))
+        kind: Any = type(compat.uncompiled(model))
         return ForwardInputs(*compat.named_leaves(kind.forward, args, kwargs))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors among the leaves, by name."""
         return {name: leaf for name, leaf in zip(self.names, self.leaves, strict=True) if isinstance(leaf, Tensor)}
+
+    @property
+    def timed(self) -> bool:
+        """Whether the name of one says that it is the timestep."""
+        return timestep_among(self.names) is not None
 
     @property
     def size(self) -> tuple[Any, ...]:
@@ -58,11 +65,6 @@ class ForwardInputs:
 
 def _is_latent(name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and (tensor.dim() == 5 or (tensor.dim() == 4 and name.endswith("]")))
-
-
-def may_be_coordinates(tensor: Tensor) -> bool:
-    """Whether a tensor may hold a place ``(t, h, w)`` for each token."""
-    return 2 <= tensor.dim() <= 4 and 3 in tensor.shape and not tensor.is_complex()
 
 
 def axes_of_input(name: str, tensor: Tensor, value: int) -> Axes:

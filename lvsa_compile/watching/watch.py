@@ -47,8 +47,8 @@ class Size:
     """What is known of the forwards of one size.
 
     ``targets`` are the inputs that hold the generated video, None before anything has shown them, ``confirmed`` that an output has;
-    ``shown`` is what the outputs showed;
-    ``problem`` says why blocks get no annotations; ``values`` are those that inputs had whose values decided, by name.
+    ``shown`` is what the outputs showed, for the axes ``checked``; ``problem`` says why blocks get no annotations; ``values`` are those
+    that inputs had whose values decided, by name.
     """
 
     targets: Targets | None = None
@@ -58,7 +58,6 @@ class Size:
     values: dict[str, list[SameValue]] = dataclasses.field(default_factory=dict)
     annotations: dict[int, Axes | None] = dataclasses.field(default_factory=dict)
     checked: tuple[Any, ...] | None = None
-    in_graphs: set[str] = dataclasses.field(default_factory=set)
 
 
 class Watch:
@@ -84,8 +83,7 @@ class Watch:
     @property
     def model(self) -> Any:
         """The model, without what ``torch.compile`` put around it."""
-        model = self._model()
-        return getattr(model, "_orig_mod", model)
+        return compat.uncompiled(self._model())
 
     def undo(self) -> None:
         """Takes the watch off its model."""
@@ -104,7 +102,7 @@ def watch(model: nn.Module, ticks: bool) -> Watch:
     """Has every forward of a model followed."""
     present = watch_of(model)
     if present is None:
-        _left_alone.pop(getattr(model, "_orig_mod", model), None)
+        _left_alone.pop(compat.uncompiled(model), None)
         present = Watch(model, ticks)
         compat.set_compiled_call(model, present)
     return present
@@ -115,12 +113,12 @@ _left_alone: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def leave_alone(model: nn.Module) -> None:
     """Has a model not be followed unless somebody asks for it."""
-    _left_alone[getattr(model, "_orig_mod", model)] = True
+    _left_alone[compat.uncompiled(model)] = True
 
 
 def left_alone(model: nn.Module) -> bool:
     """Whether a model is not to be followed unless somebody asks for it."""
-    return getattr(model, "_orig_mod", model) in _left_alone
+    return compat.uncompiled(model) in _left_alone
 
 
 def watch_of(model: nn.Module) -> Watch | None:
@@ -132,18 +130,16 @@ def watch_of(model: nn.Module) -> Watch | None:
 def _follow(watch: Watch, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One forward."""
     forward, outer = Forward(watch, model, args, kwargs), watched_forward.get()
-    away = compat.take_mode(outer.tracker) if isinstance(outer, Forward) else None
     tokens = watched_forward.set(forward), context.parent.set(forward.parent)
     try:
-        with compat.mode_on(forward.tracker):
-            output = call(*args, **kwargs)
-        forward.finish(output)
+        with contextlib.nullcontext() if outer is None else outer.looking_away():
+            with compat.mode_on(forward.tracker):
+                output = call(*args, **kwargs)
+            forward.finish(output)
         return output
     finally:
         context.parent.reset(tokens[1])
         watched_forward.reset(tokens[0])
-        if away is not None and isinstance(outer, Forward):
-            compat.push_mode(outer.tracker)
 
 
 class Forward:
@@ -155,7 +151,7 @@ class Forward:
         self._inputs = ForwardInputs.of(model, args, kwargs)
         self._watch, self._size = watch, watch.size(self._inputs)
         self.tracker = EagerTracker(watch.memory, _follow.__code__)
-        self.parent = context.Parent(getattr(model, "_orig_mod", model), problem=self._size.problem, ticks=watch.ticks)
+        self.parent = context.Parent(compat.uncompiled(model), problem=self._size.problem, ticks=watch.ticks)
         self._asked: dict[int, Axis] = {}
         for name, tensor in self._inputs.tensors.items():
             self.tracker.set_axes(tensor, axes_of_input(name, tensor, self._number_of_value(name, tensor)))
@@ -215,7 +211,7 @@ class Forward:
         returned = [leaf for leaf in compat.tree_leaves(output) if isinstance(leaf, Tensor)]
         axes = {i: self.tracker.axes_of(leaf) for i, leaf in enumerate(returned)}
         tokens = {**self._asked, **self.tracker.attended}
-        timed = timestep_among(self._inputs.names) is not None or explicit_step() is not None
+        timed = self._timed
         checked = (tuple(map(id, axes.values())), frozenset(tokens), timed, tuple(leaf.shape for leaf in returned))
         size = self._size
         if checked == size.checked:
@@ -257,12 +253,13 @@ class Forward:
         Of latents that are joined one after the other in ``axes`` only one is generated: it is taken to be the first among the model's
         arguments, and attention is dense until an output confirms it.
         """
-        size, candidates = self._size, self._candidates()
-        if size.targets is None and size.shown is None and self._watch.targets.keys() <= set(candidates):
-            size.targets, size.confirmed = self._watch.targets or None, bool(self._watch.targets)
+        size = self._size
         if size.targets is None and size.shown is None:
-            timed = timestep_among(self._inputs.names) is not None or explicit_step() is not None
-            size.targets = dict.fromkeys(candidates, frozenset[int]()) if candidates and timed else None
+            candidates = self._candidates()
+            if self._watch.targets and self._watch.targets.keys() <= set(candidates):
+                size.targets, size.confirmed = self._watch.targets, True
+            elif candidates and self._timed:
+                size.targets = dict.fromkeys(candidates, frozenset[int]())
         if size.targets and not size.confirmed:
             joined = [name for name in size.targets if name in _joined(axes)]
             if len(joined) > 1:
@@ -270,6 +267,10 @@ class Forward:
                 size.targets = {name: own for name, own in size.targets.items() if name not in joined[1:]}
                 size.annotations.clear()
         return size.targets
+
+    @property
+    def _timed(self) -> bool:
+        return self._inputs.timed or explicit_step() is not None
 
     def _candidates(self) -> list[str]:
         return self._inputs.latents() or self._inputs.packed_with_places(self._watch.memory.counted)
