@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lvsa_compile.enabling import enable
     from lvsa_compile.errors import LvsaError, LvsaWarning, OptionError
     from lvsa_compile.explaining import explain
     from lvsa_compile.forward.clock import reset
@@ -29,6 +30,7 @@ _HOMES = {
     "OptionError": "errors",
     "Report": "report.report",
     "compile_repeated_blocks": "regional",
+    "enable": "enabling",
     "explain": "explaining",
     "make_options": "options",
     "reports": "report.store",
@@ -46,6 +48,7 @@ __all__ = [
     "OptionError",
     "Report",
     "compile_repeated_blocks",
+    "enable",
     "explain",
     "make_options",
     "reports",

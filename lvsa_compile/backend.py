@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from lvsa_compile import compat, reasons
+from lvsa_compile import compat
 from lvsa_compile.caches import drop_all
 from lvsa_compile.compilers.inner import compile_inner, device_type
 from lvsa_compile.errors import AheadOfTimeError
 from lvsa_compile.forward import clock, context
 from lvsa_compile.options import Options, parse_options
-from lvsa_compile.passes.compilation import Compilation, Pass
+from lvsa_compile.passes.compilation import EAGER, Compilation, Pass
 from lvsa_compile.passes.count_work import count_work
 from lvsa_compile.passes.decide import decide
 from lvsa_compile.passes.find_attention import find_attention
 from lvsa_compile.passes.find_horizon import find_horizon
 from lvsa_compile.passes.find_timestep import find_timestep
+from lvsa_compile.passes.follow_forwards import follow_forwards
 from lvsa_compile.passes.follow_trails import follow_trails
 from lvsa_compile.passes.guard import guard
 from lvsa_compile.passes.internal_error import is_internal, left_as_it_came, where
@@ -32,9 +36,20 @@ from lvsa_compile.passes.verify import verify
 from lvsa_compile.report.publish import publish, warn_of_model, warn_once
 from lvsa_compile.report.recording import report_of
 from lvsa_compile.report.warning import left_dense, warnings_of
-from lvsa_compile.runtime import finding_models, owner_of, with_clock, with_labels, with_requirement, with_watch_away
+from lvsa_compile.runtime import (
+    eager_block,
+    eager_with_requirement,
+    finding_models,
+    owner_of,
+    with_clock,
+    with_labels,
+    with_requirement,
+    with_watch_away,
+)
 from lvsa_compile.source_stamp import source_stamp
-from lvsa_compile.watching.find_model import follow_broken, model_around
+from lvsa_compile.watching.eager_call import EagerCall, tensors_among, with_log_sum_exp
+from lvsa_compile.watching.find_model import model_around, path_in
+from lvsa_compile.watching.watch import Attend
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +65,7 @@ ANALYSIS: tuple[Pass, ...] = (
 )
 PIPELINE: tuple[Pass, ...] = (
     *ANALYSIS,
+    follow_forwards,  # where graphs do not show all, the model's next forward is followed while it runs
     rewrite,  # lvsa::attention at the sparse sites, tables and phase as inputs
     lower,  # each site's op becomes the op of its lowering
     verify,  # what the inner compiler and the run-time call rely on
@@ -66,7 +82,7 @@ def lvsa(
         AheadOfTimeError: the graph becomes sparse and is to be saved as an artifact.
     """
     parsed = parse_options(options, mode).on(device_type(example_inputs))
-    with model_around():
+    with model_around(attention_in_eager_code(parsed)):
         return _compiled(graph_module, example_inputs, parsed)
 
 
@@ -74,8 +90,6 @@ def _compiled(graph_module: fx.GraphModule, example_inputs: Sequence[Any], parse
     compilation = _decided(PIPELINE, lambda: _beginning(graph_module, example_inputs, parsed), parsed, _settle)
     if compilation.changed and compat.compiling_ahead():
         raise AheadOfTimeError
-    if any(decision.miss is not None and decision.miss.reason is reasons.GRAPH_BREAK for decision in compilation.decisions):
-        follow_broken()
     if compilation.changed:
         compilation.graph_module.recompile()
         fake_mode = compat.tracing_fake_mode()
@@ -87,7 +101,7 @@ def _compiled(graph_module: fx.GraphModule, example_inputs: Sequence[Any], parse
     running = with_watch_away(with_clock(with_labels(compiled, compilation), compilation, owner))
     around = context.parent.get()
     if around is not None and around.first_forward:
-        running = finding_models(running, owner)
+        running = finding_models(running, owner, attention_in_eager_code(parsed))
     return with_requirement(running, compilation.compile_id, owner) if parsed.require == "sparse" else running
 
 
@@ -95,7 +109,40 @@ def _beginning(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options, device: torch.device | None = None
 ) -> Compilation:
     position = context.position_of(graph_module)
-    return Compilation(compat.copy_graph(graph_module), options, example_inputs, device, compile_id=compat.compile_id(), position=position)
+    attend = attention_in_eager_code(options)
+    return Compilation(
+        compat.copy_graph(graph_module), options, example_inputs, device, compile_id=compat.compile_id(), position=position, attend=attend
+    )
+
+
+def attention_in_eager_code(options: Options) -> Attend | None:
+    """Compiles attention that no graph holds, each call as a graph of one node; None where that is to stay as it is."""
+    return functools.partial(_attention, options) if options.eager_attention else None
+
+
+def _attention(options: Options, call: EagerCall) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    compat.reset_with_dynamo(lvsa)
+    compile_id = f"{EAGER}{next(_eager_calls)}/0"
+    compilation = _decided(PIPELINE, lambda: _beginning_of(call, options, compile_id), options, _settle)
+    run = None
+    if compilation.sparse:
+        graph_module = with_log_sum_exp(compilation.graph_module, compilation.sparse[0].node)
+        run = with_clock(graph_module.forward, compilation, None, eager_block)
+    return eager_with_requirement(run, compile_id) if options.require == "sparse" else run
+
+
+def _beginning_of(call: EagerCall, options: Options, compile_id: str, clock_before: str = "") -> Compilation:
+    """A graph of one node for attention in eager code, which nobody compiles further."""
+    inputs = list(tensors_among(call.arguments).values())
+    options = dataclasses.replace(options.on(device_type(inputs)), inner="eager", mode=None, inductor=())
+    around = context.parent.get()
+    if around is not None:
+        around.block = " in ".join(part for part in (call.function, path_in(around.model, call.module)) if part)
+    position, attend = context.Position(continues=True), attention_in_eager_code(options)
+    return Compilation(call.graph(), options, inputs, compile_id=compile_id, position=position, attend=attend, clock_before=clock_before)
+
+
+_eager_calls = itertools.count()
 
 
 def _decided(
@@ -155,3 +202,8 @@ def analyse(
 ) -> Compilation:
     """What the backend would decide for a graph that is to run on ``device``, without rewriting or compiling anything."""
     return _decided(ANALYSIS, lambda: _beginning(graph_module, example_inputs, options, device), options, report_of)
+
+
+def analyse_call(call: EagerCall, options: Options, clock_before: str) -> Compilation:
+    """What would be decided for attention in eager code, in a forward whose clock the input ``clock_before`` moves."""
+    return _decided(ANALYSIS, lambda: _beginning_of(call, options, EAGER, clock_before), options, report_of)

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from lvsa_compile import compat
-from lvsa_compile.backend import PIPELINE, analyse
+from lvsa_compile.backend import PIPELINE, analyse, analyse_call
 from lvsa_compile.errors import ExplainError, in_a_line
 from lvsa_compile.options import parse_options
 from lvsa_compile.passes.pipeline import check_disabled
+from lvsa_compile.reasons import GRAPH_BREAK
 from lvsa_compile.report.recording import outside_graphs, report_of
 from lvsa_compile.report.records import GraphReport
 from lvsa_compile.report.report import Report
 from lvsa_compile.report.store import merged
-from lvsa_compile.runtime import with_labels
+from lvsa_compile.runtime import with_labels, with_watch_away
 from lvsa_compile.watching.eager_attention import EagerAttention
+from lvsa_compile.watching.eager_call import EagerCall
+from lvsa_compile.watching.watch import Watch, follow
 
 
 def explain(
@@ -32,8 +35,8 @@ def explain(
 ) -> Report:
     """What ``torch.compile(model, backend="lvsa", options=options)`` would do with these inputs.
 
-    Runs one eager forward without gradients.  Dynamo is not reset, no compile slot of the model is used, and no report, counter or
-    clock changes.
+    Runs one eager forward without gradients; where attention runs between graphs two more, which follow it there.  Dynamo is not reset,
+    no compile slot of the model is used, and no report, counter or clock changes.
 
     Args:
         model: a module or function, compiled already or not.
@@ -52,6 +55,7 @@ def explain(
     parsed = parse_options(options)
     check_disabled(parsed.disable_passes, PIPELINE)
     graphs: list[Report] = []
+    clock: list[str] = []
     eager = EagerAttention()
 
     def note(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -59,7 +63,11 @@ def explain(
         seen_by_running = dataclasses.replace(compilation.forward, outside=())
         compilation = dataclasses.replace(compilation, forward=seen_by_running)
         graphs.append(report_of(compilation))
-        return eager.in_graph(with_labels(graph_module.forward, compilation))
+        clock.extend([compilation.timestep.name] if compilation.timestep is not None else [])
+        return with_watch_away(eager.in_graph(with_labels(graph_module.forward, compilation)))
+
+    def note_call(call: EagerCall) -> None:
+        graphs.append(report_of(analyse_call(call, parsed, next(iter(clock), ""))))
 
     model = compat.uncompiled(model)
     home = next((tensor.device for tensor in _tensors((model, args, kwargs))), None)
@@ -71,6 +79,13 @@ def explain(
         try:
             with compat.mode_on(eager):
                 compat.trace_apart(function, note)(*args, **kwargs)
+            if parsed.eager_attention and isinstance(model, nn.Module) and (eager.lines or _broken(graphs)):
+                following = Watch(model, ticks=False)
+                for _ in range(2):  # what only outputs show is known in the second
+                    graphs.clear()
+                    following.attend_by(note_call)
+                    follow(following, model, compat.trace_apart(function, note), args, kwargs)
+                eager.lines.clear()
         except Exception as error:
             if device is not None and torch.device(device).type == "meta":
                 raise ExplainError(user_line(error), str(error)) from error
@@ -79,6 +94,11 @@ def explain(
         sites = tuple(outside_graphs(line, f"called {count} times outside of all graphs") for line, count in eager.lines.items())
         graphs.append(Report(type(model).__name__, (GraphReport("-", sites),)))
     return merged(graphs) if graphs else Report(type(model).__name__, ())
+
+
+def _broken(graphs: list[Report]) -> bool:
+    """Whether a graph break keeps attention dense that may be sparse where the forward is followed."""
+    return any(site.reason == GRAPH_BREAK.code for report in graphs for site in report.sites)
 
 
 def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -93,6 +93,12 @@ class Options:
     verify: bool = _option(
         False, "Compute each sparse site a second time by its meaning in float32 and report the worst error; slow.", checks.flag
     )
+    eager_attention: bool = _option(
+        True,
+        "Whether attention of the model that runs in eager code, between its graphs or under torch.compiler.disable, is made sparse, too, "
+        "from its second forward on.",
+        checks.flag,
+    )
     require: str | None = _option(
         None,
         "'sparse' raises an error, from the second forward of a size on, where attention over the video is dense for a reason that the "

@@ -52,8 +52,8 @@ NO_GRID: Final = Reason(
 )
 FIRST_FORWARD: Final = Reason(
     "first_forward",
-    "The model around this block was found while the block was compiled. It is compiled again, sparse, once a forward has shown the video.",
-    "Nothing to do: call the model again. Where no report of a sparse block follows, nothing that goes in or comes out shows the video; "
+    "The model around this attention was found while a part of it was compiled. It becomes sparse once a forward has shown the video.",
+    "Nothing to do: call the model again. Where no report of a sparse site follows, nothing that goes in or comes out shows the video; "
     "torch.compile of the whole model reports why. lvsa_compile.compile_repeated_blocks(model) is sparse from the first forward on.",
 )
 FORWARD_NOT_CALLED: Final = Reason(

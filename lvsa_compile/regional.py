@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,10 +13,11 @@ from lvsa_compile import compat
 from lvsa_compile.errors import RegionError
 from lvsa_compile.forward.timestep_names import timestep_among
 from lvsa_compile.options import make_options
-from lvsa_compile.watching.find_model import belongs_to
+from lvsa_compile.watching.find_model import belongs_to, denoisers_in
 from lvsa_compile.watching.watch import leave_alone, watch, watch_of
 
 log = logging.getLogger(__name__)
+Model = TypeVar("Model")
 
 _RECOMPILES = 64
 """Graphs per class of block, where the user sets no limit: one for each size of video, which Dynamo's own limit of 8 would end."""
@@ -77,26 +78,32 @@ def _denoiser(model: nn.Module, blocks: list[str]) -> nn.Module:
     return next((module for module in around if timestep_among(compat.parameter_names(type(module))) is not None), model)
 
 
-def undo(model: nn.Module) -> nn.Module:
-    """Takes off what this package put on a model: its forwards are followed no more, and ``compile_repeated_blocks`` is undone.
+def undo(model: Model) -> Model:
+    """Takes off what this package put on a model: its forwards are followed no more; ``compile_repeated_blocks`` and ``enable`` are undone.
 
     Blocks that were compiled in another way stay compiled, and become dense.
 
+    Args:
+        model: a module, or an object that holds denoisers, such as a pipeline of diffusers.
+
     Raises:
-        RegionError: ``model`` is no module.
+        RegionError: ``model`` is neither.
 
     Example:
         >>> lvsa_compile.undo(pipe.transformer)
     """
-    if not isinstance(model, nn.Module):
-        raise RegionError("model", type(model).__name__, "not a module", "Give the transformer, such as pipe.transformer.", "undo")
-    for module in model.modules():
-        present = watch_of(module)
-        if present is not None:
-            present.undo()
-        if isinstance(compat.compiled_call(module), _CompiledBlock):
-            compat.set_compiled_call(module, None)
-    leave_alone(model)
+    wholes = [model] if isinstance(model, nn.Module) else denoisers_in(model)
+    if not wholes:
+        problem = "neither a module nor an object that holds one whose forward gets a timestep"
+        raise RegionError("model", type(model).__name__, problem, "Give the transformer, such as pipe.transformer.", "undo")
+    for whole in wholes:
+        for module in whole.modules():
+            present = watch_of(module)
+            if present is not None:
+                present.undo()
+            if isinstance(compat.compiled_call(module), _CompiledBlock):
+                compat.set_compiled_call(module, None)
+        leave_alone(whole)
     return model
 
 

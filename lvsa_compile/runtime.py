@@ -18,7 +18,7 @@ from lvsa_compile.compat import example_value
 from lvsa_compile.errors import RequireError
 from lvsa_compile.forward import context
 from lvsa_compile.forward.calls import calls_of
-from lvsa_compile.forward.clock import Clock, clock_of
+from lvsa_compile.forward.clock import Clock, clock_input_before, clock_of
 from lvsa_compile.forward.labels import annotate, begin_forward, watched_forward
 from lvsa_compile.layout.graph_trace import input_kind
 from lvsa_compile.passes.compilation import Compilation, ExtraInput, TimestepInput
@@ -26,6 +26,7 @@ from lvsa_compile.policies.rows import Rows, WithDenseSteps
 from lvsa_compile.report.store import report_with
 from lvsa_compile.report.warning import left_dense
 from lvsa_compile.watching.find_model import find_model
+from lvsa_compile.watching.watch import Attend
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,35 @@ def with_requirement(run: Callable[..., Any], compile_id: str, owner: Owner | No
     return checked
 
 
-def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Owner | None) -> Callable[..., Any]:
+def eager_with_requirement(run: Callable[..., Any] | None, compile_id: str) -> Callable[..., Any]:
+    """``with_requirement`` of attention in eager code, which ``run`` computes, or which runs as it came where that is None."""
+    around = context.parent.get()
+    first = None if around is None else around.token
+
+    def checked(*args: Any) -> Any:
+        around = context.parent.get()
+        forward = report_with(compile_id) if around is None or around.token is not first else None
+        if forward is not None and forward.mendable_miss is not None:
+            raise RequireError(left_dense(forward), str(forward))
+        return None if run is None else run(*args)
+
+    return checked
+
+
+def eager_block() -> Hashable:
+    """What tells calls of attention in eager code apart: the module that makes them, and how often it did before in this forward."""
+    around, number = context.parent.get(), context.number_of(compat.innermost_module())
+    return number, 0 if around is None else around.time(("eager", number))
+
+
+def with_clock(
+    compiled: Callable[..., Any], compilation: Compilation, owner: Owner | None, block_in_progress: Callable[[], Hashable] | None = None
+) -> Callable[..., Any]:
     """Wraps a compiled graph so that each call gets the appended inputs, moves the clock and is counted.
 
     The clock belongs to the model that holds the parameter ``owner``, since Dynamo runs one graph for all models of a class; to the
     model itself where its blocks are compiled one by one or a graph has no parameters; and to the graph itself where there is no model.
+    ``block_in_progress`` tells the blocks apart that share the graph, where its inputs do not.
     """
     extra_inputs, timestep = compilation.extra_inputs, compilation.timestep
     keeps_state = any(extra.state is not None for extra in extra_inputs)
@@ -108,6 +133,8 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
 
     def block_of(args: Sequence[Any]) -> Hashable:
         """What tells the blocks apart that share the graph."""
+        if block_in_progress is not None:
+            return block_in_progress()
         block = 0 if owner is None else context.module_number(args[owner.position], owner.source)
         around = context.parent.get()
         return block if around is None or not around.ticks else (block, around.time((code, block)))
@@ -123,8 +150,9 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
         calls.clocks.add(clock)
         block = block_of(args) if keeps_state else 0
         more: dict[str, Tensor] = {}
-        timesteps = _timesteps(timestep, args) if ticks else []
         around = context.parent.get()
+        ticked = around is not None and around.ticks and bool(clock_input_before(around.model, code))
+        timesteps = _timesteps(timestep, args) if ticks and not ticked else []
         if untimed and (around is None or not around.ticks):
             clock.tick(None, size)
         for step in range(steps):
@@ -161,14 +189,14 @@ def _timesteps(timestep: TimestepInput | None, args: Sequence[Any]) -> list[Tens
     return found
 
 
-def finding_models(run: Callable[..., Any], owner: Owner | None) -> Callable[..., Any]:
+def finding_models(run: Callable[..., Any], owner: Owner | None, attend: Attend | None) -> Callable[..., Any]:
     """Has a graph that was compiled before its model was followed find other models that it serves, each at its first forward."""
     looked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def call(*args: Any) -> Any:
         block = None if owner is None else args[owner.position]
         if watched_forward.get() is None and (block is None or block not in looked):
-            find_model()
+            find_model(attend)
             if block is not None:
                 looked[block] = True
         return run(*args)

@@ -28,7 +28,7 @@ FLOORS = (  # rooms of the package, folders and modules alike; a room imports on
     {"report"},
     {"runtime", "functional", "regional", "integrations"},
     {"backend"},
-    {"explaining", "bisecting", "bench"},
+    {"explaining", "bisecting", "bench", "enabling"},
     {"cli", "__init__"},
 )
 

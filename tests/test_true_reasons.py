@@ -43,7 +43,7 @@ def test_a_default_device_is_named_and_taken_out_all_is_sparse(function, reason)
     model = block(function)
     torch.set_default_device("cpu")
     try:
-        sites, said = run(model)
+        sites, said = run(model, eager_attention=False)
     finally:
         torch.set_default_device(None)
     assert {site.reason for site in sites} == {reason}
@@ -91,7 +91,7 @@ def in_sight(model, tokens, grid, text):
 
 
 def test_attention_under_disable_is_a_site_with_its_line():
-    (site,), said = run(block(hidden))
+    (site,), said = run(block(hidden), eager_attention=False)
     assert site.reason == "outside_graphs"
     assert re.search(
         r'test_true_reasons.py", line \d+, in out_of_sight: under torch.compiler.disable, called at File ".*", line', site.detail

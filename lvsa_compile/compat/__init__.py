@@ -3,7 +3,16 @@
 Each function says what it stands for, so that a change in torch is mended here and nowhere else.
 """
 
-from lvsa_compile.compat.breaks import GraphBreak, break_of, callables_at_break, calls_in_progress, given_up, is_disabled, was_given_up
+from lvsa_compile.compat.breaks import (
+    GraphBreak,
+    break_of,
+    callables_at_break,
+    calls_in_progress,
+    given_up,
+    innermost_module,
+    is_disabled,
+    was_given_up,
+)
 from lvsa_compile.compat.calls import named_leaves, not_compiled, tree_leaves
 from lvsa_compile.compat.dynamo import (
     argument_scope,
@@ -19,6 +28,7 @@ from lvsa_compile.compat.dynamo import (
     lookup_backend,
     recompile_limit,
     recompile_reason,
+    reset_with_dynamo,
     root_scope,
     takes_recompile_limit,
     trace_apart,
@@ -31,6 +41,7 @@ from lvsa_compile.compat.fakes import (
     fake_mode_of_graph,
     is_fake,
     isolated_run,
+    static_fake_mode,
     tracing_fake_mode,
     tracing_on_fakes,
 )
@@ -152,6 +163,7 @@ __all__ = [
     "inductor_modes",
     "inductor_option_problem",
     "inductor_options",
+    "innermost_module",
     "is_composite",
     "is_disabled",
     "is_dynamos",
@@ -182,6 +194,7 @@ __all__ = [
     "register_autocast",
     "required_parameters",
     "reset_cuda_graphs",
+    "reset_with_dynamo",
     "resumes",
     "returns_views",
     "root_scope",
@@ -194,6 +207,7 @@ __all__ = [
     "source_line",
     "source_name",
     "specialise",
+    "static_fake_mode",
     "statically_true",
     "symbol_positions",
     "takes_recompile_limit",

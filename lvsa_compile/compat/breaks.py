@@ -115,6 +115,14 @@ def calls_in_progress() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     return found[::-1]
 
 
+def innermost_module() -> Any:
+    """The innermost module whose call is in progress; None where there is none."""
+    for frame in frames():
+        if frame.f_code.co_name == "_call_impl" and frame.f_code.co_filename.startswith(TORCH):
+            return frame.f_locals.get("self")
+    return None
+
+
 def _frames_up_to_entry() -> list[types.FrameType]:
     """Frames below the compiled function that the user called, innermost first."""
     found = list(frames())

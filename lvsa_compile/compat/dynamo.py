@@ -51,6 +51,13 @@ def lookup_backend(name: str) -> Callable[..., Any]:
     return found
 
 
+def reset_with_dynamo(backend: Callable[..., Any]) -> None:
+    """Has ``torch._dynamo.reset()`` call ``backend.reset``, as it does where Dynamo has called the backend."""
+    from torch._dynamo.eval_frame import cached_backends
+
+    cached_backends.setdefault(id(backend), backend)
+
+
 def compiled_apart(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
     """``torch.compile(function)`` under a code object of its own, so that its compiles are counted by themselves."""
     scope: dict[str, Any] = {"function": function}

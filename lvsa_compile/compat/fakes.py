@@ -21,6 +21,13 @@ def fake_like(tensor: Tensor, fake_mode: Any, device: torch.device | None = None
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device or tensor.device)
 
 
+def static_fake_mode() -> Any:
+    """A new fake mode, in which all sizes are numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
 def tracing_fake_mode() -> Any:
     """The fake mode of the compile in progress, in which the inner compiler traces; None outside a compile."""
     from torch._guards import TracingContext

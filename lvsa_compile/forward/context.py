@@ -82,6 +82,15 @@ _numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of modules, and of para
 _next_number = itertools.count(1)
 
 
+def number_of(module: object) -> int:
+    """A number for a module, the same as long as it lives; 0 where there is none."""
+    if module is None:
+        return 0
+    if module not in _numbers:
+        _numbers[module] = next(_next_number)
+    return int(_numbers[module])
+
+
 def module_number(parameter: Tensor, source: str) -> int:
     """A number for the module that holds a parameter, the same as long as the module lives, whatever parameter it holds.
 
@@ -91,10 +100,7 @@ def module_number(parameter: Tensor, source: str) -> int:
     if number is None:
         holders = (compat.modules_along(collections.ChainMap(f.f_locals, f.f_globals), source) for f in compat.frames())
         module = next((along[-1] for along in holders if along and compat.holds_parameter(along[-1], parameter)), None)
-        holder = parameter if module is None else module
-        if holder not in _numbers:
-            _numbers[holder] = next(_next_number)
-        number = _numbers[parameter] = _numbers[holder]
+        number = _numbers[parameter] = number_of(parameter if module is None else module)
     return int(number)
 
 
@@ -109,7 +115,7 @@ def position_of(graph_module: fx.GraphModule) -> Position:
     scope, entry = compat.root_scope(), compat.compiled_entry()
     root = root_module()
     at_root = scope.get("self") is root if root is not None and "function" not in scope else True
-    continues = compat.resumes() or (bool(scope) and entry is not None and not at_root)
+    continues = compat.resumes() or (bool(scope) and entry is not None and not at_root) or bool(compat.given_up())
     breaks = compat.ends_in_break(graph_module)
     return Position(continues, continues or breaks, breaks)
 

@@ -12,7 +12,7 @@ import contextvars
 import itertools
 import threading
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -34,6 +34,9 @@ class WatchedForward(Protocol):
 
     def annotation_of(self, tensor: Tensor) -> Axes | None:
         """What a graph should know of the axes of an input; None where nothing of use is known."""
+
+    def attend_by(self, attend: Any) -> None:
+        """Says how attention that no graph holds is compiled, where nobody has said it before."""
 
     def looking_away(self) -> contextlib.AbstractContextManager[None]:
         """Surroundings in which ops are not followed."""

@@ -21,6 +21,10 @@ from lvsa_compile.policies.rows import Rows
 from lvsa_compile.reasons import Miss
 from lvsa_compile.selection.contract import AttentionCall
 from lvsa_compile.selection.select import Choice
+from lvsa_compile.watching.watch import Attend
+
+EAGER = "eager"
+"""Beginning of the compile id of attention that runs in eager code, which is a graph of one node."""
 
 Segments = tuple[tuple[str, str, int], ...]
 """Kind, label and tokens of each part of a sequence."""
@@ -157,6 +161,7 @@ class Compilation:
         model: the class of the model, for reports.
         compile_id: the compile as torch's logs name it, such as "0/1".
         position: where the graph stands in its forward.
+        attend: compiles attention of the same model that runs in eager code; None where that stays as it is.
         forward: what is around it there.
         sites: attention, in the order of the graph.
         layouts: token layouts of query and key by site.
@@ -173,6 +178,7 @@ class Compilation:
         step_of: which of several denoising steps of the graph a site belongs to.
         clock_before: the input that moved the clock before this graph runs.
         decisions: what becomes of each site.
+        followed: whether attention between the graphs of the model is compiled from its next forward on.
         specialised: symbolic sizes that had to be fixed, in words.
         extra_inputs: inputs appended to the graph.
         outgoing: annotations of outputs, by position, for the next graph of the same forward.
@@ -189,6 +195,7 @@ class Compilation:
     model: str = ""
     compile_id: str = "-"
     position: Position = Position()  # noqa: RUF009 - frozen
+    attend: Attend | None = field(default=None, compare=False)
     forward: Forward = Forward()
     sites: tuple[AttentionSite | DenseSite, ...] = ()
     layouts: dict[fx.Node, tuple[TokenLayout, TokenLayout]] = field(default_factory=dict)
@@ -206,6 +213,7 @@ class Compilation:
     step_of: dict[fx.Node, int] = field(default_factory=dict)
     clock_before: str = ""
     decisions: tuple[Decision, ...] = ()
+    followed: bool = False
     specialised: tuple[str, ...] = ()
     extra_inputs: tuple[ExtraInput, ...] = ()
     outgoing: tuple[tuple[int, Axes], ...] = ()

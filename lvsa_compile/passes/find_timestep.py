@@ -39,8 +39,8 @@ def find_timestep(compilation: Compilation) -> Compilation:
 
     Of several graphs of one forward the first that sees a timestep moves the clock: what the others get may be made of it.
     """
-    root, code = context.root_module(), compilation.compile_id.split("/")[0]
-    if compilation.position.continues and clock_input_before(root, code):
+    root, code, around = context.root_module(), compilation.compile_id.split("/")[0], context.parent.get()
+    if (compilation.position.continues or (around is not None and around.ticks)) and clock_input_before(root, code):
         return dataclasses.replace(compilation, clock_before=clock_input_before(root, code))
     placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
     candidates = [

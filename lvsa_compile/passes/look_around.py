@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
+from lvsa_compile.forward.labels import watched_forward
 from lvsa_compile.horizons import rows_of_class
-from lvsa_compile.passes.compilation import Compilation, Forward, Outside
+from lvsa_compile.passes.compilation import EAGER, Compilation, Forward, Outside
 from lvsa_compile.passes.eager_attention import attention_below, attention_in, disabled_among, disabled_below
 
 _FIND = "TORCH_LOGS=graph_breaks names all graph breaks."
@@ -47,6 +48,8 @@ _in_progress: dict[tuple[int, int], _InProgress] = dropped_on_reset({})
 
 def look_around(compilation: Compilation) -> Compilation:
     """Fills in ``forward``."""
+    if compilation.compile_id.startswith(EAGER):  # no compile is in progress
+        return dataclasses.replace(compilation, forward=_video())
     ends, given_up = compat.break_of(compilation.graph_module), compat.given_up()
     entry = (threading.get_ident(), id(compat.compiled_entry()))
     if not compilation.position.continues:
@@ -66,6 +69,8 @@ def look_around(compilation: Compilation) -> Compilation:
         outside += _disabled_at(ends, called)
         for each in called:
             so_far.called |= attention_below(each)
+    if watched_forward.get() is not None and compilation.attend is not None:
+        outside = []  # decided where it runs
     new = tuple(found for found in outside if found not in so_far.reported)
     so_far.reported.update(outside)
     return dataclasses.replace(compilation, forward=dataclasses.replace(_video(), broken=broken, remedy=remedy, outside=new))

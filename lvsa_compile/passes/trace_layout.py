@@ -49,7 +49,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
             pairs[site.node] = (query, key)
     tokens = [axes[-2] for pair in pairs.values() for axes in pair]
     seen, unannotated = collect_evidence(tokens, traced.output_axes, traced.reader), _not_annotated(compilation, brought)
-    if context.parent.get() is not None:  # then every input that may show the video is annotated
+    if context.parent.get() is not None and compilation.position.continues:  # then every input that may show the video is annotated
         guessed = frozenset(seen.targets.keys() - _names_in(brought))
     else:
         guessed = unannotated - _shown_elsewhere([*tokens, *(axis for axes in seen.outputs.values() for axis in axes)])
@@ -77,7 +77,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
         not_denoiser=not_denoiser,
         reader=traced.reader,
         outgoing=outgoing,
-        passed_on=_passed_on(traced, outgoing, brought) if context.parent.get() is not None else (),
+        passed_on=_passed_on(traced, outgoing, brought) if compilation.position.leads_on else (),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,13 +35,17 @@ LAYOUTS = {
     "aten._scaled_dot_product_flash_attention_for_cpu": BHSD,
     "aten._scaled_dot_product_efficient_attention": BHSD,
     "aten._scaled_dot_product_cudnn_attention": BHSD,
+    "aten._scaled_dot_product_fused_attention_overrideable": BHSD,
     "npu.npu_fusion_attention": "",
 }
 """Library and name of an op, and the order of axes of its query, key and value; "" where its ``input_layout`` says it."""
 
 _NAMED_LAYOUTS = {"BSND": BSHD, "BNSD": BHSD}
 
-_ROLES = {"q": "query", "k": "key", "v": "value", "softmax_scale": "scale", "causal": "is_causal", "p": "dropout_p", "dropout": "dropout_p"}
+_ROLES = {
+    "q": "query", "k": "key", "v": "value", "attn_bias": "attn_mask",
+    "softmax_scale": "scale", "causal": "is_causal", "p": "dropout_p", "dropout": "dropout_p",
+}  # fmt: skip
 _NO_MATTER = frozenset(
     "return_softmax return_attn_probs return_debug_mask deterministic num_splits pack_gqa sm_margin compute_lse compute_log_sumexp op"
     " output_dtype max_q max_k max_seqlen_q max_seqlen_k return_lse"
@@ -64,6 +69,7 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
         return DenseSite(node, SHAPE_NOT_SUPPORTED.because(f"{_library_name(node)} without batch and heads"))
     scale, causal, dropout = arguments.pop("scale", None), bool(arguments.pop("is_causal", False)), arguments.pop("dropout_p", 0.0)
     dropout = dropout or 1.0 - arguments.pop("keep_prob", 1.0)
+    mask = arguments.pop("attn_mask") if is_tensor(arguments.get("attn_mask")) else None
     if dropout != 0.0:
         return DenseSite(node, DROPOUT.because(f"dropout_p={dropout}"))
     if not (scale is None or isinstance(scale, (int, float))):
@@ -76,7 +82,7 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"more than the output of {_library_name(node)} is used"))
     canonical = CanonicalForm(replaces)
     turned = [node if layout == BHSD else canonical.call(torch.transpose, node, 1, 2) for node in (query, key, value)]
-    attention = canonical.attention(*turned, scale=scale, causal=causal)
+    attention = canonical.attention(*turned, mask=mask, scale=scale, causal=causal)
     result = attention if layout == BHSD else canonical.call(torch.transpose, attention, 1, 2)
     if example_value(result).dtype != example_value(replaces).dtype:
         result = canonical.call("to", result, example_value(replaces).dtype)
@@ -91,9 +97,26 @@ def _output(node: fx.Node) -> fx.Node | None:
     return users[0] if len(users) == 1 and users[0].target is operator.getitem and users[0].args[1] == 0 else None
 
 
+def is_known(func: compat.OpOverload) -> bool:
+    """Whether an op is attention, of torch or of a library known here."""
+    return func is torch.ops.aten.scaled_dot_product_attention.default or _name(func) in LAYOUTS
+
+
+def layout_of(func: compat.OpOverload, kwargs: Mapping[str, Any]) -> str:
+    """How an attention op lays out query, key and value; "" of an op that is not known here."""
+    if func is torch.ops.aten.scaled_dot_product_attention.default:
+        return BHSD
+    layout = LAYOUTS.get(_name(func))
+    return _NAMED_LAYOUTS.get(kwargs.get("input_layout", ""), "") if layout == "" else layout or ""
+
+
+def _name(func: Any) -> str:
+    return ".".join(str(func).split(".")[:2])
+
+
 def _library_name(node: fx.Node) -> str:
     if compat.schema_of(node.target) is not None or hasattr(node.target, "overloads"):
-        return ".".join(str(node.target).split(".")[:2])
+        return _name(node.target)
     return f"{(getattr(node.target, '__module__', None) or '').split('.')[0]}.{name_of(node)}"
 
 

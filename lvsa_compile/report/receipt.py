@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lvsa_compile.reasons import OUTSIDE_GRAPHS
+from lvsa_compile.passes.compilation import EAGER
 from lvsa_compile.report.names import together
-from lvsa_compile.report.records import GraphReport, SiteReport
+from lvsa_compile.report.records import BETWEEN_GRAPHS, SPARSE, GraphReport, SiteReport
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def receipt_of(graphs: Iterable[GraphReport], clear: bool) -> Receipt:
         if graph.calls is None:
             continue
         calls, dense = graph.calls.read()
-        sites += [_site(site, calls, dense) for site in graph.sites]
+        sites += [_site(site, calls, dense, graph.compile_id.startswith(EAGER)) for site in graph.sites]
         clocks |= dict.fromkeys(saw for clock in graph.calls.clocks if (saw := str(clock.saw())))
     for graph in graphs if clear else ():
         if graph.calls is not None:
@@ -66,8 +66,8 @@ def receipt_of(graphs: Iterable[GraphReport], clear: bool) -> Receipt:
     return Receipt(tuple(sites), tuple(clocks))
 
 
-def _site(site: SiteReport, calls: int, dense: int) -> SiteReceipt:
-    if site.reason == OUTSIDE_GRAPHS.code:
+def _site(site: SiteReport, calls: int, dense: int, eager: bool) -> SiteReceipt:
+    if site.name == BETWEEN_GRAPHS or (eager and site.decision != SPARSE):
         return SiteReceipt(site.name, site.decision, -1)
     if not site.lowering:
         return SiteReceipt(site.name, site.decision, calls)

@@ -10,10 +10,10 @@ import torch
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
 from lvsa_compile.forward.explicit_step import explicit_step
-from lvsa_compile.passes.compilation import Compilation, Decision, sizes_of
+from lvsa_compile.passes.compilation import Compilation, Decision, Outside, sizes_of
 from lvsa_compile.passes.decide import may_be_sparse
-from lvsa_compile.reasons import OUTSIDE_GRAPHS
-from lvsa_compile.report.records import DENSE, MASKED, ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, SiteReport
+from lvsa_compile.reasons import FIRST_FORWARD, OUTSIDE_GRAPHS
+from lvsa_compile.report.records import BETWEEN_GRAPHS, DENSE, MASKED, ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, SiteReport
 from lvsa_compile.report.report import Report
 from lvsa_compile.selection.contract import AttentionCall
 from lvsa_compile.selection.measure import seconds_of, seconds_of_dense
@@ -35,7 +35,10 @@ def report_of(compilation: Compilation) -> Report:
         clock = "no timestep input found; step 0 unless lvsa_compile.step(i) says otherwise"
     forward = compilation.forward
     mendable = forward.shows_video and may_be_sparse(compilation)
-    outside = [outside_graphs(found.line, found.why, found.remedy, mendable) for found in forward.outside]
+    if compilation.followed:
+        outside = [_first_forward(found) for found in forward.outside]
+    else:
+        outside = [outside_graphs(found.line, found.why, found.remedy, mendable) for found in forward.outside]
     graph = GraphReport(
         compilation.compile_id,
         (*(_site(decision) for decision in compilation.decisions), *outside),
@@ -64,7 +67,13 @@ def _horizon(compilation: Compilation) -> str:
 def outside_graphs(line: str, why: str, remedy: str = "", mendable: bool = True) -> SiteReport:
     """A site for attention that runs in eager code at ``line``."""
     detail, remedy = f"{line}: {why}", remedy or OUTSIDE_GRAPHS.remedy
-    return SiteReport("between graphs", DENSE, OUTSIDE_GRAPHS.code, detail, remedy, line, mendable=mendable)
+    return SiteReport(BETWEEN_GRAPHS, DENSE, OUTSIDE_GRAPHS.code, detail, remedy, line, mendable=mendable)
+
+
+def _first_forward(found: Outside) -> SiteReport:
+    """A site for attention in eager code of a model that is followed from its next forward on."""
+    detail = f"{found.line}: {found.why}"
+    return SiteReport(BETWEEN_GRAPHS, DENSE, FIRST_FORWARD.code, detail, FIRST_FORWARD.remedy, found.line)
 
 
 def _site(decision: Decision) -> SiteReport:

@@ -12,6 +12,8 @@ from lvsa_compile.policies.contract import Plan
 SCHEMA = 2
 """Number of the form that reports have as JSON; 1, which did not name itself, knew no policies."""
 UNKNOWN_HORIZON = "unknown"
+BETWEEN_GRAPHS = "between graphs"
+"""Name of a site for attention that was seen in the code of a function and is decided, if at all, where it runs."""
 SPARSE, MASKED, DENSE = "sparse", "masked", "dense"
 ON_THE_REAL_DEVICE = "(chosen on the real device)"
 

@@ -20,6 +20,8 @@ from lvsa_compile.axes.rules import RULES
 from lvsa_compile.axes.tracker import AxisTracker, Reference
 from lvsa_compile.axes.values import Array, KnownValues, Later
 from lvsa_compile.layout.guarded_values import SameValue, can_be_read
+from lvsa_compile.patterns import library_ops
+from lvsa_compile.watching.formula import Formula
 from lvsa_compile.watching.memory import MOST, Found, Memory, is_counted_by, key_of
 
 log = logging.getLogger(__name__)
@@ -28,18 +30,20 @@ log = logging.getLogger(__name__)
 class EagerTracker(AxisTracker):
     """Knows the axes of the real tensors of one forward, which it does not keep alive; of no op inside a compiled graph.
 
-    ``attended`` holds the token axes of the attention it saw.  What it finds out is kept in ``memory`` for the next forward.
-    ``end`` is the code of the function around the forward.
+    ``attended`` holds the token axes of the attention it saw; ``attend`` computes attention in another way, or gives None.  What it finds
+    out is kept in ``memory`` for the next forward.  ``end`` is the code of the function around the forward.
     """
 
     def __init__(self, memory: Memory, end: types.CodeType) -> None:
         super().__init__()
         self.attended: dict[int, Axis] = {}
+        self.attend: Callable[[compat.OpOverload, tuple[Any, ...], dict[str, Any]], Any] | None = None
         self.values = self._read = _ReadValues()
         self._memory, self._end = memory, end
         self._times: dict[Hashable, int] = {}
         self._held: dict[int, tuple[Reference, Axes, int, int]] = {}  # axes, and the versions at which they hold
         self._writes = self._once = False
+        self._formula = Formula()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -55,11 +59,15 @@ class EagerTracker(AxisTracker):
         if known.to_be_decomposed and not compat.modes_on_stack():
             with compat.mode_on(self):
                 return compat.decomposed(func, args, kwargs)
+        result = None
         if known.attention:
-            for tensor in args[:2]:
-                axis = self._axes_of(tensor)[-2]
-                self.attended[id(axis)] = axis
-        result = func(*args, **kwargs)
+            result = self._attention(func, args, kwargs)
+        elif self._formula.begun and known.name == "bmm" and self._formula.ends_with(args[0]):
+            result = self._attention_by_formula(args[1])
+        if result is None:
+            result = func(*args, **kwargs)
+        if known.name == "bmm" or self._formula.begun:
+            self._formula.note(known.name, args, result)
         try:
             if not known.plain:
                 self.note(func, args, kwargs, result)
@@ -75,6 +83,21 @@ class EagerTracker(AxisTracker):
             for tensor in tensors_in((result,), compat.written_by(func, args, kwargs)):
                 self.lose(tensor, str(func), origins(axis for each in tensors_in(args, kwargs.values()) for axis in self.axes_of(each)))
         return result
+
+    def _attention(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What attention gives that is sparse; None where it is to run as it came."""
+        layout = library_ops.layout_of(func, kwargs)
+        for tensor in args[:2] if layout else ():
+            axis = self._axes_of(tensor)[-2 if layout == library_ops.BHSD else -3]
+            self.attended[id(axis)] = axis
+        return self.attend(func, args, kwargs) if layout and self.attend is not None else None
+
+    def _attention_by_formula(self, value: Tensor) -> Tensor | None:
+        """What the second product of attention gives that is sparse; None where it is to run as it came."""
+        with compat.mode_on(self):  # which follows how query, key and value are brought into shape
+            tensors, more = self._formula.call(value)
+        output = self._attention(torch.ops.aten.scaled_dot_product_attention.default, tensors, more)
+        return None if output is None else output.reshape(*value.shape[:1], *output.shape[2:]).contiguous()
 
     def _noted_again(self, key: Hashable, known: _Known, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
         """Notes what the same call gave before; False where there was none."""
@@ -212,7 +235,7 @@ def _known(func: compat.OpOverload) -> _Known:
     ruled = name in RULES or torch.Tag.pointwise in func.tags
     plain = not compat.schema_of(func).is_mutable and name not in CONVOLUTIONS
     composite = compat.is_composite(func) and not ruled
-    _ops[id(func)] = _Known(func, name, plain, compat.returns_views(func), "scaled_dot_product" in name, composite)
+    _ops[id(func)] = _Known(func, name, plain, compat.returns_views(func), library_ops.is_known(func), composite)
     return _ops[id(func)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,8 +13,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lvsa_compile import compat
 from lvsa_compile.forward import context
+from lvsa_compile.forward.labels import watched_forward
+from lvsa_compile.forward.timestep_names import timestep_among
 from lvsa_compile.watching.inputs import ForwardInputs
-from lvsa_compile.watching.watch import Watch, left_alone, tick, watch, watch_of
+from lvsa_compile.watching.watch import Attend, Watch, left_alone, tick, watch, watch_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,25 +31,48 @@ _NOBODY: Callable[[], None] = lambda: None  # noqa: E731
 _owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+def denoisers_in(model: object) -> list[nn.Module]:
+    """The denoisers in a module, or in the modules that an object holds: outermost modules whose forward names a timestep.
+
+    A module in which none does stands for itself.
+    """
+    if isinstance(model, nn.Module):
+        whole: Any = compat.uncompiled(model)
+        return [next((module for module in whole.modules() if _is_timed(module)), whole)]
+    components = getattr(model, "components", None)
+    held = components.values() if isinstance(components, Mapping) else getattr(model, "__dict__", {}).values()
+    modules = dict.fromkeys(compat.uncompiled(each) for each in held if isinstance(each, nn.Module))
+    return [found for module in modules for found in denoisers_in(module) if _is_timed(found)]
+
+
+def _is_timed(module: nn.Module) -> bool:
+    return timestep_among(compat.parameter_names(type(module))) is not None
+
+
 def belongs_to(block: nn.Module, model: nn.Module) -> None:
     """Notes the model that a block was compiled for."""
     _owners[block] = weakref.ref(model)
 
 
 @contextlib.contextmanager
-def model_around() -> Iterator[None]:
-    """Surroundings of a compile in which the model around it is known; from its next forward on it is followed."""
-    parent = context.parent.get()
+def model_around(attend: Attend | None) -> Iterator[None]:
+    """Surroundings of a compile in which the model around it is known; from its next forward on it is followed.
+
+    ``attend`` compiles attention of the model that no graph holds.
+    """
+    parent, watched = context.parent.get(), watched_forward.get()
+    if watched is not None:
+        watched.attend_by(attend)
     if parent is not None:
-        parent.block = _path(parent.model, _compiled_module())
+        parent.block = path_in(parent.model, _compiled_module())
         yield
         return
-    found, own = find_model(), _compiled_module()
+    found, own = find_model(attend), _compiled_module()
     if found is not None:
         model: Any = found.model
-        parent = context.Parent(model, _path(model, own), found, first_forward=True)
+        parent = context.Parent(model, path_in(model, own), found, first_forward=True)
     elif own is not None and (model := _owners.get(own, _NOBODY)()) is not None:
-        parent = context.Parent(model, _path(model, own), called_by_others=True)
+        parent = context.Parent(model, path_in(model, own), called_by_others=True)
     else:
         yield
         return
@@ -58,22 +83,28 @@ def model_around() -> Iterator[None]:
         context.parent.reset(token)
 
 
-def find_model() -> Watch | None:
+def find_model(attend: Attend | None) -> Watch | None:
     """Finds the model around what is compiled or called, and has it followed from its next forward on; None where there is none."""
     found = _find()
     if found is None or left_alone(found.module):
         return None
     if watch_of(found.module) is None:
         tick(compat.uncompiled(found.module), found.inputs)
-    return watch(found.module, ticks=True)
+    return watch(found.module, ticks=True, attend=attend)
 
 
-def follow_broken() -> None:
-    """Has the forwards of the model that is compiled as a whole followed, since one of its graphs ended in a break."""
+def follow_broken(attend: Attend | None, unseen: str) -> bool:
+    """Has the forwards of the model that is compiled as a whole followed, since one of its graphs ended in a break; whether it can.
+
+    ``unseen`` is what the user is warned of where the next forward shows no attention.
+    """
     calls, own = _calls(), _compiled_module()
     found = next((call for call in calls if _is(call.module, own)), None)
-    if found is not None and context.parent.get() is None and not left_alone(found.module):
-        watch(found.module, ticks=False)
+    if found is None or context.parent.get() is not None or left_alone(found.module):
+        return False
+    present = watch(found.module, ticks=False, attend=attend)
+    present.unseen = present.unseen or unseen
+    return True
 
 
 def _find() -> _Call | None:
@@ -116,7 +147,7 @@ def _is(module: nn.Module, own: nn.Module | None) -> bool:
     return own is not None and (module is own or compat.uncompiled(module) is own)
 
 
-def _path(model: nn.Module, own: nn.Module | None) -> str:
+def path_in(model: nn.Module, own: nn.Module | None) -> str:
     """Dotted path of a module in the model; "" if unknown."""
     path = next((name for name, module in model.named_modules() if module is own), "") if own is not None else ""
     return ".".join(part for part in path.split(".") if part != "_orig_mod")

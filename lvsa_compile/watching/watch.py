@@ -24,6 +24,7 @@ from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.carried import input_of, is_known_video, unmarked
 from lvsa_compile.axes.opaque import expanded, substituted
 from lvsa_compile.axes.values import Array
+from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.errors import LvsaWarning
 from lvsa_compile.forward import clock, context
 from lvsa_compile.forward.explicit_step import explicit_step
@@ -34,12 +35,15 @@ from lvsa_compile.layout.denoiser import why_no_denoiser
 from lvsa_compile.layout.evidence import LayoutEvidence, collect_evidence
 from lvsa_compile.layout.guarded_values import Reader, SameValue
 from lvsa_compile.layout.token_layout import Targets
+from lvsa_compile.watching.eager_call import EagerCall, arguments_of, asks_for_more, results, tensors_among
 from lvsa_compile.watching.eager_tracker import EagerTracker
 from lvsa_compile.watching.inputs import ForwardInputs, axes_of_input
 from lvsa_compile.watching.memory import Memory
 
 _MOST_SIZES = 64
 """Sizes of forwards of which something is remembered."""
+_MOST_CALLS = 1024
+"""Calls of attention in eager code that are remembered."""
 
 
 @dataclasses.dataclass
@@ -60,13 +64,23 @@ class Size:
     checked: tuple[Any, ...] | None = None
 
 
+Attend = Callable[[EagerCall], "Callable[..., tuple[Tensor, Tensor]] | None"]
+"""Compiles attention that runs in eager code: gives what computes output and log-sum-exp, or None where it stays as it is."""
+
+
 class Watch:
-    """The watch over one model: what its calls go through.  ``ticks`` says that no graph of its own moves the clock."""
+    """The watch over one model: what its calls go through.
+
+    ``ticks`` says that no graph of its own moves the clock, ``attend`` compiles attention that no graph holds; ``unseen`` is what the
+    user is warned of where the next forward shows no attention.
+    """
 
     def __init__(self, model: nn.Module, ticks: bool) -> None:
         self._model = weakref.ref(model)
         self._inner: Callable[..., Any] | None = compat.compiled_call(model)
         self.ticks = ticks
+        self.attend: Attend | None = None
+        self.unseen = ""
         self.memory = Memory()
         self.sizes: dict[Any, Size] = {}
         self.targets: Targets = {}  # as the last output showed
@@ -78,12 +92,17 @@ class Watch:
         call = self._inner or compat.plain_call(model)
         if torch.compiler.is_compiling():
             return call(*args, **kwargs)
-        return _follow(self, model, call, args, kwargs)
+        return follow(self, model, call, args, kwargs)
 
     @property
     def model(self) -> Any:
         """The model, without what ``torch.compile`` put around it."""
         return compat.uncompiled(self._model())
+
+    def attend_by(self, attend: Attend) -> None:
+        """Says how attention that no graph holds is compiled from now on."""
+        self.attend = attend
+        _attention.pop(self, None)
 
     def undo(self) -> None:
         """Takes the watch off its model."""
@@ -98,17 +117,20 @@ class Watch:
         return self.sizes.setdefault(inputs.size, Size())
 
 
-def watch(model: nn.Module, ticks: bool) -> Watch:
-    """Has every forward of a model followed."""
+def watch(model: nn.Module, ticks: bool, attend: Attend | None = None) -> Watch:
+    """Has every forward of a model followed; ``attend`` counts where none was given for it before."""
     present = watch_of(model)
     if present is None:
         _left_alone.pop(compat.uncompiled(model), None)
         present = Watch(model, ticks)
         compat.set_compiled_call(model, present)
+    present.attend = present.attend or attend
     return present
 
 
 _left_alone: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_attention: WeakIdKeyDictionary = dropped_on_reset(WeakIdKeyDictionary())
+"""By watch: what computes attention in eager code, by all that decides it; None where that runs as it came."""
 
 
 def leave_alone(model: nn.Module) -> None:
@@ -127,8 +149,8 @@ def watch_of(model: nn.Module) -> Watch | None:
     return found if isinstance(found, Watch) else None
 
 
-def _follow(watch: Watch, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One forward."""
+def follow(watch: Watch, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls a model, by ``call``, and follows its forward."""
     forward, outer = Forward(watch, model, args, kwargs), watched_forward.get()
     tokens = watched_forward.set(forward), context.parent.set(forward.parent)
     try:
@@ -138,6 +160,7 @@ def _follow(watch: Watch, model: nn.Module, call: Callable[..., Any], args: tupl
             forward.finish(output)
         return output
     finally:
+        forward.tracker.attend = None  # else the two hold each other
         context.parent.reset(tokens[1])
         watched_forward.reset(tokens[0])
 
@@ -150,9 +173,12 @@ class Forward:
         begin_forward()
         self._inputs = ForwardInputs.of(model, args, kwargs)
         self._watch, self._size = watch, watch.size(self._inputs)
-        self.tracker = EagerTracker(watch.memory, _follow.__code__)
+        self.tracker = EagerTracker(watch.memory, follow.__code__)
         self.parent = context.Parent(compat.uncompiled(model), problem=self._size.problem, ticks=watch.ticks)
         self._asked: dict[int, Axis] = {}
+        self._ran_graphs = False
+        self._attention = _attention.setdefault(watch, {})
+        self.tracker.attend = self._attend
         for name, tensor in self._inputs.tensors.items():
             self.tracker.set_axes(tensor, axes_of_input(name, tensor, self._number_of_value(name, tensor)))
         self._reader = Reader(self._inputs.tensors)
@@ -190,8 +216,44 @@ class Forward:
         known = {name: self.tracker.axes_of(value) for name, value in inputs.items()}
         self.tracker.set_axes(tensor, self._watch.memory.of_graph(axes, lambda: substituted(axes, known), *known.values()))
 
+    def attend_by(self, attend: Attend | None) -> None:
+        """Says how attention that no graph holds is compiled, where nobody has said it before."""
+        self._watch.attend = self._watch.attend or attend
+
+    def _attend(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What attention in eager code gives that is sparse; None where it runs as it came."""
+        if self._watch.attend is None:
+            return None
+        gradients = torch.is_grad_enabled()
+        key = (id(func), gradients, *map(self._key_of, args), *((name, self._key_of(value)) for name, value in kwargs.items()))
+        if key not in self._attention:
+            self._attention[key] = self._compiled(func, arguments_of(func, args, kwargs), gradients)
+        run = self._attention[key]
+        if run is None:
+            return None
+        tensors = list(tensors_among(arguments_of(func, args, kwargs)).values())
+        found = run(*tensors)
+        return None if found is None else results(func, tensors[0], *found)
+
+    def _compiled(self, func: compat.OpOverload, arguments: dict[str, Any], gradients: bool) -> Callable[..., Any] | None:
+        if asks_for_more(arguments) or self._watch.attend is None:
+            return None
+        if len(self._attention) >= _MOST_CALLS:
+            self._attention.clear()
+        call = EagerCall(func, arguments, compat.users_line(), compat.innermost_module(), gradients)
+        with compat.no_modes(), torch.inference_mode(False):
+            return self._watch.attend(call)
+
+    def _key_of(self, value: Any) -> Any:
+        """What of an argument decides how attention is computed."""
+        if isinstance(value, Tensor):
+            known = id(self.annotation_of(value) or self.tracker.axes_of(value))
+            return known, value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+        return type(value), value
+
     def looking_away(self) -> contextlib.AbstractContextManager[None]:
-        """Surroundings in which ops are not followed."""
+        """Surroundings in which ops are not followed, those of a graph."""
+        self._ran_graphs = True
         return compat.mode_away(self.tracker)
 
     def peek(self, node_name: str) -> Array | None:
@@ -208,6 +270,9 @@ class Forward:
     @compat.not_compiled
     def finish(self, output: Any) -> None:
         """The end of a forward: takes from its outputs which input holds the generated video, and compares."""
+        unseen, self._watch.unseen = self._watch.unseen, ""
+        if unseen and not self.tracker.attended and not (self._watch.ticks and self._ran_graphs):
+            warnings.warn(unseen, LvsaWarning, stacklevel=4)
         returned = [leaf for leaf in compat.tree_leaves(output) if isinstance(leaf, Tensor)]
         axes = {i: self.tracker.axes_of(leaf) for i, leaf in enumerate(returned)}
         tokens = {**self._asked, **self.tracker.attended}

@@ -1,0 +1,27 @@
+"""Has a model's forwards followed where its graphs do not show all of its attention: the next forward tells what this one could not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lvsa_compile import reasons
+from lvsa_compile.passes.compilation import Compilation, Outside
+from lvsa_compile.passes.decide import may_be_sparse
+from lvsa_compile.watching.find_model import follow_broken
+
+
+def follow_forwards(compilation: Compilation) -> Compilation:
+    """Fills in ``followed``: whether the forwards of the model are followed from the next one on, attention between its graphs too."""
+    broken = any(decision.miss is not None and decision.miss.reason is reasons.GRAPH_BREAK for decision in compilation.decisions)
+    outside = compilation.forward.outside if compilation.attend is not None else ()
+    if not (broken or outside):
+        return compilation
+    unseen = next((_left_outside(compilation.model, found) for found in outside if may_be_sparse(compilation)), "")
+    followed = follow_broken(compilation.attend, unseen)
+    return dataclasses.replace(compilation, followed=followed and compilation.attend is not None)
+
+
+def _left_outside(model: str, found: Outside) -> str:
+    """What a user is told where attention that was seen in the code between graphs shows up in no forward."""
+    miss = reasons.OUTSIDE_GRAPHS.because(f"{found.line}: {found.why}, by no op that lvsa sees", found.remedy)
+    return f"lvsa left attention of {model or 'the model'} dense: {miss}. Remedy: {miss.remedy}"

@@ -1,0 +1,102 @@
+"""A call of attention in eager code, as a graph of one node: the passes decide on it as on any other."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lvsa_compile import compat
+
+_ASKS_FOR_MORE = ("compute_log_sumexp", "return_softmax", "return_debug_mask", "return_attn_probs", "return_lse")
+"""Arguments that ask for more than the output."""
+
+
+@dataclass(frozen=True, eq=False)
+class EagerCall:
+    """A call of an attention op in eager code.
+
+    ``arguments`` are those of the op by name, as far as they were given.  ``line`` is the line of Python that made the call,
+    ``module`` the innermost module whose call is in progress, None if unknown.  ``needs_gradients`` says that gradients are recorded.
+    """
+
+    operator: compat.OpOverload
+    arguments: Mapping[str, Any]
+    line: str
+    module: nn.Module | None
+    needs_gradients: bool
+
+    @property
+    def function(self) -> str:
+        """Name of the function that made the call."""
+        return self.line.rpartition(" in ")[2]
+
+    def graph(self) -> fx.GraphModule:
+        """The call as a graph on fake tensors: its tensors come in, and its output goes out."""
+        graph, mode = fx.Graph(), compat.static_fake_mode()
+        arguments: dict[str, Any] = dict(self.arguments)
+        for name, value in tensors_among(arguments).items():
+            fake, arguments[name] = compat.fake_like(value, mode), graph.placeholder(name)
+            arguments[name].meta["example_value"] = fake.requires_grad_(self.needs_gradients and value.requires_grad)
+        node = graph.call_function(self.operator, (), arguments)
+        node.meta["stack_trace"] = f"  {self.line}"
+        with compat.tracing_on_fakes(mode):
+            found = node.meta["example_value"] = self.operator(**fx.node.map_arg(node.kwargs, compat.example_value))
+        output = node
+        if isinstance(found, tuple):
+            output = graph.call_function(operator.getitem, (node, 0))
+            output.meta = {**node.meta, "example_value": found[0]}
+        graph.output((output,))
+        return fx.GraphModule({}, graph)
+
+
+def with_log_sum_exp(graph_module: fx.GraphModule, attention: fx.Node) -> fx.GraphModule:
+    """The rewritten graph of a call, with the log-sum-exp that the node ``attention`` gives as a second output."""
+    output = next(node for node in graph_module.graph.nodes if node.op == "output")
+    with graph_module.graph.inserting_before(output):
+        log_sum_exp = graph_module.graph.call_function(operator.getitem, (attention, 1))
+    output.args = ((*output.args[0], log_sum_exp),)
+    graph_module.recompile()
+    return graph_module
+
+
+def arguments_of(func: compat.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, a mask without the axes along which it is repeated."""
+    found = dict(zip((each.name for each in compat.schema_of(func).arguments), args, strict=False)) | dict(kwargs)
+    for name in ("attn_mask", "attn_bias"):
+        mask = found.get(name)
+        if isinstance(mask, Tensor):
+            found[name] = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
+    return found
+
+
+def tensors_among(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among arguments, by name."""
+    return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+
+
+def asks_for_more(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call asks for more than the output, which is not computed apart from it."""
+    return any(arguments.get(name) for name in _ASKS_FOR_MORE)
+
+
+def results(func: compat.OpOverload, query: Tensor, output: Tensor, log_sum_exp: Tensor) -> Any:
+    """What an op returns for an output ``[B, heads, Sq, value_dim]`` or ``[B, Sq, heads, value_dim]``, and its log-sum-exp
+    ``[B, heads, Sq]``; what only gradients need is empty.
+    """
+    returned = compat.schema_of(func).returns
+    if len(returned) == 1:
+        return output
+    found: list[Any] = []
+    for position, each in enumerate(returned):
+        if position == 0:
+            found.append(output)
+        elif isinstance(each.type, torch.TensorType):
+            found.append(log_sum_exp if "sumexp" in each.name or "lse" in each.name else query.new_empty(0))
+        else:
+            found.append(0)
+    return tuple(found)
