@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import re
 import warnings
 
 import oracle
@@ -12,11 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_graph_breaks import close, masked
-from test_regional import Block, Stack
+from test_regional import Stack
 from test_watching import EAGER, flipped, graphs, in_place, modes
 from tiny_models import EXACT, VideoDiT, dit_inputs, randomise, timesteps, wan, wan_inputs
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lvsa_compile
 from lvsa_compile.errors import LvsaError, OptionError, RequireError
@@ -205,7 +202,7 @@ def test_what_enable_and_undo_do_not_take(function, given):
 def test_options_of_enable_are_checked_at_once():
     with pytest.raises(OptionError, match="window"):
         lvsa_compile.enable(VideoDiT(), window=-1)
-    with pytest.raises(OptionError, match="eager_attention=False: enable is for attention in eager code. Leave it out."):
+    with pytest.raises(OptionError, match=r"eager_attention=False: enable is for attention in eager code\. Leave it out\."):
         lvsa_compile.enable(VideoDiT(), eager_attention=False)
 
 
@@ -245,11 +242,7 @@ def grouped(model, tokens, grid, text):
     return out_of_sight(heads, few, few, enable_gqa=True).transpose(1, 2).flatten(2)
 
 
-FORMS = {
-    "scale": with_arguments(scale=0.3),
-    "padding": padded,
-    "grouped queries": grouped,
-}
+FORMS = {"scale": with_arguments(scale=0.3), "padding": padded, "grouped queries": grouped}
 
 
 @pytest.mark.parametrize("surroundings", [torch.no_grad, torch.inference_mode], ids=lambda s: s.__name__)
