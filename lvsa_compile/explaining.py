@@ -64,7 +64,7 @@ def explain(
         compilation = dataclasses.replace(compilation, forward=seen_by_running)
         graphs.append(report_of(compilation))
         clock.extend([compilation.timestep.name] if compilation.timestep is not None else [])
-        return with_watch_away(eager.in_graph(with_labels(graph_module.forward, compilation)))
+        return with_watch_away(with_labels(graph_module.forward, compilation))
 
     def note_call(call: EagerCall) -> None:
         graphs.append(report_of(analyse_call(call, parsed, next(iter(clock), ""))))

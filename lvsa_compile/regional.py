@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from lvsa_compile import compat
+from lvsa_compile.backend import attention_in_eager_code
 from lvsa_compile.errors import RegionError
 from lvsa_compile.forward.timestep_names import timestep_among
-from lvsa_compile.options import make_options
+from lvsa_compile.options import make_options, parse_options
 from lvsa_compile.watching.find_model import belongs_to, denoisers_in
 from lvsa_compile.watching.watch import leave_alone, watch, watch_of
 
@@ -64,7 +65,7 @@ def compile_repeated_blocks(model: nn.Module, *, options: Mapping[str, Any] | No
     for block in blocks.values():
         compat.set_compiled_call(block, _CompiledBlock(block, given, settings, in_pieces))
         belongs_to(block, model)
-    watch(_denoiser(model, list(blocks)), ticks=True)
+    watch(_denoiser(model, list(blocks)), ticks=True, attend=attention_in_eager_code(parse_options(given)))
     return model
 
 

@@ -26,9 +26,10 @@ FLOORS = (  # rooms of the package, folders and modules alike; a room imports on
     {"options", "lowering"},
     {"passes", "compilers"},
     {"report"},
-    {"runtime", "functional", "regional", "integrations"},
+    {"runtime", "functional", "integrations"},
     {"backend"},
-    {"explaining", "bisecting", "bench", "enabling"},
+    {"regional", "enabling"},
+    {"explaining", "bisecting", "bench"},
     {"cli", "__init__"},
 )
 

@@ -74,7 +74,7 @@ def _graphs_called(code: types.CodeType) -> tuple[str, ...]:
     return tuple(name for name in code.co_names if name.startswith("__compiled_fn"))
 
 
-def in_compiled_graph(end: types.CodeType) -> bool:
+def in_compiled_graph(end: types.CodeType | None) -> bool:
     """Whether a compiled graph, anybody's, is being run by the call in progress; looks outwards as far as a frame of the code ``end``."""
     frame: types.FrameType | None = sys._getframe(2)
     disabled = _disabled()

@@ -14,11 +14,12 @@ def follow_forwards(compilation: Compilation) -> Compilation:
     """Fills in ``followed``: whether the forwards of the model are followed from the next one on, attention between its graphs too."""
     broken = any(decision.miss is not None and decision.miss.reason is reasons.GRAPH_BREAK for decision in compilation.decisions)
     outside = compilation.forward.outside if compilation.attend is not None else ()
-    if not (broken or outside):
+    may_be_outside = compilation.position.leads_on and compilation.forward.shows_video and compilation.attend is not None
+    if not (broken or outside or may_be_outside):
         return compilation
     unseen = next((_left_outside(compilation.model, found) for found in outside if may_be_sparse(compilation)), "")
-    followed = follow_broken(compilation.attend, unseen)
-    return dataclasses.replace(compilation, followed=followed and compilation.attend is not None)
+    followed = follow_broken(compilation.attend, unseen, only_looking=not (broken or outside))
+    return dataclasses.replace(compilation, followed=followed and bool(outside))
 
 
 def _left_outside(model: str, found: Outside) -> str:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+import functools
+import types
 from typing import Any
 
 from lvsa_compile import compat
+from lvsa_compile.patterns import library_ops
 
-_OF_ATTENTION = ("scaled_dot_product", "_safe_softmax")
-"""Parts of the names of ops, of which each call of ``scaled_dot_product_attention`` runs one: a kernel, or the softmax of its formula."""
+_OF_FORMULA = "aten._safe_softmax.default"
+"""The op of which ``scaled_dot_product_attention`` runs one where it is no kernel."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_attention(func: Any) -> bool:
+    return str(func) == _OF_FORMULA or library_ops.is_known(func)
 
 
 class EagerAttention(compat.TorchDispatchMode):
-    """Counts by line the calls of ``scaled_dot_product_attention`` while it is active."""
+    """Counts by line the calls of attention while it is active, but for those inside compiled graphs.
 
-    def __init__(self) -> None:
+    ``end`` is the code of a function around all that runs, None where there is none.
+    """
+
+    def __init__(self, end: types.CodeType | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._end = end
         self.lines: collections.Counter[str] = collections.Counter()
 
     @classmethod
@@ -26,15 +37,6 @@ class EagerAttention(compat.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs the op."""
-        if any(name in str(func) for name in _OF_ATTENTION):
+        if _is_attention(func) and not compat.in_compiled_graph(self._end):
             self.lines[compat.users_line()] += 1
         return func(*args, **(kwargs or {}))
-
-    def in_graph(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """A graph, whose calls are not counted."""
-
-        def inside(*args: Any) -> Any:
-            with compat.mode_away(self):
-                return run(*args)
-
-        return inside

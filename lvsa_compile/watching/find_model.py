@@ -93,16 +93,21 @@ def find_model(attend: Attend | None) -> Watch | None:
     return watch(found.module, ticks=True, attend=attend)
 
 
-def follow_broken(attend: Attend | None, unseen: str) -> bool:
+_LOOKING = 16
+"""Forwards in which it is looked for attention that no graph holds; caches may skip all of it for some."""
+
+
+def follow_broken(attend: Attend | None, unseen: str, only_looking: bool) -> bool:
     """Has the forwards of the model that is compiled as a whole followed, since one of its graphs ended in a break; whether it can.
 
-    ``unseen`` is what the user is warned of where the next forward shows no attention.
+    ``unseen`` is what the user is warned of where the next forward shows no attention; ``only_looking`` has them followed only once one
+    shows attention that no graph holds.
     """
     calls, own = _calls(), _compiled_module()
     found = next((call for call in calls if _is(call.module, own)), None)
     if found is None or context.parent.get() is not None or left_alone(found.module):
         return False
-    present = watch(found.module, ticks=False, attend=attend)
+    present = watch(found.module, ticks=False, attend=attend, looking=_LOOKING if only_looking else 0)
     present.unseen = present.unseen or unseen
     return True
 

@@ -35,6 +35,7 @@ from lvsa_compile.layout.denoiser import why_no_denoiser
 from lvsa_compile.layout.evidence import LayoutEvidence, collect_evidence
 from lvsa_compile.layout.guarded_values import Reader, SameValue
 from lvsa_compile.layout.token_layout import Targets
+from lvsa_compile.watching.eager_attention import EagerAttention
 from lvsa_compile.watching.eager_call import EagerCall, arguments_of, asks_for_more, results, tensors_among
 from lvsa_compile.watching.eager_tracker import EagerTracker
 from lvsa_compile.watching.inputs import ForwardInputs, axes_of_input
@@ -72,7 +73,8 @@ class Watch:
     """The watch over one model: what its calls go through.
 
     ``ticks`` says that no graph of its own moves the clock, ``attend`` compiles attention that no graph holds; ``unseen`` is what the
-    user is warned of where the next forward shows no attention.
+    user is warned of where the next forward shows no attention.  While ``looking``, that many forwards long, it only looks whether there
+    is attention that no graph holds: where there is, the next forwards are followed, and else the watch ends.
     """
 
     def __init__(self, model: nn.Module, ticks: bool) -> None:
@@ -81,6 +83,7 @@ class Watch:
         self.ticks = ticks
         self.attend: Attend | None = None
         self.unseen = ""
+        self.looking = 0
         self.memory = Memory()
         self.sizes: dict[Any, Size] = {}
         self.targets: Targets = {}  # as the last output showed
@@ -92,7 +95,16 @@ class Watch:
         call = self._inner or compat.plain_call(model)
         if torch.compiler.is_compiling():
             return call(*args, **kwargs)
-        return follow(self, model, call, args, kwargs)
+        return self._look(call, args, kwargs) if self.looking else follow(self, model, call, args, kwargs)
+
+    def _look(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        eager = EagerAttention(Watch._look.__code__)
+        with compat.mode_on(eager):
+            output = call(*args, **kwargs)
+        self.looking = 0 if eager.lines else self.looking - 1
+        if not (eager.lines or self.looking):
+            self.undo()
+        return output
 
     @property
     def model(self) -> Any:
@@ -117,13 +129,15 @@ class Watch:
         return self.sizes.setdefault(inputs.size, Size())
 
 
-def watch(model: nn.Module, ticks: bool, attend: Attend | None = None) -> Watch:
-    """Has every forward of a model followed; ``attend`` counts where none was given for it before."""
+def watch(model: nn.Module, ticks: bool, attend: Attend | None = None, looking: int = 0) -> Watch:
+    """Has every forward of a model followed; ``attend`` counts where none was given for it before, ``looking`` where it is not yet."""
     present = watch_of(model)
     if present is None:
         _left_alone.pop(compat.uncompiled(model), None)
         present = Watch(model, ticks)
+        present.looking = looking
         compat.set_compiled_call(model, present)
+    present.looking = min(present.looking, looking)
     present.attend = present.attend or attend
     return present
 

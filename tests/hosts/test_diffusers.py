@@ -1,0 +1,105 @@
+"""diffusers: a Wan pipeline under each of its step caches, whole, by blocks, and not compiled at all."""
+
+from __future__ import annotations
+
+import warnings
+
+import diffusers
+import pytest
+import torch
+from tiny_pipelines import SIZE, SteppedAttention, wan_pipeline
+from videos import APART, OPTIONS, SAME, off
+
+import lvsa_compile
+
+STEPS = 5
+CALL = {
+    "prompt": "a dog", "negative_prompt": "blurry", "guidance_scale": 5.0, **SIZE, "num_inference_steps": STEPS, "output_type": "latent",
+}  # fmt: skip
+
+
+def mag(pipe):
+    ratios = torch.linspace(1.0, 0.9, STEPS)
+    return diffusers.MagCacheConfig(num_inference_steps=STEPS, threshold=0.5, max_skip_steps=2, retention_ratio=0.2, mag_ratios=ratios)
+
+
+def broadcast(pipe):
+    return diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(100, 800),
+        current_timestep_callback=lambda: pipe.current_timestep,
+        spatial_attention_block_identifiers=("blocks",),
+    )
+
+
+def taylor(pipe):
+    return diffusers.TaylorSeerCacheConfig(
+        cache_interval=2, disable_cache_before_step=1, max_order=1, cache_identifiers=[r"blocks\.\d+\.attn1"],
+        taylor_factors_dtype=torch.float32,
+    )  # fmt: skip
+
+
+def faster(pipe):
+    return diffusers.FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 900),
+        current_timestep_callback=lambda: pipe.current_timestep,
+        attention_weight_callback=lambda module: 0.5,
+        is_guidance_distilled=True,
+    )
+
+
+CACHES = {
+    "FirstBlockCache": lambda pipe: diffusers.FirstBlockCacheConfig(threshold=0.05),
+    "FirstBlockCache that skips": lambda pipe: diffusers.FirstBlockCacheConfig(threshold=1e3),
+    "MagCache": mag,
+    "SEA": lambda pipe: diffusers.SeaCacheConfig(threshold=5.0),
+    "PyramidAttentionBroadcast": broadcast,
+    "TaylorSeer": taylor,
+    "FasterCache": faster,
+}
+WAYS = {
+    "whole": lambda pipe: pipe.transformer.compile(backend="lvsa", options=OPTIONS),
+    "diffusers' blocks": lambda pipe: pipe.transformer.compile_repeated_blocks(backend="lvsa", options=OPTIONS),
+    "our blocks": lambda pipe: lvsa_compile.compile_repeated_blocks(pipe.transformer, options=OPTIONS),
+    "enabled": lambda pipe: lvsa_compile.enable(pipe, **OPTIONS),
+}
+
+
+def cached(cache):
+    pipe = wan_pipeline()
+    pipe.transformer.enable_cache(CACHES[cache](pipe))
+    return pipe
+
+
+def latents(pipe, **more):
+    return pipe(**CALL, generator=torch.Generator().manual_seed(0), **more).frames
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_videos(cache, way):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    dense = latents(cached(cache))
+    with SteppedAttention() as masked:
+        want = latents(cached(cache), callback_on_step_end=masked.on_step_end)
+    assert off(want, dense) > APART
+    pipe = cached(cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        WAYS[way](pipe)
+        first = latents(pipe)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        if (cache, way) == ("MagCache", "diffusers' blocks"):  # its hooks keep Dynamo from all blocks: no graph, and nothing of ours runs
+            assert (graphs, off(first, dense)) == (0, 0.0)
+            lvsa_compile.enable(pipe, **OPTIONS)
+        elif way in ("our blocks", "enabled"):
+            assert off(first, want) < SAME
+        latents(pipe)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for _ in range(2):
+            lvsa_compile.reset()
+            assert off(latents(pipe), want) < SAME
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert way != "enabled" or graphs == 0

@@ -1,0 +1,86 @@
+"""Two small videos by a host's own model, compared with explicit LVSA masks that move with the host's true step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import torch
+
+import lvsa_compile
+
+OPTIONS = {"reference_frames": 4, "window": 1, "inner": "eager"}
+TIMES = (999.0, 937.0, 857.0, 750.0, 600.0, 376.0)
+SAME, APART = 1e-4, 1e-3
+
+
+class Masked(oracle.MaskedAttention):
+    """Uncompiled attention over the video gets the mask of ``step``, joined with a mask that the model itself gives."""
+
+    def __init__(self, frames: int = 9, tokens: int = 12) -> None:
+        self.masks = [oracle.token_mask(frames, tokens, step, reference=4, window=1) for step in range(len(TIMES))]
+        super().__init__(self.masks[0])
+
+    def at(self, step: int) -> None:
+        self.mask = self.masks[step]
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | (kwargs or {})
+        own = given.get("attn_mask") if func is torch.nn.functional.scaled_dot_product_attention else None
+        if own is not None and (given["query"].shape[-2], given["key"].shape[-2]) == tuple(self.mask.shape):
+            self.calls += 1
+            given["attn_mask"] = own & self.mask if own.dtype == torch.bool else own.masked_fill(~self.mask, -math.inf)
+            return func(**given)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Calls a model with latents, timestep and text."""
+Around = Callable[[int], Any]
+"""Surroundings of a denoising step, by its number."""
+
+
+def video(call: Call, around: Around, masked: Masked | None = None) -> torch.Tensor:
+    """A video in six denoising steps, with guidance as two calls of the model per step."""
+    latents, *texts = (torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed, size in SIZES.items())
+    with torch.no_grad():
+        for step, value in enumerate(TIMES):
+            if masked is not None:
+                masked.at(step)
+            with around(step):
+                wanted, unwanted = (call(latents, torch.tensor([value]), text) for text in texts)
+            latents = latents - 0.05 * (unwanted + 3 * (wanted - unwanted))
+    return latents
+
+
+SIZES = {1: (1, 4, 9, 6, 8), 2: (1, 7, 16), 3: (1, 7, 16)}
+
+
+def off(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def check(make: Callable[[], Any], call: Callable[[Any], Call], enable: Callable[[Any], Any], around: Around, graphs: int) -> None:
+    """That a host's model is exact in its second and third video, with no more than ``graphs`` graphs and none after the first video."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    dense = video(call(make()), around)
+    with Masked() as masked:
+        want = video(call(make()), around, masked)
+    assert masked.calls
+    assert off(want, dense) > APART
+    lvsa_compile.reset()
+    model = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = enable(model) or model
+        video(call(model), around)
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert compiled <= graphs
+        for _ in range(2):
+            lvsa_compile.reset()
+            assert off(video(call(model), around), want) < SAME
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
