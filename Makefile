@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What importing FlashInfer takes, to test the calls of it; what running it takes is gigabytes and a GPU.
 FLASHINFER := flashinfer-python apache-tvm-ffi nvidia-ml-py
 
-.PHONY: demo lab test quick test-all test-ascend docs fuzz bench lint clean
+.PHONY: demo lab test quick test-all test-ascend test-hosts docs fuzz bench lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/wan_long_video.py
@@ -41,6 +41,12 @@ test-ascend: $(ASCEND)/ready
 	LD_LIBRARY_PATH=$(CURDIR)/$(ASCEND)/cann TORCH_DEVICE_BACKEND_AUTOLOAD=0 LVSA_TORCH_NPU_WHEELS=$(CURDIR)/$(ASCEND)/wheels \
 	$(ASCEND)/bin/python -m pytest $(TWICE) tests/ascend; \
 	else echo 'skipped: torch_npu cannot be had here'; fi
+
+# Hosts' own packages over two videos each, in an environment of its own and in a process each: they pin other versions, of which none is
+# installed with them, and set up process groups.
+HOSTS := .venv-hosts
+test-hosts: $(HOSTS)/ready
+	@for file in tests/hosts/test_*.py; do $(HOSTS)/bin/python -m pytest $$file || exit 1; done
 
 # The documents as a site in out/site; a link that leads nowhere is an error.
 docs: $(VENV)/docs
@@ -83,6 +89,13 @@ $(VENV)/docs: $(VENV)/torch pyproject.toml
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
+$(HOSTS)/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(HOSTS)/bin/pip install --quiet --constraint constraints.txt --editable '.[demo]' pytest pytest-xdist hypothesis einops peft
+	$(HOSTS)/bin/pip install --quiet --constraint constraints.txt --no-deps cache-dit xfuser fastvideo vllm-omni diffsynth
+	touch $@
+
 $(ASCEND)/ready: constraints.txt pyproject.toml tests/ascend/stub_cann.py
 	$(PYTHON) -m venv $(ASCEND)
 	$(ASCEND)/bin/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
@@ -93,4 +106,4 @@ $(ASCEND)/ready: constraints.txt pyproject.toml tests/ascend/stub_cann.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ASCEND) out
+	rm -rf $(VENV) $(ASCEND) $(HOSTS) out

@@ -137,6 +137,7 @@ def _beginning_of(call: EagerCall, options: Options, compile_id: str, clock_befo
     options = dataclasses.replace(options.on(device_type(inputs)), inner="eager", mode=None, inductor=())
     around = context.parent.get()
     if around is not None:
+        clock_before = clock_before or (around.timestep[0] if around.timestep else "")
         around.block = " in ".join(part for part in (call.function, path_in(around.model, call.module)) if part)
     position, attend = context.Position(continues=True), attention_in_eager_code(options)
     return Compilation(call.graph(), options, inputs, compile_id=compile_id, position=position, attend=attend, clock_before=clock_before)

@@ -18,7 +18,7 @@ from lvsa_compile.compat import example_value
 from lvsa_compile.errors import RequireError
 from lvsa_compile.forward import context
 from lvsa_compile.forward.calls import calls_of
-from lvsa_compile.forward.clock import Clock, clock_input_before, clock_of
+from lvsa_compile.forward.clock import Clock, clock_of, size_of_video
 from lvsa_compile.forward.labels import annotate, begin_forward, watched_forward
 from lvsa_compile.layout.graph_trace import input_kind
 from lvsa_compile.passes.compilation import Compilation, ExtraInput, TimestepInput
@@ -106,8 +106,9 @@ def with_clock(
         return compiled
     steps = 1 + max((extra.step for extra in extra_inputs), default=0)
     own_clock, calls, code = Clock(), calls_of(compilation.compile_id), compilation.compile_id.split("/")[0]
-    size = next(((d.plan.call.query.frames, d.plan.call.query.tokens_per_frame) for d in compilation.sparse if d.plan is not None), None)
+    of_plan = next(((d.plan.call.query.frames, d.plan.call.query.tokens_per_frame) for d in compilation.sparse if d.plan is not None), None)
     tensors = [(position, value) for position, value in enumerate(compilation.example_inputs) if isinstance(value, Tensor)]
+    latents = [position for position, value in tensors if value.dim() == 5 and not isinstance(value, nn.Parameter)]
     first, device = (tensors[0][0], tensors[0][1].device) if tensors else (None, torch.device("cpu"))
 
     def clock_for(args: Sequence[Any]) -> Clock:
@@ -151,8 +152,12 @@ def with_clock(
         block = block_of(args) if keeps_state else 0
         more: dict[str, Tensor] = {}
         around = context.parent.get()
-        ticked = around is not None and around.ticks and bool(clock_input_before(around.model, code))
-        timesteps = _timesteps(timestep, args) if ticks and not ticked else []
+        timesteps = _timesteps(timestep, args) if ticks and (around is None or not around.ticked) else []
+        if block_in_progress is not None and around is not None and around.timestep and not (around.ticks or around.ticked):
+            timesteps = [around.timestep[1]]  # no graph of this forward has moved the clock
+        if around is not None and timesteps:
+            around.ticked = True
+        size = (None if around is None else around.size) or size_of_video(args[position] for position in latents) or of_plan
         if untimed and (around is None or not around.ticks):
             clock.tick(None, size)
         for step in range(steps):

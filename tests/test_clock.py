@@ -270,6 +270,22 @@ def test_a_video_whose_steps_run_on_any_thread_is_one_video(threads):
     assert found == [call % steps for call in range(len(threads))]
 
 
+@pytest.mark.parametrize("first", [None, (9, 12)])
+def test_a_call_that_does_not_show_the_size_belongs_to_the_video_of_its_thread(first):
+    """As where a forward is one graph for some calls, and for others several, of which the first gets the timestep alone."""
+    clock, other = Clock(), (9, 12) if first is None else None
+    calls = [(999, first), (999, other), (900, first), (900, other), (800, other), (700, first), (700, other)]
+    assert steps_in(clock, calls) == [0, 0, 1, 1, 2, 3, 3]
+
+
+def steps_in(clock, calls):
+    found = []
+    for value, size in calls:
+        clock.tick(torch.tensor([float(value)]), size)
+        found.append(int(clock.phase(10_000, CPU)))
+    return found
+
+
 def test_videos_of_two_sizes_in_turns_are_two_videos():
     calls = [(999, "small"), (999, "large"), (900, "small"), (900, "large"), (800, "large"), (800, "small")]
     assert told(Clock(), calls) == ([0, 0, 1, 1, 2, 2], False)

@@ -9,6 +9,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.hooks import HookRegistry, LayerSkipConfig
+from diffusers.hooks.layer_skip import _apply_layer_skip_hook
 from test_graph_breaks import close, masked
 from test_regional import Stack
 from test_watching import EAGER, flipped, graphs, in_place, modes
@@ -369,3 +371,36 @@ def test_nothing_grows_over_many_forwards():
             model(*inputs)
         gc.collect()
     assert len(gc.get_objects()) - before < 100
+
+
+# --- past the recompile limit -----------------------------------------------------------------------------------------------------
+
+
+def test_sizes_past_the_recompile_limit_are_sparse_in_eager_code():
+    alone, model = randomise(VideoDiT()), randomise(VideoDiT())
+    compiled = torch.compile(model, backend="lvsa", options=EXACT, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        for frames in (9, 10, 11, 12, 9, 11):
+            for step, value in enumerate(timesteps(3)):
+                inputs = dit_inputs(frames=frames, timestep=value)
+                assert close(compiled(*inputs), masked(alone, inputs, step, frames=frames)), (frames, step)
+            lvsa_compile.reset()
+    assert graphs() == 2
+
+
+def test_hooks_that_skip_layers_for_a_call():
+    """Skip-layer guidance puts hooks on for a call and takes them off, and Dynamo makes a graph of the whole model for each hook."""
+    alone, model = wan(num_layers=3), wan(num_layers=3)
+    model.compile(backend="lvsa", options=EXACT)
+    with torch._dynamo.config.patch(recompile_limit=3), torch.no_grad():
+        for step, value in enumerate((999.0, 900.0, 800.0, 700.0, 600.0)):
+            inputs = wan_inputs(timestep=value)
+            for skips in (False, True):
+                for each in (alone, model):
+                    if skips:
+                        _apply_layer_skip_hook(each, LayerSkipConfig(indices=[1], fqn="blocks"), name="skip")
+                answer = masked_wan(alone, inputs, step)
+                assert close(model(**inputs)[0], answer), (step, skips)
+                for each in (alone, model):
+                    if skips:
+                        HookRegistry.check_if_exists_or_initialize(each).remove_hook("skip", recurse=True)

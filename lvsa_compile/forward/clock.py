@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ class Clock:
         self._video_of: Tensor | None = None  # int64 [rows]: the video that each caller's calls belong to
         self._rows: dict[Caller, int] = {}
         self._last_caller: dict[Hashable, int] = {}  # by size of video
+        self._last_of_thread: dict[int, tuple[int, Hashable]] = {}  # row and size of the last call
         self._steps: dict[int, Tensor] = {}  # by thread
         self._states = States()
         self._call: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by thread: video, whether it begins, number of the call in its step
@@ -112,7 +113,7 @@ class Clock:
             after, moved, begins, doubtful = _moved(before, value, mean)
             self._videos.index_copy_(0, video, after[None])
             self._see(value, moved, begins, doubtful)
-            self._last_caller[size] = row
+            self._last_caller[size], self._last_of_thread[thread] = row, (row, size)
             self._steps[thread] = after[_STEP].to(torch.int32)
             self._call[thread] = (video.clone(), begins, after[_CALLS])
             if explicit_step() is None:
@@ -127,7 +128,7 @@ class Clock:
         self._call[caller[0]] = (torch.tensor([number]), torch.tensor(calls == 1), torch.tensor(float(calls)))
 
     def _forget_threads(self) -> None:
-        for known in (self._steps, self._call, self._entered, self._filled):
+        for known in (self._last_of_thread, self._steps, self._call, self._entered, self._filled):
             known.clear()
 
     def _see(self, value: Tensor, *counted: Tensor) -> None:
@@ -151,11 +152,14 @@ class Clock:
         if caller in self._rows:
             return self._rows[caller]
         row = self._rows[caller] = len(self._rows)
-        last = self._last_caller.get(caller[1])
+        before = self._last_of_thread.get(caller[0])
+        unsure = before is not None and None in (caller[1], before[1])  # a part of a forward may not show the size
+        last = self._last_caller.get(caller[1], before[0] if before is not None and unsure else None)
         if last is not None:
             assert self._video_of is not None
             theirs = self._videos.index_select(0, self._video_of[last : last + 1])[0]
-            self._video_of[row] = torch.where(_goes_on(theirs, value), self._video_of[last], self._video_of[row])
+            goes_on = _goes_on(theirs, value) | (value == theirs[_LAST]) if unsure else _goes_on(theirs, value)
+            self._video_of[row] = torch.where(goes_on, self._video_of[last], self._video_of[row])
         return row
 
     def phase(self, phases: Rows | int, device: torch.device, number: int = 0) -> Tensor:
@@ -277,6 +281,12 @@ _clocks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of parameters and of the
 _clocks_lock = threading.Lock()
 _clock_inputs: WeakIdKeyDictionary = dropped_on_reset(WeakIdKeyDictionary())
 _everywhere: weakref.WeakSet[Clock] = weakref.WeakSet()
+
+
+def size_of_video(values: Iterable[object]) -> Hashable:
+    """What tells videos apart that are made in turns: the sizes of the latents of five axes; None where there are none."""
+    latents = sorted(tuple(value.shape[-4:]) for value in values if isinstance(value, Tensor) and value.dim() == 5)
+    return tuple(latents) or None
 
 
 def clock_of(parameter: object, model: Callable[[], object | None] = lambda: None) -> Clock:

@@ -22,7 +22,9 @@ class Parent:
 
     ``block`` is the path of the block that is being compiled, ``problem`` says why nothing is known of what it gets, and ``token`` is
     one object per forward.  ``called_by_others`` says that the block is called while the model's forward is not, ``first_forward`` that
-    the forward had begun before the model was found.  ``ticks`` says that the clock moved where the forward began.  ``unconfirmed`` says
+    the forward had begun before the model was found.  ``ticks`` says that no graph of the model as a whole moves the clock, ``ticked``
+    that it has moved in this forward; ``timestep`` is the name and the value of the input that tells the step, None where none is
+    named so, and ``size`` that of the video, None where no input shows it.  ``unconfirmed`` says
     that no output has shown yet which of several videos is generated: attention is dense until one has.  ``times`` counts what is called
     in this forward.
     """
@@ -34,6 +36,9 @@ class Parent:
     called_by_others: bool = False
     first_forward: bool = False
     ticks: bool = True
+    ticked: bool = False
+    timestep: tuple[str, Tensor] | None = None
+    size: Hashable = None
     unconfirmed: bool = False
     times: collections.Counter[Hashable] = dataclasses.field(default_factory=collections.Counter)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lvsa_compile import reasons
+from lvsa_compile import compat, reasons
 from lvsa_compile.passes.compilation import Compilation, Outside
 from lvsa_compile.passes.decide import may_be_sparse
 from lvsa_compile.watching.find_model import follow_broken
@@ -14,12 +14,13 @@ def follow_forwards(compilation: Compilation) -> Compilation:
     """Fills in ``followed``: whether the forwards of the model are followed from the next one on, attention between its graphs too."""
     broken = any(decision.miss is not None and decision.miss.reason is reasons.GRAPH_BREAK for decision in compilation.decisions)
     outside = compilation.forward.outside if compilation.attend is not None else ()
+    last = compat.compiles_of_this_code() + 1 >= compat.recompile_limit() and bool(compilation.sites)
     may_be_outside = compilation.position.leads_on and compilation.forward.shows_video and compilation.attend is not None
-    if not (broken or outside or may_be_outside):
+    if not (broken or outside or last or may_be_outside):
         return compilation
     unseen = next((_left_outside(compilation.model, found) for found in outside if may_be_sparse(compilation)), "")
-    followed = follow_broken(compilation.attend, unseen, only_looking=not (broken or outside))
-    return dataclasses.replace(compilation, followed=followed and bool(outside))
+    followed = follow_broken(compilation.attend, unseen, only_looking=not (broken or outside or last))
+    return dataclasses.replace(compilation, followed=followed and (last or bool(outside)))
 
 
 def _left_outside(model: str, found: Outside) -> str:

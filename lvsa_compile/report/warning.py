@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from lvsa_compile import compat
 from lvsa_compile.forward.explicit_step import explicit_step
+from lvsa_compile.forward.labels import watched_forward
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.reasons import TRAINING
 from lvsa_compile.report.recording import moves
@@ -14,7 +15,13 @@ from lvsa_compile.report.report import Report
 
 def warnings_of(report: Report, compilation: Compilation) -> list[str]:
     """The warnings that a graph and its report are due, but for ``left_dense``."""
-    found = (_training(report), _no_timestep(report, compilation), _several_steps(report, compilation), _slower(report), _limit(report))
+    found = (
+        _training(report),
+        _no_timestep(report, compilation),
+        _several_steps(report, compilation),
+        _slower(report),
+        _limit(report, compilation),
+    )
     return [message for warnings in found for message in warnings]
 
 
@@ -60,14 +67,16 @@ def _slower(report: Report) -> Iterator[str]:
         )
 
 
-def _limit(report: Report) -> Iterator[str]:
+def _limit(report: Report, compilation: Compilation) -> Iterator[str]:
     limit = compat.recompile_limit()
     if report.sites and compat.compiles_of_this_code() + 1 >= limit:
         changed = compat.recompile_reason()
+        followed = compilation.followed or (watched_forward.get() is not None and compilation.attend is not None)
+        how = "" if followed else " with dense attention"
         yield (
             f"lvsa compiled {report.model or 'this model'} for the {limit}th time, the last that torch._dynamo.config.recompile_limit = "
-            f"{limit} allows; what changed last: {changed or 'unknown'}. What differs from all of them runs in eager mode with dense "
-            f"attention. Raise the limit (torch._dynamo.config.recompile_limit = {8 * limit}), or keep that from changing."
+            f"{limit} allows; what changed last: {changed or 'unknown'}. What differs from all of them runs in eager mode{how}. "
+            f"Raise the limit (torch._dynamo.config.recompile_limit = {8 * limit}), or keep that from changing."
         )
 
 

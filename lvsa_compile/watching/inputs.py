@@ -44,11 +44,6 @@ class ForwardInputs:
         """What tells forwards of one size from those of another."""
         return self.names, tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in self.leaves)
 
-    @property
-    def video_size(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes of the latents, which tell videos apart."""
-        return tuple(tuple(leaf.shape[-4:]) for leaf in self.leaves if isinstance(leaf, Tensor) and leaf.dim() == 5)
-
     def latents(self) -> list[str]:
         """Names of the inputs whose axes show a video grid: of five axes, or of four in a list."""
         return [name for name, leaf in self.tensors.items() if _is_latent(name, leaf)]

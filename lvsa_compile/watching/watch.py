@@ -196,8 +196,10 @@ class Forward:
         for name, tensor in self._inputs.tensors.items():
             self.tracker.set_axes(tensor, axes_of_input(name, tensor, self._number_of_value(name, tensor)))
         self._reader = Reader(self._inputs.tensors)
+        self.parent.timestep, self.parent.size = timestep_of(self._inputs), clock.size_of_video(self._inputs.leaves)
         if watch.ticks:
             tick(self.parent.model, self._inputs)
+            self.parent.ticked = self.parent.timestep is not None
 
     def annotation_of(self, tensor: Tensor) -> Axes | None:
         """What a graph should know of the axes of an input."""
@@ -333,7 +335,7 @@ class Forward:
         arguments, and attention is dense until an output confirms it.
         """
         size = self._size
-        if size.targets is None and size.shown is None:
+        if size.targets is None:
             candidates = self._candidates()
             if self._watch.targets and self._watch.targets.keys() <= set(candidates):
                 size.targets, size.confirmed = self._watch.targets, True
@@ -375,11 +377,20 @@ def _joined(axes: Axes) -> frozenset[str]:
     return origins(parts)
 
 
-def tick(model: nn.Module, inputs: ForwardInputs) -> None:
-    """Moves the clock of a model whose forward begins."""
+def timestep_of(inputs: ForwardInputs) -> tuple[str, Tensor] | None:
+    """Name and value of the input that tells the denoising step."""
     at = timestep_among(inputs.names)
     value = None if at is None else inputs.leaves[at]
-    if at is not None:
-        clock.set_clock_input(model, inputs.names[at], "")
+    if at is None or value is None:
+        return None
     with compat.no_modes():
-        clock.clock_of(model).tick(value if isinstance(value, Tensor | None) else torch.tensor(float(value)), inputs.video_size)
+        return inputs.names[at], value if isinstance(value, Tensor) else torch.tensor(float(value))
+
+
+def tick(model: nn.Module, inputs: ForwardInputs) -> None:
+    """Moves the clock of a model whose forward begins."""
+    timestep = timestep_of(inputs)
+    if timestep is not None:
+        clock.set_clock_input(model, timestep[0], "")
+    with compat.no_modes():
+        clock.clock_of(model).tick(None if timestep is None else timestep[1], clock.size_of_video(inputs.leaves))

@@ -152,9 +152,7 @@ def make():
 
 
 def call(model):
-    return lambda latents, timestep, text: model(
-        hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False
-    )[0]
+    return lambda latents, timestep, text: model(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
 
 
 progress = contexts.DenoiseProgressMixin()
