@@ -404,3 +404,125 @@ def test_hooks_that_skip_layers_for_a_call():
                 for each in (alone, model):
                     if skips:
                         HookRegistry.check_if_exists_or_initialize(each).remove_hook("skip", recurse=True)
+
+
+# --- kernels of other devices, by their schemas: they cannot run here, so that only a sparse site gives an answer -------------------
+
+
+def scaled(query, key, value):
+    return F.scaled_dot_product_attention(query, key, value, scale=0.3)
+
+
+def as_flash(query, key, value):
+    """With head_dim padded to a multiple of eight, as torch hands it over."""
+    padded_ones = [F.pad(each, (0, 8 - each.shape[-1] % 8)) for each in (query, key, value)]
+    return torch.ops.aten._scaled_dot_product_flash_attention(*padded_ones, 0.0, False, scale=0.3)[0][..., : value.shape[-1]]
+
+
+def as_efficient(query, key, value):
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False, scale=0.3)[0]
+
+
+def as_cudnn(query, key, value):
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, False, 0.0, False, False, scale=0.3)[0]
+
+
+def as_overridden(query, key, value):
+    return torch.ops.aten._scaled_dot_product_fused_attention_overrideable(query, key, value, scale=0.3)[0]
+
+
+KERNELS = {"flash": as_flash, "efficient": as_efficient, "cuDNN": as_cudnn, "overridden": as_overridden}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_of_other_devices(kernel):
+    def run_by(attention):
+        def run(model, tokens, grid, text):
+            heads = heads_of(tokens.contiguous()).contiguous()
+            return attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+        return run
+
+    alone, model = twins(run_by(scaled))
+    model.block = run_by(KERNELS[kernel])
+    lvsa_compile.enable(model, **EAGER, strict=True)
+    with torch.no_grad():
+        exact(model, alone, steps=3, videos=1)
+
+
+def test_a_mask_as_the_efficient_kernel_gets_it():
+    """Bool made float, padded to a multiple of 16 keys, cut and repeated over queries and heads."""
+
+    def sequence_of(tokens, text):
+        return heads_of(torch.cat([tokens, text], 1)).contiguous()
+
+    counts = torch.arange(115) < 113
+
+    def run(model, tokens, grid, text):
+        heads = sequence_of(tokens, text)
+        bias = torch.zeros(115).masked_fill(~counts, float("-inf"))
+        bias = F.pad(bias, (0, 13))[None, None, None, :115].expand(heads.shape[0], heads.shape[1], 115, 115)
+        out = torch.ops.aten._scaled_dot_product_efficient_attention(heads, heads, heads, bias, False, scale=0.3)[0]
+        return out.transpose(1, 2).flatten(2)[:, : tokens.shape[1]]
+
+    def plain(model, tokens, grid, text):
+        heads = sequence_of(tokens, text)
+        out = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=counts[None, None, None], scale=0.3)
+        return out.transpose(1, 2).flatten(2)[:, : tokens.shape[1]]
+
+    alone, model = twins(plain)
+    model.block = run
+    lvsa_compile.enable(model, **EAGER, strict=True)
+    with torch.no_grad():
+        for step, value in enumerate(timesteps(3)):
+            inputs, mask = dit_inputs(timestep=value), oracle.token_mask(9, 12, step, reference=4, window=1, suffix=7)
+            mask[:, -2:] = False
+            with oracle.MaskedAttention(mask) as mode:
+                mode.replaces_masks = True
+                answer = alone(*inputs)
+            assert close(model(*inputs), answer), step
+
+
+def test_who_asks_for_the_log_sum_exp_gets_that_of_the_kernel():
+    def run(model, tokens, grid, text):
+        heads = heads_of(tokens.contiguous()).contiguous()
+        return torch.ops.aten._scaled_dot_product_efficient_attention(heads, heads, heads, None, True)[0]
+
+    _, model = twins(run)
+    lvsa_compile.enable(model, **EAGER)
+    with torch.no_grad(), pytest.raises(NotImplementedError):
+        model(*dit_inputs())
+    assert modes() == 0
+
+
+@pytest.mark.parametrize("layout", ["BNSD", "BSND"])
+def test_the_kernel_of_an_npu(layout):
+    library = torch.library.Library("npu", "FRAGMENT")
+    library.define(
+        "npu_fusion_attention(Tensor query, Tensor key, Tensor value, int head_num, str input_layout, Tensor? atten_mask=None,"
+        " float scale=1., float keep_prob=1.) -> (Tensor, Tensor, Tensor, Tensor, int, int, int)"
+    )
+
+    def fake(query, key, value, head_num, input_layout, atten_mask=None, scale=1.0, keep_prob=1.0):
+        return query.clone(), *(query.new_empty(0) for _ in range(3)), 0, 0, 0
+
+    torch.library.register_fake("npu::npu_fusion_attention", fake, lib=library)
+
+    def run(model, tokens, grid, text):
+        heads = tokens.contiguous().unflatten(-1, (2, -1))
+        heads = heads if layout == "BSND" else heads.transpose(1, 2).contiguous()
+        out = torch.ops.npu.npu_fusion_attention(heads, heads, heads, 2, layout, scale=0.3)[0]
+        return (out if layout == "BSND" else out.transpose(1, 2)).flatten(2)
+
+    def plain(model, tokens, grid, text):
+        heads = heads_of(tokens.contiguous()).contiguous()
+        return scaled(heads, heads, heads).transpose(1, 2).flatten(2)
+
+    try:
+        alone, model = twins(plain)
+        model.block = run
+        lvsa_compile.enable(model, **EAGER, strict=True)
+        with torch.no_grad():
+            exact(model, alone, steps=3, videos=1)
+    finally:
+        library._destroy()

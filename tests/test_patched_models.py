@@ -90,14 +90,6 @@ def sparse(prepare, how, tolerance=1e-5, **settings):
     assert from_dense > 5 * tolerance
 
 
-def dense_in_pieces(prepare):
-    _, from_dense = errors(prepare, "whole")
-    assert from_dense < 1e-5
-    sites = [site for report in lvsa_compile.reports() for site in report.sites]
-    assert {site.reason for site in sites} == {"graph_break"}
-    assert "lvsa_compile.compile_repeated_blocks(model)" in sites[0].remedy
-
-
 @behaviour("torchao int8 and int4 weights", "works")
 @pytest.mark.parametrize(("prepare", "how"), [(int8, "whole"), (int8, "blocks"), (int4, "blocks")])
 def test_quantised_weights(prepare, how):
@@ -115,10 +107,12 @@ def test_layerwise_casting_by_blocks():
 
 
 @behaviour(
-    "`enable_layerwise_casting(...)`, compiled as a whole", "dense with reason", "`graph_break`: its hooks break the model into graphs"
+    "`enable_layerwise_casting(...)`, compiled as a whole",
+    "works",
+    "its hooks break the model into graphs: sparse from its second forward on",
 )
 def test_layerwise_casting():
-    dense_in_pieces(layerwise_casting)
+    sparse(layerwise_casting, "whole", first=1)
 
 
 @behaviour(f"`enable_group_offload(...)`, blocks compiled by {BLOCKS}", "works")

@@ -25,7 +25,7 @@ from lvsa_compile.errors import in_a_line
 
 _REGROUPING = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "alias", "detach"))
 _FILLS = frozenset(("fill_", "zero_"))
-_RESHAPED_IN_PLACE = frozenset(("squeeze_", "unsqueeze_", "transpose_", "t_"))
+RESHAPED_IN_PLACE = frozenset(("squeeze_", "unsqueeze_", "transpose_", "t_"))
 
 
 class RuleFailed(Exception):
@@ -134,8 +134,8 @@ class AxisTracker(compat.TorchDispatchMode):
         if mixes_places(op, args):
             self.convolved |= origins(self.axes_of(args[0])[2:])
         in_place = op.endswith("_") and not op.endswith("__") and bool(args) and outputs[0] is args[0]
-        call = Call(op.rstrip("_") if op in _RESHAPED_IN_PLACE else op, args, kwargs, outputs, self.axes_of, self.node_name, self.values.of)
-        if in_place and op not in _RESHAPED_IN_PLACE:
+        call = Call(op.rstrip("_") if op in RESHAPED_IN_PLACE else op, args, kwargs, outputs, self.axes_of, self.node_name, self.values.of)
+        if in_place and op not in RESHAPED_IN_PLACE:
             self._write_value(func, args, kwargs)
             self._write(args[0], self._written_axes(func, call))
             return
@@ -151,8 +151,11 @@ class AxisTracker(compat.TorchDispatchMode):
     ) -> None:
         """Remembers which call made views."""
         references = tuple(map(self._reference, outputs))
-        view = ViewCall(func, op, self._reference(args[0]), args[1:], kwargs, references, self.node_name)
-        self._views_of.setdefault(id(args[0]), []).append(view)
+        self.keep_view(id(args[0]), ViewCall(func, op, self._reference(args[0]), args[1:], kwargs, references, self.node_name), outputs)
+
+    def keep_view(self, parent: int, view: ViewCall, outputs: tuple[Tensor, ...]) -> None:
+        """Keeps the call that made views ``outputs`` of the tensor of that identity."""
+        self._views_of.setdefault(parent, []).append(view)
         for position, output in enumerate(outputs):
             self._made_by[id(output)] = (view, position)
 

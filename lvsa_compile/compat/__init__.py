@@ -59,7 +59,16 @@ from lvsa_compile.compat.inductor import (
     reset_cuda_graphs,
     with_cache_stamp,
 )
-from lvsa_compile.compat.modes import decomposed, in_compiled_graph, is_composite, mode_away, mode_on, modes_on_stack
+from lvsa_compile.compat.modes import (
+    decomposed,
+    in_compiled_graph,
+    is_composite,
+    mode_away,
+    mode_on,
+    modes_on_stack,
+    skip_by_dynamo,
+    switch_dynamo,
+)
 from lvsa_compile.compat.modules import (
     compiled_call,
     compiled_entry,
@@ -204,11 +213,13 @@ __all__ = [
     "size_expression",
     "size_hint",
     "size_now",
+    "skip_by_dynamo",
     "source_line",
     "source_name",
     "specialise",
     "static_fake_mode",
     "statically_true",
+    "switch_dynamo",
     "symbol_positions",
     "takes_recompile_limit",
     "trace_apart",

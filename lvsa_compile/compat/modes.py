@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch._ops import OpOverload as OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+from lvsa_compile.compat.frames import TORCH
 
 
 def push_mode(mode: TorchDispatchMode) -> None:
@@ -74,9 +77,54 @@ def _graphs_called(code: types.CodeType) -> tuple[str, ...]:
     return tuple(name for name in code.co_names if name.startswith("__compiled_fn"))
 
 
+class KeepsDynamoAwayItself:
+    """Of a mode: torch need not wrap its ``__torch_dispatch__`` to keep Dynamo away, which takes as long as a small op."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+@functools.cache
+def skip_by_dynamo(code: types.CodeType) -> None:
+    """Has Dynamo not compile a function; what it calls it would."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(code)
+
+
+def switch_dynamo(callback: Any) -> Any:
+    """Has Dynamo look at what this thread calls as ``callback`` says, at nothing where that is None; returns what it did before.
+
+    The cheapest way, for what runs at each op.
+    """
+    from torch._C._dynamo.eval_frame import set_eval_frame
+
+    return set_eval_frame(callback)
+
+
+_EAGER_CODE = f"{TORCH}nn/modules/"
+_may_run_graphs: dict[int, tuple[types.CodeType, bool]] = {}  # by identity: hashing code is slow
+
+
+def _may_be_of_graph(code: types.CodeType) -> bool:
+    """Whether code that calls an op may be that of a compiled graph, or be called by one: torch's own, and what compilers wrote."""
+    found = _may_run_graphs.get(id(code))
+    if found is None:
+        file = code.co_filename
+        may = file.startswith("<") or "torchinductor" in file or (file.startswith(TORCH) and not file.startswith(_EAGER_CODE))
+        found = _may_run_graphs[id(code)] = code, may or file.startswith(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "<")
+    return found[1]
+
+
 def in_compiled_graph(end: types.CodeType | None) -> bool:
-    """Whether a compiled graph, anybody's, is being run by the call in progress; looks outwards as far as a frame of the code ``end``."""
+    """Whether a compiled graph, anybody's, is being run by the call in progress; looks outwards as far as a frame of the code ``end``.
+
+    To be called by the ``__torch_dispatch__`` of a mode.
+    """
     frame: types.FrameType | None = sys._getframe(2)
+    if frame is not None and not _may_be_of_graph(frame.f_code):
+        return False
     disabled = _disabled()
     while frame is not None and frame.f_code is not end:
         outer = frame.f_back

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,12 +102,15 @@ def is_known(func: compat.OpOverload) -> bool:
     return func is torch.ops.aten.scaled_dot_product_attention.default or _name(func) in LAYOUTS
 
 
-def layout_of(func: compat.OpOverload, kwargs: Mapping[str, Any]) -> str:
-    """How an attention op lays out query, key and value; "" of an op that is not known here."""
+def layout_of(func: compat.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """How a call of an attention op lays out query, key and value; "" where that is not known here."""
     if func is torch.ops.aten.scaled_dot_product_attention.default:
         return BHSD
     layout = LAYOUTS.get(_name(func))
-    return _NAMED_LAYOUTS.get(kwargs.get("input_layout", ""), "") if layout == "" else layout or ""
+    if layout != "":
+        return layout or ""
+    arguments = {**dict(zip((each.name for each in compat.schema_of(func).arguments), args, strict=False)), **kwargs}
+    return _NAMED_LAYOUTS.get(arguments.get("input_layout", ""), "")
 
 
 def _name(func: Any) -> str:

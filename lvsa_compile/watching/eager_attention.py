@@ -25,6 +25,8 @@ class EagerAttention(compat.TorchDispatchMode):
     ``end`` is the code of a function around all that runs, None where there is none.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, end: types.CodeType | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._end = end
@@ -37,6 +39,6 @@ class EagerAttention(compat.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs the op."""
-        if _is_attention(func) and not compat.in_compiled_graph(self._end):
+        if isinstance(func, compat.OpOverload) and _is_attention(func) and not compat.in_compiled_graph(self._end):
             self.lines[compat.users_line()] += 1
         return func(*args, **(kwargs or {}))

@@ -17,7 +17,7 @@ from lvsa_compile.axes.algebra import LOST, Axis, Source, axis_of, origins
 from lvsa_compile.axes.call import Axes, Call, sizes_of, tensors_in
 from lvsa_compile.axes.patch_rules import CONVOLUTIONS
 from lvsa_compile.axes.rules import RULES
-from lvsa_compile.axes.tracker import AxisTracker, Reference
+from lvsa_compile.axes.tracker import RESHAPED_IN_PLACE, AxisTracker, Reference, ViewCall
 from lvsa_compile.axes.values import Array, KnownValues, Later
 from lvsa_compile.layout.guarded_values import SameValue, can_be_read
 from lvsa_compile.patterns import library_ops
@@ -27,7 +27,7 @@ from lvsa_compile.watching.memory import MOST, Found, Memory, is_counted_by, key
 log = logging.getLogger(__name__)
 
 
-class EagerTracker(AxisTracker):
+class EagerTracker(compat.KeepsDynamoAwayItself, AxisTracker):
     """Knows the axes of the real tensors of one forward, which it does not keep alive; of no op inside a compiled graph.
 
     ``attended`` holds the token axes of the attention it saw; ``attend`` computes attention in another way, or gives None.  What it finds
@@ -36,6 +36,7 @@ class EagerTracker(AxisTracker):
 
     def __init__(self, memory: Memory, end: types.CodeType) -> None:
         super().__init__()
+        compat.skip_by_dynamo(EagerTracker.__torch_dispatch__.__code__)
         self.attended: dict[int, Axis] = {}
         self.attend: Callable[[compat.OpOverload, tuple[Any, ...], dict[str, Any]], Any] | None = None
         self.values = self._read = _ReadValues()
@@ -52,9 +53,15 @@ class EagerTracker(AxisTracker):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs the op, then notes the axes of what it returned or wrote."""
-        kwargs = kwargs or _NONE
-        if not isinstance(func, compat.OpOverload) or compat.in_compiled_graph(self._end):
-            return func(*args, **kwargs)
+        before = compat.switch_dynamo(None)
+        try:
+            if not isinstance(func, compat.OpOverload) or compat.in_compiled_graph(self._end):
+                return func(*args, **(kwargs or _NONE))
+            return self._run(func, args, kwargs or _NONE)
+        finally:
+            compat.switch_dynamo(before)
+
+    def _run(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = _ops.get(id(func)) or _known(func)
         if known.to_be_decomposed and not compat.modes_on_stack():
             with compat.mode_on(self):
@@ -69,12 +76,14 @@ class EagerTracker(AxisTracker):
         if known.name == "bmm" or self._formula.begun:
             self._formula.note(known.name, args, result)
         try:
-            if not known.plain:
+            if known.in_place:
+                self._note_write(known, args, kwargs, result)
+            elif not known.plain:
                 self.note(func, args, kwargs, result)
             else:
-                key = (id(func), *[key_of(value, self._axes_of) for value in args])
+                key = (id(func), *[self._key_of(value) for value in args])
                 if kwargs:
-                    key = (*key, *kwargs, *[key_of(value, self._axes_of) for value in kwargs.values()])
+                    key = (*key, *kwargs, *[self._key_of(value) for value in kwargs.values()])
                 if not self._noted_again(key, known, args, kwargs, result):
                     self.note(func, args, kwargs, result)
                     self._remember(key, result)
@@ -86,7 +95,7 @@ class EagerTracker(AxisTracker):
 
     def _attention(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What attention gives that is sparse; None where it is to run as it came."""
-        layout = library_ops.layout_of(func, kwargs)
+        layout = library_ops.layout_of(func, args, kwargs)
         for tensor in args[:2] if layout else ():
             axis = self._axes_of(tensor)[-2 if layout == library_ops.BHSD else -3]
             self.attended[id(axis)] = axis
@@ -115,8 +124,41 @@ class EagerTracker(AxisTracker):
             version = compat.version_of(tensor)
             self._held[id(tensor)] = (weakref.ref(tensor), axes, version, version if base is None else base)
         if known.view and type(args[0]) is not Parameter:  # nobody writes to a weight within a forward
-            self.note_views(known.func, known.name, args, kwargs, outputs)
+            held = self._held
+            parent, references = held.get(id(args[0])), tuple([held[id(tensor)][0] for tensor in outputs])
+            reference = weakref.ref(args[0]) if parent is None or parent[0]() is not args[0] else parent[0]
+            self.keep_view(id(args[0]), ViewCall(known.func, known.name, reference, args[1:], kwargs, references, ""), outputs)
         return True
+
+    def _note_write(self, known: _Known, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Notes a write in place: by what the same write gave before, where no other view of the memory is known."""
+        target = args[0]
+        parent, view, position = self._made_of(target)
+        whole = target if parent is None else parent
+        plain = result is target and type(target) is Tensor and type(whole) is Tensor and self._made_of(whole)[0] is None
+        views = [each for each in self._views(whole) if any(output() is not None for output in each.outputs)] if plain else []
+        if not plain or views != ([] if view is None else [view]) or (view is not None and len(view.outputs) > 1):
+            self.note(known.func, args, kwargs, result)
+            return
+        of_view = (
+            ()
+            if view is None or parent is None
+            else (view.op, key_of(view.rest, self._axes_of), position, self._key_of(parent), parent.shape)
+        )
+        key = (id(known.func), *[self._key_of(value) for value in (*args, *kwargs.values())], *kwargs, *of_view)
+        remembered = self._memory.writes.get(key)
+        if remembered is None:
+            self.note(known.func, args, kwargs, result)
+            if not self._once:
+                if len(self._memory.writes) >= MOST:
+                    self._memory.writes.clear()
+                self._memory.writes[key] = self._axes_of(target), None if parent is None else self._axes_of(parent)
+            return
+        self._writes = True
+        self._store(target, remembered[0])
+        if parent is not None and remembered[1] is not None:
+            self._store(parent, remembered[1])
+        self._writes = False
 
     def _remember(self, key: Hashable, result: Any) -> None:
         """Remembers what a call gave that gives the same each time."""
@@ -158,6 +200,19 @@ class EagerTracker(AxisTracker):
         if version == held[2] or version == held[3]:
             return held[1]
         return self._memory.one(_lost_axes(tensor, "a write", origins(held[1])))  # code that shows no ops wrote to it
+
+    def _key_of(self, value: Any) -> Hashable:
+        """``key_of``, quickly for what is most: tensors that are known, and weights, of which the shape tells all."""
+        kind = type(value)
+        if isinstance(value, Tensor) and (kind is Tensor or kind is Parameter):
+            held = self._held.get(id(value))
+            if held is not None and held[0]() is value:
+                version = compat.version_of(value)
+                if version == held[2] or version == held[3]:
+                    return id(held[1]), value.dtype
+            elif kind is Parameter:
+                return value.shape, value.dtype
+        return key_of(value, self._axes_of)
 
     def _axes_of(self, tensor: Tensor) -> Axes:
         """``axes_of``, always the same object."""
@@ -216,11 +271,14 @@ def _named(call: Call, node_name: str) -> Call:
 
 
 class _Known(NamedTuple):
-    """What is known of an op: whether its calls are ``plain``, which write nothing and give sizes that no value decides."""
+    """What is known of an op: whether its calls are ``plain``, which write nothing and give sizes that no value decides, or write to
+    their first argument ``in_place``.
+    """
 
     func: compat.OpOverload
     name: str
     plain: bool
+    in_place: bool
     view: bool
     attention: bool
     to_be_decomposed: bool
@@ -234,8 +292,9 @@ def _known(func: compat.OpOverload) -> _Known:
     name = str(compat.schema_of(func).name.split("::")[1])
     ruled = name in RULES or torch.Tag.pointwise in func.tags
     plain = not compat.schema_of(func).is_mutable and name not in CONVOLUTIONS
+    in_place = name.endswith("_") and not name.endswith("__") and name not in RESHAPED_IN_PLACE and compat.schema_of(func).is_mutable
     composite = compat.is_composite(func) and not ruled
-    _ops[id(func)] = _Known(func, name, plain, compat.returns_views(func), library_ops.is_known(func), composite)
+    _ops[id(func)] = _Known(func, name, plain, in_place, compat.returns_views(func), library_ops.is_known(func), composite)
     return _ops[id(func)]
 
 

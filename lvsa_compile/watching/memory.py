@@ -36,6 +36,7 @@ class Memory:
     def __init__(self) -> None:
         self.found: dict[Hashable, Found] = {}
         self.results: dict[Hashable, tuple[tuple[torch.Size, Axes], ...]] = {}  # of whole calls, by op and arguments: shapes and axes
+        self.writes: dict[Hashable, tuple[Axes, Axes | None]] = {}  # of writes in place: axes of the target, and of what it is a view of
         self.counted: set[Size] = set()  # sizes of axes that run along three counts, as those of rope tables do
         self.next_number = 0
         self._axes: dict[Axes, Axes] = {}
