@@ -60,6 +60,7 @@ from lvsa_compile.compat.inductor import (
     with_cache_stamp,
 )
 from lvsa_compile.compat.modes import (
+    KeepsDynamoAwayItself,
     decomposed,
     in_compiled_graph,
     is_composite,
@@ -129,6 +130,7 @@ __all__ = [
     "OPAQUE_OP_TAGS",
     "GraphBreak",
     "HigherOrderOperator",
+    "KeepsDynamoAwayItself",
     "OpOverload",
     "TorchDispatchMode",
     "add_tensor_input",
