@@ -190,7 +190,7 @@ class AxisTracker(compat.TorchDispatchMode):
     def _write(self, target: Tensor, axes: Axes) -> None:
         """Notes what a tensor was overwritten with, in every tensor that shares its memory."""
         self.set_axes(target, axes)
-        parent, view, position = self._made_of(target)
+        parent, view, position = self.made_of(target)
         if parent is None or view is None:
             self._refresh_views(target)
         else:
@@ -198,7 +198,7 @@ class AxisTracker(compat.TorchDispatchMode):
             self._write(parent, self._lost(parent, axes) if call is None else self._parent_axes(call, parent, position, axes))
 
     def _refresh_views(self, parent: Tensor) -> None:
-        for view in self._views(parent):
+        for view in self.views(parent):
             call = self._view_call(view, parent)
             if call is None:  # of several views some are gone
                 alive = [output for reference in view.outputs if (output := reference()) is not None]
@@ -209,13 +209,14 @@ class AxisTracker(compat.TorchDispatchMode):
                 self.set_axes(output, axes)
                 self._refresh_views(output)
 
-    def _made_of(self, tensor: Tensor) -> tuple[Tensor | None, ViewCall | None, int]:
+    def made_of(self, tensor: Tensor) -> tuple[Tensor | None, ViewCall | None, int]:
         """The tensor that a view was taken of, by which call, and which of its outputs it is."""
         view, position = self._made_by.get(id(tensor), (None, 0))
         own = view is not None and view.outputs[position]() is tensor
         return (view.parent(), view, position) if own and view is not None else (None, None, 0)
 
-    def _views(self, parent: Tensor) -> list[ViewCall]:
+    def views(self, parent: Tensor) -> list[ViewCall]:
+        """The calls that made views of a tensor, as far as that is known."""
         return [view for view in self._views_of.get(id(parent), ()) if view.parent() is parent]
 
     def _view_call(self, view: ViewCall, parent: Tensor) -> Call | None:
@@ -234,7 +235,7 @@ class AxisTracker(compat.TorchDispatchMode):
         """The tensor whose memory a view shows, and the calls that lead from it to the view."""
         path: list[View] = []
         while True:
-            parent, view, position = self._made_of(tensor)
+            parent, view, position = self.made_of(tensor)
             if parent is None or view is None:
                 return tensor, path
             path.insert(0, (view.func, (parent, *view.rest), view.kwargs, position))
@@ -243,7 +244,7 @@ class AxisTracker(compat.TorchDispatchMode):
     def _set_value(self, root: Tensor, later: Later | None) -> None:
         """Says what a tensor's value is, or that it is not known any more; what its views show follows."""
         self.values.set(root, later)
-        waiting = [(root, view) for view in self._views(root)]
+        waiting = [(root, view) for view in self.views(root)]
         while waiting:
             parent, view = waiting.pop(0)
             several = len(view.outputs) > 1
@@ -252,7 +253,7 @@ class AxisTracker(compat.TorchDispatchMode):
                 if output is not None:
                     seen = self.values.result(view.func, (parent, *view.rest), view.kwargs, position if several else None, output)
                     self.values.set(output, seen)
-                    waiting.extend((output, further) for further in self._views(output))
+                    waiting.extend((output, further) for further in self.views(output))
 
     def _parent_axes(self, call: Call, parent: Tensor, position: int, child: Axes) -> Axes:
         """Axes of ``parent`` after its view, output ``position`` of ``call``, was overwritten with ``child``."""

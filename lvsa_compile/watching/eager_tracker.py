@@ -133,10 +133,10 @@ class EagerTracker(compat.KeepsDynamoAwayItself, AxisTracker):
     def _note_write(self, known: _Known, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Notes a write in place: by what the same write gave before, where no other view of the memory is known."""
         target = args[0]
-        parent, view, position = self._made_of(target)
+        parent, view, position = self.made_of(target)
         whole = target if parent is None else parent
-        plain = result is target and type(target) is Tensor and type(whole) is Tensor and self._made_of(whole)[0] is None
-        views = [each for each in self._views(whole) if any(output() is not None for output in each.outputs)] if plain else []
+        plain = result is target and type(target) is Tensor and type(whole) is Tensor and self.made_of(whole)[0] is None
+        views = [each for each in self.views(whole) if any(output() is not None for output in each.outputs)] if plain else []
         if not plain or views != ([] if view is None else [view]) or (view is not None and len(view.outputs) > 1):
             self.note(known.func, args, kwargs, result)
             return
