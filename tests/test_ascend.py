@@ -343,6 +343,26 @@ def test_torch_npus_own_attention_is_rewritten():
     assert float((found - wanted).abs().max()) < 1e-5
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("layout", ["BSND", "BNSD"])
+def test_torch_npus_own_attention_is_sparse_in_eager_code(layout):
+    def attend(model, tokens, grid, text):
+        heads = tokens.contiguous().unflatten(-1, (2, -1))
+        heads = heads if layout == "BSND" else heads.transpose(1, 2).contiguous()
+        out = torch.ops.npu.npu_fusion_attention(heads, heads, heads, 2, layout, scale=0.3, **model.given)[0]
+        return (out if layout == "BSND" else out.transpose(1, 2)).flatten(2)
+
+    model, given = randomise(VideoDiT(attend)), dit_inputs()
+    model.given = {}
+    lvsa_compile.enable(model, **PATTERN, strict=True)
+    with torch.no_grad():
+        found = model(*given)
+        model.given = {"atten_mask": ~oracle.token_mask(9, 12, 0, window=1, reference=4)}
+        wanted = lvsa_compile.undo(model)(*given)
+    assert lvsa_compile.reports()[0].sites[0].decision == "sparse"
+    assert float((found - wanted).abs().max()) < 1e-5
+
+
 def test_torch_npus_own_attention_with_fewer_key_heads():
     def attend(tokens):
         heads = tokens.unflatten(-1, (4, -1))

@@ -493,36 +493,3 @@ def test_who_asks_for_the_log_sum_exp_gets_that_of_the_kernel():
     with torch.no_grad(), pytest.raises(NotImplementedError):
         model(*dit_inputs())
     assert modes() == 0
-
-
-@pytest.mark.parametrize("layout", ["BNSD", "BSND"])
-def test_the_kernel_of_an_npu(layout):
-    library = torch.library.Library("npu", "FRAGMENT")
-    library.define(
-        "npu_fusion_attention(Tensor query, Tensor key, Tensor value, int head_num, str input_layout, Tensor? atten_mask=None,"
-        " float scale=1., float keep_prob=1.) -> (Tensor, Tensor, Tensor, Tensor, int, int, int)"
-    )
-
-    def fake(query, key, value, head_num, input_layout, atten_mask=None, scale=1.0, keep_prob=1.0):
-        return query.clone(), *(query.new_empty(0) for _ in range(3)), 0, 0, 0
-
-    torch.library.register_fake("npu::npu_fusion_attention", fake, lib=library)
-
-    def run(model, tokens, grid, text):
-        heads = tokens.contiguous().unflatten(-1, (2, -1))
-        heads = heads if layout == "BSND" else heads.transpose(1, 2).contiguous()
-        out = torch.ops.npu.npu_fusion_attention(heads, heads, heads, 2, layout, scale=0.3)[0]
-        return (out if layout == "BSND" else out.transpose(1, 2)).flatten(2)
-
-    def plain(model, tokens, grid, text):
-        heads = heads_of(tokens.contiguous()).contiguous()
-        return scaled(heads, heads, heads).transpose(1, 2).flatten(2)
-
-    try:
-        alone, model = twins(plain)
-        model.block = run
-        lvsa_compile.enable(model, **EAGER, strict=True)
-        with torch.no_grad():
-            exact(model, alone, steps=3, videos=1)
-    finally:
-        library._destroy()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 
 import pytest
@@ -16,6 +17,7 @@ from test_watching import by_forward, in_place
 from tiny_models import randomise
 
 import lvsa_compile
+from lvsa_compile.watching.watch import Forward
 
 MODELS = int(os.environ.get("FUZZ", "0"))
 seen: collections.Counter[str] = collections.Counter()
@@ -83,6 +85,56 @@ def check(recipe: Recipe) -> None:
             assert error < 3e-4, f"wrong at step {step}: {error:.1e} {[str(site) for site in sites]}"
 
 
+IN_EAGER_CODE = {
+    **SPARSE_OR_WHY,
+    "mask_not_expressible": lambda r: r.mask in ("outer product", "frame causal") or r.write != "no",  # no mask is taken apart
+    "layout_unknown": lambda r: r.rope == "in place" or r.write != "no",  # views of views that nobody holds any more
+}
+
+
+class Decisions:
+    """Which calls of attention were computed sparse, in order."""
+
+    def __init__(self, monkeypatch) -> None:
+        attend = Forward._attend
+
+        def noting(forward, func, args, kwargs):
+            found = attend(forward, func, args, kwargs)
+            self.sparse.append(found is not None)
+            return found
+
+        self.sparse: list[bool] = []
+        monkeypatch.setattr(Forward, "_attend", noting)
+
+
+def check_enabled(recipe: Recipe) -> None:
+    """Nothing is compiled: each call of attention over the video is sparse where it runs, or dense for a true reason."""
+    torch._dynamo.reset()
+    recipe = dataclasses.replace(recipe, form=recipe.form if recipe.form.startswith("sdpa") else "sdpa")
+    alone, model = (randomise(RandomDiT(recipe), recipe.seed) for _ in range(2))
+    inputs = inputs_of(recipe)
+    lvsa_compile.enable(model, **PATTERN)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode() if "inference" in recipe.graphs else torch.no_grad():
+        decisions = Decisions(patch)
+        for _ in range(2):  # what only the outputs show is known from the third forward on
+            model(*inputs)
+        lvsa_compile.reset()
+        for step in range(2):
+            arguments = (inputs[0], inputs[1] - 50 * step, *inputs[2:])
+            decisions.sparse.clear()
+            output = flat(model(*arguments))
+            alone.sparse, alone.step = list(decisions.sparse), step
+            answer = flat(alone(*arguments))
+            assert len(alone.calls) == len(decisions.sparse)
+            reasons = {site.reason for report in lvsa_compile.reports() for site in report.sites if site.decision != "sparse"}
+            for truth, sparse in zip(alone.calls, decisions.sparse, strict=True):
+                assert truth.layout is not None or not sparse, "rewritten though no video"
+                if truth.layout is not None and not sparse:
+                    assert any(IN_EAGER_CODE.get(reason, lambda r: False)(recipe) for reason in reasons), reasons
+                seen[f"eager: {'sparse' if sparse else 'dense' if truth.layout else 'decoy'}"] += 1
+            assert float((output - answer).abs().max() / answer.abs().max()) < 3e-4, step
+
+
 PIECES = Recipe(
     latent="packed ints", patch="conv3d", projection="separate", form="matmul", rope="table", order="text video", mask="outer product",
     write="no", decoy="none", output="reshape", grid=(6, 2, 2), batch=1, heads=1, blocks=1, modulation="none", graphs="breaks", seed=0,
@@ -95,6 +147,19 @@ PIECES = Recipe(
 @given(recipes)
 def test_a_sample_of_random_models(recipe):
     check(recipe)
+
+
+@settings(max_examples=15, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(recipes)
+def test_a_sample_of_random_models_in_eager_code(recipe):
+    check_enabled(recipe)
+
+
+@pytest.mark.skipif(not MODELS, reason="make fuzz runs it")
+@settings(max_examples=max(MODELS, 1), deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(recipes)
+def test_random_models_in_eager_code(recipe):
+    check_enabled(recipe)
 
 
 @pytest.mark.skipif(not MODELS, reason="make fuzz runs it")

@@ -336,7 +336,7 @@ class Forward:
         """
         size = self._size
         if size.targets is None:
-            candidates = self._candidates()
+            candidates = self._candidates() if size.shown is None else self._inputs.latents()
             if self._watch.targets and self._watch.targets.keys() <= set(candidates):
                 size.targets, size.confirmed = self._watch.targets, True
             elif candidates and self._timed:

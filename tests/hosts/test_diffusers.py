@@ -7,11 +7,13 @@ import warnings
 import diffusers
 import pytest
 import torch
+from stand_ins import needs
 from tiny_pipelines import SIZE, SteppedAttention, wan_pipeline
 from videos import APART, OPTIONS, SAME, off
 
 import lvsa_compile
 
+needs("vllm_omni")  # in the environment of the hosts alone, since it takes two minutes
 STEPS = 5
 CALL = {
     "prompt": "a dog", "negative_prompt": "blurry", "guidance_scale": 5.0, **SIZE, "num_inference_steps": STEPS, "output_type": "latent",
