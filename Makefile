@@ -92,7 +92,7 @@ $(VENV)/docs: $(VENV)/torch pyproject.toml
 $(HOSTS)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(HOSTS)
 	$(HOSTS)/bin/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(HOSTS)/bin/pip install --quiet --constraint constraints.txt --editable '.[demo]' pytest pytest-xdist hypothesis einops peft
+	$(HOSTS)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(HOSTS)/bin/pip install --quiet --constraint constraints.txt --no-deps cache-dit xfuser fastvideo vllm-omni diffsynth
 	touch $@
 
