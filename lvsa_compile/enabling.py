@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from lvsa_compile.backend import attention_in_eager_code
-from lvsa_compile.errors import OptionError, RegionError
+from lvsa_compile.errors import OptionError
 from lvsa_compile.options import parse_options
 from lvsa_compile.watching.find_model import denoisers_in
 from lvsa_compile.watching.watch import watch
@@ -41,11 +41,7 @@ def enable(model: Model, **options: Any) -> Model:
     attend = attention_in_eager_code(parse_options(options))
     if attend is None:
         raise OptionError("eager_attention", False, "enable is for attention in eager code", "Leave it out.")
-    denoisers = denoisers_in(model)
-    if not denoisers:
-        problem = "neither a module nor an object that holds one whose forward gets a timestep"
-        raise RegionError("model", type(model).__name__, problem, "Give the transformer, such as pipe.transformer.", "enable")
-    for denoiser in denoisers:
+    for denoiser in denoisers_in(model, "enable"):
         present = watch(denoiser, ticks=True)
         present.attend_by(attend)
         present.unseen = _UNSEEN.format(model=type(denoiser).__name__)

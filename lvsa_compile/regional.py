@@ -12,9 +12,8 @@ from torch import nn
 from lvsa_compile import compat
 from lvsa_compile.backend import attention_in_eager_code
 from lvsa_compile.errors import RegionError
-from lvsa_compile.forward.timestep_names import timestep_among
 from lvsa_compile.options import make_options, parse_options
-from lvsa_compile.watching.find_model import belongs_to, denoisers_in
+from lvsa_compile.watching.find_model import belongs_to, denoisers_in, is_timed
 from lvsa_compile.watching.watch import leave_alone, watch, watch_of
 
 log = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ def _denoiser(model: nn.Module, blocks: list[str]) -> nn.Module:
         if len(set(names)) > 1:
             break
         around.append(around[-1].get_submodule(names[0]))
-    return next((module for module in around if timestep_among(compat.parameter_names(type(module))) is not None), model)
+    return next((module for module in around if is_timed(module)), model)
 
 
 def undo(model: Model) -> Model:
@@ -93,11 +92,7 @@ def undo(model: Model) -> Model:
     Example:
         >>> lvsa_compile.undo(pipe.transformer)
     """
-    wholes = [model] if isinstance(model, nn.Module) else denoisers_in(model)
-    if not wholes:
-        problem = "neither a module nor an object that holds one whose forward gets a timestep"
-        raise RegionError("model", type(model).__name__, problem, "Give the transformer, such as pipe.transformer.", "undo")
-    for whole in wholes:
+    for whole in [model] if isinstance(model, nn.Module) else denoisers_in(model, "undo"):
         for module in whole.modules():
             present = watch_of(module)
             if present is not None:

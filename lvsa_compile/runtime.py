@@ -57,13 +57,18 @@ def with_requirement(run: Callable[..., Any], compile_id: str, owner: Owner | No
 
     def checked(*args: Any) -> Any:
         block = 0 if owner is None else id(args[owner.position])
-        forward = report_with(compile_id) if block in called else None
-        if forward is not None and forward.mendable_miss is not None:
-            raise RequireError(left_dense(forward), str(forward))
+        if block in called:
+            _require_sparse(compile_id)
         called.add(block)
         return run(*args)
 
     return checked
+
+
+def _require_sparse(compile_id: str) -> None:
+    forward = report_with(compile_id)
+    if forward is not None and forward.mendable_miss is not None:
+        raise RequireError(left_dense(forward), str(forward))
 
 
 def eager_with_requirement(run: Callable[..., Any] | None, compile_id: str) -> Callable[..., Any]:
@@ -73,9 +78,8 @@ def eager_with_requirement(run: Callable[..., Any] | None, compile_id: str) -> C
 
     def checked(*args: Any) -> Any:
         around = context.parent.get()
-        forward = report_with(compile_id) if around is None or around.token is not first else None
-        if forward is not None and forward.mendable_miss is not None:
-            raise RequireError(left_dense(forward), str(forward))
+        if around is None or around.token is not first:
+            _require_sparse(compile_id)
         return None if run is None else run(*args)
 
     return checked

@@ -238,6 +238,18 @@ def padded(model, tokens, grid, text):
     return out.transpose(1, 2).flatten(2)[:, : tokens.shape[1]]
 
 
+def exact_with_padding(model, alone):
+    """Compares with the oracle where the last two of seven text tokens after the video are padding."""
+    for step, value in enumerate(timesteps(3)):
+        inputs, mask = dit_inputs(timestep=value), oracle.token_mask(9, 12, step, reference=4, window=1, suffix=7)
+        mask[:, -2:] = False
+        with oracle.MaskedAttention(mask) as mode:
+            mode.replaces_masks = True
+            answer = alone(*inputs)
+        assert close(model(*inputs), answer), step
+        assert mode.calls == 1
+
+
 def grouped(model, tokens, grid, text):
     heads = heads_of(tokens)
     few = heads.mean(1, keepdim=True)
@@ -253,16 +265,10 @@ def test_forms(form, surroundings):
     alone, model = twins(FORMS[form])
     lvsa_compile.enable(model, **EAGER, strict=True)
     with surroundings():
-        if form != "padding":
+        if form == "padding":
+            exact_with_padding(model, alone)
+        else:
             exact(model, alone, steps=3, videos=1)
-        for step, value in enumerate(timesteps(3) if form == "padding" else ()):
-            inputs, mask = dit_inputs(timestep=value), oracle.token_mask(9, 12, step, reference=4, window=1, suffix=7)
-            mask[:, -2:] = False
-            with oracle.MaskedAttention(mask) as mode:
-                mode.replaces_masks = True
-                answer = alone(*inputs)
-            assert close(model(*inputs), answer), step
-            assert mode.calls == 1
 
 
 @pytest.mark.parametrize(
@@ -388,6 +394,23 @@ def test_sizes_past_the_recompile_limit_are_sparse_in_eager_code():
     assert graphs() == 2
 
 
+def test_without_eager_attention_they_are_dense_and_the_warning_says_so():
+    alone, model = randomise(VideoDiT()), randomise(VideoDiT())
+    compiled = torch.compile(model, backend="lvsa", options={**EXACT, "eager_attention": False}, dynamic=False)
+
+    def run():
+        for frames in (9, 10, 11):
+            lvsa_compile.reset()
+            outputs.append(compiled(*dit_inputs(frames=frames)))
+
+    outputs = []
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        (message,) = [each for each in heard(run) if "recompile_limit" in each]
+        assert close(outputs[-1], alone(*dit_inputs(frames=11)))
+    assert "runs in eager mode with dense attention. Raise the limit" in message
+    assert watch_of(model) is None
+
+
 def test_hooks_that_skip_layers_for_a_call():
     """Skip-layer guidance puts hooks on for a call and takes them off, and Dynamo makes a graph of the whole model for each hook."""
     alone, model = wan(num_layers=3), wan(num_layers=3)
@@ -474,13 +497,7 @@ def test_a_mask_as_the_efficient_kernel_gets_it():
     model.block = run
     lvsa_compile.enable(model, **EAGER, strict=True)
     with torch.no_grad():
-        for step, value in enumerate(timesteps(3)):
-            inputs, mask = dit_inputs(timestep=value), oracle.token_mask(9, 12, step, reference=4, window=1, suffix=7)
-            mask[:, -2:] = False
-            with oracle.MaskedAttention(mask) as mode:
-                mode.replaces_masks = True
-                answer = alone(*inputs)
-            assert close(model(*inputs), answer), step
+        exact_with_padding(model, alone)
 
 
 def test_who_asks_for_the_log_sum_exp_gets_that_of_the_kernel():

@@ -122,6 +122,11 @@ def recompile_limit() -> int:
     return limit
 
 
+def is_last_compile() -> bool:
+    """Whether the compile in progress is the last of its code that Dynamo's limit allows."""
+    return compiles_of_this_code() + 1 >= recompile_limit()
+
+
 def counters() -> collections.Counter[str]:
     """``torch._dynamo.utils.counters["lvsa"]``, the usual place for counts of a backend."""
     from torch._dynamo.utils import counters as all_counters

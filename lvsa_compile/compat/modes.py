@@ -103,6 +103,7 @@ def switch_dynamo(callback: Any) -> Any:
     return set_eval_frame(callback)
 
 
+_MOST_CODES = 4096
 _EAGER_CODE = f"{TORCH}nn/modules/"
 _may_run_graphs: dict[int, tuple[types.CodeType, bool]] = {}  # by identity: hashing code is slow
 
@@ -111,6 +112,8 @@ def _may_be_of_graph(code: types.CodeType) -> bool:
     """Whether code that calls an op may be that of a compiled graph, or be called by one: torch's own, and what compilers wrote."""
     found = _may_run_graphs.get(id(code))
     if found is None:
+        if len(_may_run_graphs) >= _MOST_CODES:
+            _may_run_graphs.clear()
         file = code.co_filename
         may = file.startswith("<") or "torchinductor" in file or (file.startswith(TORCH) and not file.startswith(_EAGER_CODE))
         found = _may_run_graphs[id(code)] = code, may or file.startswith(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "<")

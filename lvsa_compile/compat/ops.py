@@ -57,9 +57,14 @@ def returns_views(operator: OpOverload) -> bool:
     return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
 
 
+def arguments_by_name(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of an op by name, as far as they are given."""
+    return {**dict(zip((argument.name for argument in schema_of(operator).arguments), args, strict=False)), **kwargs}
+
+
 def written_by(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors among the arguments of a call that the op writes to."""
-    given = {**dict(zip((a.name for a in operator._schema.arguments), args, strict=False)), **kwargs}
+    given = arguments_by_name(operator, args, kwargs)
     targets = [given.get(a.name) for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     return [tensor for tensor in tree_leaves(targets) if isinstance(tensor, Tensor)]
 

@@ -223,6 +223,11 @@ class Compilation:
     passes: tuple[PassRun, ...] = ()
 
     @property
+    def in_eager_code(self) -> bool:
+        """Whether this is one call of attention in eager code, of which no compile is in progress."""
+        return self.compile_id.startswith(EAGER)
+
+    @property
     def facts(self) -> Facts:
         """What policies are told beside the geometry of a site."""
         return Facts(self.horizon, self.horizon_missing)

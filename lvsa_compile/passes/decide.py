@@ -47,7 +47,7 @@ def decide(compilation: Compilation) -> Compilation:
         if isinstance(outcome, SparsePlan):
             if video_sites in options.dense_layers:
                 outcome = reasons.DENSE_LAYER.because(f"video site {video_sites} is in dense_layers={list(options.dense_layers)}")
-            elif options.dense_layers and not compat.root_scope():
+            elif options.dense_layers and compilation.in_eager_code:
                 outcome = reasons.DENSE_LAYER.because(
                     f"attention in eager code has no number in the model's order, and dense_layers={list(options.dense_layers)}",
                     "Leave dense_layers out, or mend the graph break, so that the site is in a graph.",
@@ -105,9 +105,9 @@ def may_be_sparse(compilation: Compilation) -> bool:
 
 def _is_block(compilation: Compilation) -> bool:
     """Whether one graph serves many blocks of a model."""
-    around, scope = context.parent.get(), compat.root_scope()
+    around = context.parent.get()
     if around is not None:
-        return around.ticks and bool(scope) and scope.get("self") is not around.model
+        return around.ticks and not compilation.in_eager_code and compat.root_scope().get("self") is not around.model
     return not compilation.has_video and context.is_whole_of_compiled()
 
 

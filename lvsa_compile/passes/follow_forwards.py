@@ -13,9 +13,10 @@ from lvsa_compile.watching.find_model import follow_broken
 def follow_forwards(compilation: Compilation) -> Compilation:
     """Fills in ``followed``: whether the forwards of the model are followed from the next one on, attention between its graphs too."""
     broken = any(decision.miss is not None and decision.miss.reason is reasons.GRAPH_BREAK for decision in compilation.decisions)
-    outside = compilation.forward.outside if compilation.attend is not None else ()
-    last = compat.compiles_of_this_code() + 1 >= compat.recompile_limit() and bool(compilation.sites)
-    may_be_outside = compilation.position.leads_on and compilation.forward.shows_video and compilation.attend is not None
+    eager = compilation.attend is not None
+    outside = compilation.forward.outside if eager else ()
+    last = eager and compat.is_last_compile() and bool(compilation.sites)
+    may_be_outside = eager and compilation.position.leads_on and compilation.forward.shows_video
     if not (broken or outside or last or may_be_outside):
         return compilation
     unseen = next((_left_outside(compilation.model, found) for found in outside if may_be_sparse(compilation)), "")

@@ -15,7 +15,7 @@ from lvsa_compile import compat
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.forward.labels import watched_forward
 from lvsa_compile.horizons import rows_of_class
-from lvsa_compile.passes.compilation import EAGER, Compilation, Forward, Outside
+from lvsa_compile.passes.compilation import Compilation, Forward, Outside
 from lvsa_compile.passes.eager_attention import attention_below, attention_in, disabled_among, disabled_below
 
 _FIND = "TORCH_LOGS=graph_breaks names all graph breaks."
@@ -48,7 +48,7 @@ _in_progress: dict[tuple[int, int], _InProgress] = dropped_on_reset({})
 
 def look_around(compilation: Compilation) -> Compilation:
     """Fills in ``forward``."""
-    if compilation.compile_id.startswith(EAGER):  # no compile is in progress
+    if compilation.in_eager_code:
         return dataclasses.replace(compilation, forward=_video())
     ends, given_up = compat.break_of(compilation.graph_module), compat.given_up()
     entry = (threading.get_ident(), id(compat.compiled_entry()))

@@ -109,8 +109,7 @@ def layout_of(func: compat.OpOverload, args: Sequence[Any], kwargs: Mapping[str,
     layout = LAYOUTS.get(_name(func))
     if layout != "":
         return layout or ""
-    arguments = {**dict(zip((each.name for each in compat.schema_of(func).arguments), args, strict=False)), **kwargs}
-    return _NAMED_LAYOUTS.get(arguments.get("input_layout", ""), "")
+    return _NAMED_LAYOUTS.get(compat.arguments_by_name(func, args, kwargs).get("input_layout", ""), "")
 
 
 def _name(func: Any) -> str:
@@ -127,9 +126,8 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments by the names used here, defaults included."""
     schema = compat.schema_of(node.target)
     if schema is not None:
-        names = [argument.name for argument in schema.arguments]
         arguments = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
-        arguments |= dict(zip(names, node.args, strict=False)) | node.kwargs
+        arguments |= compat.arguments_by_name(node.target, node.args, node.kwargs)
     else:
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
         bound.apply_defaults()

@@ -10,9 +10,9 @@ import torch
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
 from lvsa_compile.forward.explicit_step import explicit_step
-from lvsa_compile.passes.compilation import Compilation, Decision, Outside, sizes_of
+from lvsa_compile.passes.compilation import Compilation, Decision, sizes_of
 from lvsa_compile.passes.decide import may_be_sparse
-from lvsa_compile.reasons import FIRST_FORWARD, OUTSIDE_GRAPHS
+from lvsa_compile.reasons import FIRST_FORWARD, OUTSIDE_GRAPHS, Miss
 from lvsa_compile.report.records import BETWEEN_GRAPHS, DENSE, MASKED, ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, SiteReport
 from lvsa_compile.report.report import Report
 from lvsa_compile.selection.contract import AttentionCall
@@ -36,7 +36,7 @@ def report_of(compilation: Compilation) -> Report:
     forward = compilation.forward
     mendable = forward.shows_video and may_be_sparse(compilation)
     if compilation.followed:
-        outside = [_first_forward(found) for found in forward.outside]
+        outside = [_between_graphs(FIRST_FORWARD.because(f"{found.line}: {found.why}"), found.line) for found in forward.outside]
     else:
         outside = [outside_graphs(found.line, found.why, found.remedy, mendable) for found in forward.outside]
     graph = GraphReport(
@@ -66,14 +66,11 @@ def _horizon(compilation: Compilation) -> str:
 
 def outside_graphs(line: str, why: str, remedy: str = "", mendable: bool = True) -> SiteReport:
     """A site for attention that runs in eager code at ``line``."""
-    detail, remedy = f"{line}: {why}", remedy or OUTSIDE_GRAPHS.remedy
-    return SiteReport(BETWEEN_GRAPHS, DENSE, OUTSIDE_GRAPHS.code, detail, remedy, line, mendable=mendable)
+    return _between_graphs(OUTSIDE_GRAPHS.because(f"{line}: {why}", remedy), line, mendable)
 
 
-def _first_forward(found: Outside) -> SiteReport:
-    """A site for attention in eager code of a model that is followed from its next forward on."""
-    detail = f"{found.line}: {found.why}"
-    return SiteReport(BETWEEN_GRAPHS, DENSE, FIRST_FORWARD.code, detail, FIRST_FORWARD.remedy, found.line)
+def _between_graphs(miss: Miss, line: str, mendable: bool = False) -> SiteReport:
+    return SiteReport(BETWEEN_GRAPHS, DENSE, miss.reason.code, miss.detail, miss.remedy, line, mendable=mendable)
 
 
 def _site(decision: Decision) -> SiteReport:

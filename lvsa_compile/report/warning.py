@@ -68,9 +68,8 @@ def _slower(report: Report) -> Iterator[str]:
 
 
 def _limit(report: Report, compilation: Compilation) -> Iterator[str]:
-    limit = compat.recompile_limit()
-    if report.sites and compat.compiles_of_this_code() + 1 >= limit:
-        changed = compat.recompile_reason()
+    if report.sites and compat.is_last_compile():
+        limit, changed = compat.recompile_limit(), compat.recompile_reason()
         followed = compilation.followed or (watched_forward.get() is not None and compilation.attend is not None)
         how = "" if followed else " with dense attention"
         yield (

@@ -66,7 +66,7 @@ def with_log_sum_exp(graph_module: fx.GraphModule, attention: fx.Node) -> fx.Gra
 
 def arguments_of(func: compat.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, a mask without the axes along which it is repeated."""
-    found = dict(zip((each.name for each in compat.schema_of(func).arguments), args, strict=False)) | dict(kwargs)
+    found = compat.arguments_by_name(func, args, kwargs)
     for name in ("attn_mask", "attn_bias"):
         mask = found.get(name)
         if isinstance(mask, Tensor):

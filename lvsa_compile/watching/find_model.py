@@ -12,11 +12,13 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lvsa_compile import compat
+from lvsa_compile.errors import RegionError
 from lvsa_compile.forward import context
+from lvsa_compile.forward.clock import size_of_video
 from lvsa_compile.forward.labels import watched_forward
 from lvsa_compile.forward.timestep_names import timestep_among
 from lvsa_compile.watching.inputs import ForwardInputs
-from lvsa_compile.watching.watch import Attend, Watch, left_alone, tick, watch, watch_of
+from lvsa_compile.watching.watch import Attend, Watch, left_alone, tick, timestep_of, watch, watch_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,21 +33,33 @@ _NOBODY: Callable[[], None] = lambda: None  # noqa: E731
 _owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def denoisers_in(model: object) -> list[nn.Module]:
+def denoisers_in(model: object, function: str) -> list[nn.Module]:
     """The denoisers in a module, or in the modules that an object holds: outermost modules whose forward names a timestep.
 
     A module in which none does stands for itself.
+
+    Raises:
+        RegionError: ``model`` is no module and holds no denoiser; names ``function``, which was called with it.
     """
+    found = _denoisers(model)
+    if not found:
+        problem = "neither a module nor an object that holds one whose forward gets a timestep"
+        raise RegionError("model", type(model).__name__, problem, "Give the transformer, such as pipe.transformer.", function)
+    return found
+
+
+def _denoisers(model: object) -> list[nn.Module]:
     if isinstance(model, nn.Module):
         whole: Any = compat.uncompiled(model)
-        return [next((module for module in whole.modules() if _is_timed(module)), whole)]
+        return [next((module for module in whole.modules() if is_timed(module)), whole)]
     components = getattr(model, "components", None)
     held = components.values() if isinstance(components, Mapping) else getattr(model, "__dict__", {}).values()
     modules = dict.fromkeys(compat.uncompiled(each) for each in held if isinstance(each, nn.Module))
-    return [found for module in modules for found in denoisers_in(module) if _is_timed(found)]
+    return [found for module in modules for found in _denoisers(module) if is_timed(found)]
 
 
-def _is_timed(module: nn.Module) -> bool:
+def is_timed(module: nn.Module) -> bool:
+    """Whether the forward of a module names a timestep."""
     return timestep_among(compat.parameter_names(type(module))) is not None
 
 
@@ -89,7 +103,7 @@ def find_model(attend: Attend | None) -> Watch | None:
     if found is None or left_alone(found.module):
         return None
     if watch_of(found.module) is None:
-        tick(compat.uncompiled(found.module), found.inputs)
+        tick(compat.uncompiled(found.module), timestep_of(found.inputs), size_of_video(found.inputs.leaves))
     return watch(found.module, ticks=True, attend=attend)
 
 

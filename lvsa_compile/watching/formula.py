@@ -17,7 +17,9 @@ class Formula:
     """
 
     def __init__(self) -> None:
-        self.begun = False
+        self._forget()
+
+    def _forget(self) -> None:
         self._query: Tensor | None = None
         self._key: Tensor | None = None
         self._mask: Tensor | None = None
@@ -25,17 +27,22 @@ class Formula:
         self._weights: Tensor | None = None
         self._leading: tuple[int, ...] = ()
 
+    @property
+    def begun(self) -> bool:
+        """Whether what ran last may be the beginning of the formula."""
+        return self._query is not None
+
     def note(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         """Notes an op that ran: a product begins, and each further op goes on or ends it."""
         first = args[0] if args else None
         if name == "bmm":
-            self.__init__()  # type: ignore[misc]
-            self.begun, self._query, self._key, self._scores = True, args[0], args[1], result
+            self._forget()
+            self._query, self._key, self._scores = args[0], args[1], result
         elif self._weights is not None:
             if first is self._weights and name in _BRINGS_INTO_SHAPE:
                 self._weights = result
             elif name not in _BRINGS_INTO_SHAPE:
-                self.__init__()  # type: ignore[misc]
+                self._forget()
         elif first is self._scores and name == "_unsafe_view":
             self._scores = result
         elif first is self._scores and name in ("add", "add_") and self._mask is None and isinstance(args[1], Tensor):
@@ -43,7 +50,7 @@ class Formula:
         elif first is self._scores and name == "_safe_softmax":
             self._weights, self._scores, self._leading = result, None, tuple(result.shape[:-2])
         else:
-            self.__init__()  # type: ignore[misc]
+            self._forget()
 
     def ends_with(self, weights: Any) -> bool:
         """Whether a product with ``weights`` is the second one of the formula."""
@@ -52,7 +59,7 @@ class Formula:
     def call(self, value: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         """The arguments of ``scaled_dot_product_attention`` for the product with ``value`` ``[batch * heads, keys, value_dim]``."""
         query, key, mask, leading = self._query, self._key, self._mask, self._leading
-        self.__init__()  # type: ignore[misc]  # the ops below are not part of the formula
+        self._forget()  # the ops below are not part of the formula
         assert query is not None
         assert key is not None
         heads = leading[-1] if len(leading) > 1 else 1

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -77,13 +77,13 @@ class Watch:
     is attention that no graph holds: where there is, the next forwards are followed, and else the watch ends.
     """
 
-    def __init__(self, model: nn.Module, ticks: bool) -> None:
+    def __init__(self, model: nn.Module, ticks: bool, looking: int = 0) -> None:
         self._model = weakref.ref(model)
         self._inner: Callable[..., Any] | None = compat.compiled_call(model)
         self.ticks = ticks
         self.attend: Attend | None = None
         self.unseen = ""
-        self.looking = 0
+        self.looking = looking
         self.memory = Memory()
         self.sizes: dict[Any, Size] = {}
         self.targets: Targets = {}  # as the last output showed
@@ -134,8 +134,7 @@ def watch(model: nn.Module, ticks: bool, attend: Attend | None = None, looking: 
     present = watch_of(model)
     if present is None:
         _left_alone.pop(compat.uncompiled(model), None)
-        present = Watch(model, ticks)
-        present.looking = looking
+        present = Watch(model, ticks, looking)
         compat.set_compiled_call(model, present)
     present.looking = min(present.looking, looking)
     present.attend = present.attend or attend
@@ -198,7 +197,7 @@ class Forward:
         self._reader = Reader(self._inputs.tensors)
         self.parent.timestep, self.parent.size = timestep_of(self._inputs), clock.size_of_video(self._inputs.leaves)
         if watch.ticks:
-            tick(self.parent.model, self._inputs)
+            tick(self.parent.model, self.parent.timestep, self.parent.size)
             self.parent.ticked = self.parent.timestep is not None
 
     def annotation_of(self, tensor: Tensor) -> Axes | None:
@@ -387,10 +386,9 @@ def timestep_of(inputs: ForwardInputs) -> tuple[str, Tensor] | None:
         return inputs.names[at], value if isinstance(value, Tensor) else torch.tensor(float(value))
 
 
-def tick(model: nn.Module, inputs: ForwardInputs) -> None:
-    """Moves the clock of a model whose forward begins."""
-    timestep = timestep_of(inputs)
+def tick(model: nn.Module, timestep: tuple[str, Tensor] | None, size: Hashable) -> None:
+    """Moves the clock of a model whose forward begins, by name and value of its timestep and the size of its video."""
     if timestep is not None:
         clock.set_clock_input(model, timestep[0], "")
     with compat.no_modes():
-        clock.clock_of(model).tick(None if timestep is None else timestep[1], clock.size_of_video(inputs.leaves))
+        clock.clock_of(model).tick(None if timestep is None else timestep[1], size)

@@ -36,7 +36,7 @@ def by_function(pipe):
 
 
 def test_the_function_that_calls_the_blocks():
-    check(make, call, by_function, lambda step: contextlib.nullcontext(), graphs=1)
+    check(make, call, by_function, lambda step: contextlib.nullcontext(), most_graphs=1)
 
 
 def test_blocks_that_no_forward_calls_say_so():

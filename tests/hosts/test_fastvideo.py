@@ -53,12 +53,12 @@ def by_the_host(model):
 
 
 def test_the_hosts_own_compile():
-    check(make, call, by_the_host, around, graphs=12)
+    check(make, call, by_the_host, around, most_graphs=12)
 
 
 def test_whole():
-    check(make, call, lambda model: model.compile(backend="lvsa", options=OPTIONS), around, graphs=16)
+    check(make, call, lambda model: model.compile(backend="lvsa", options=OPTIONS), around, most_graphs=16)
 
 
 def test_eager():
-    check(make, call, lambda model: lvsa_compile.enable(model, **OPTIONS), around, graphs=0)
+    check(make, call, lambda model: lvsa_compile.enable(model, **OPTIONS), around, most_graphs=0)

@@ -13,7 +13,7 @@ from test_graph_breaks import close
 from test_regional import Stack
 from test_watching import in_place
 from tiny_models import dit_inputs, randomise, timesteps
-from videos import OPTIONS
+from videos import OPTIONS, forget, graphs
 
 import lvsa_compile
 
@@ -47,8 +47,7 @@ GRAPHS = {"blocks by others": 2, "our blocks": 1, "enabled": 0}
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_videos(way):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+    forget()
     alone, model = cached(), cached()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -60,4 +59,4 @@ def test_two_videos(way):
                     answer = alone(*inputs)
                 assert masked.calls == (0 if step % 2 else 3)
                 assert close(model(*inputs), answer) or (video == 0 and step < 2 and way == "blocks by others"), (video, step)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == GRAPHS[way]
+    assert graphs() == GRAPHS[way]

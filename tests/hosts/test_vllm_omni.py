@@ -179,12 +179,12 @@ def default_backend():
 
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_its_regional_compile(default_backend, dynamic):
-    check(make, call, lambda model: compiling.regionally_compile(model, dynamic=dynamic) and None, around, graphs=3)
+    check(make, call, lambda model: compiling.regionally_compile(model, dynamic=dynamic) and None, around, most_graphs=3)
 
 
 def test_its_full_compile(default_backend):
-    check(make, call, lambda model: model.compile(dynamic=None), around, graphs=2)
+    check(make, call, lambda model: model.compile(dynamic=None), around, most_graphs=2)
 
 
 def test_eager():
-    check(make, call, lambda model: lvsa_compile.enable(model, **OPTIONS), around, graphs=0)
+    check(make, call, lambda model: lvsa_compile.enable(model, **OPTIONS), around, most_graphs=0)

@@ -6,15 +6,14 @@ import importlib
 import os
 import sys
 import types
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from stand_ins import needs, package, stand_in
 from tiny_models import CONFIG, randomise
-from tiny_pipelines import SIZE, SteppedAttention, wan_pipeline
-from videos import APART, OPTIONS, SAME, off
+from tiny_pipelines import wan_pipeline
+from videos import OPTIONS, check_pipeline
 
 import lvsa_compile
 from lvsa_compile.backend import lvsa
@@ -54,16 +53,11 @@ class Runtime:
 runtime = Runtime()
 for module in [module for name, module in sys.modules.items() if name.startswith("xfuser") and hasattr(module, "get_runtime_state")]:
     module.get_runtime_state = lambda: runtime
-CALL = {"prompt": "a dog", "negative_prompt": "blurry", "guidance_scale": 5.0, **SIZE, "num_inference_steps": 6, "output_type": "latent"}
 
 
 def pipeline():
     torch.manual_seed(0)
     return wan_pipeline(transformer=randomise(wans.xFuserWanTransformer3DWrapper(**CONFIG)))
-
-
-def latents(pipe, **more):
-    return pipe(**CALL, generator=torch.Generator().manual_seed(0), **more).frames
 
 
 def by_the_host(pipe, cache):
@@ -97,20 +91,4 @@ GRAPHS = {"whole": 1, "its blocks": 2, "enabled": 0}
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_videos(way):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    dense = latents(pipeline())
-    with SteppedAttention() as masked:
-        want = latents(pipeline(), callback_on_step_end=masked.on_step_end)
-    assert off(want, dense) > APART
-    pipe = pipeline()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        WAYS[way](pipe)
-        latents(pipe)
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert graphs <= GRAPHS[way]
-        for _ in range(2):
-            lvsa_compile.reset()
-            assert off(latents(pipe), want) < SAME
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    check_pipeline(pipeline, WAYS[way], GRAPHS[way])
