@@ -105,6 +105,44 @@ def test_code_that_dynamo_gave_up():
         torch.set_default_device(None)
 
 
+HELD = [F.scaled_dot_product_attention]
+
+
+@torch.compiler.disable
+def hooked(query, key, value):
+    """No name in its code leads to attention, as where a cache's hook keeps the function that it replaced."""
+    return HELD[0](query, key, value)
+
+
+def hidden(model, tokens, grid, text):
+    heads = heads_of(tokens)
+    return hooked(heads, heads, heads).transpose(1, 2).flatten(2)
+
+
+def test_attention_that_only_running_shows_is_sparse_from_the_third_forward_on():
+    alone, model = twins(hidden)
+    compiled = torch.compile(model, backend="lvsa", options=EXACT)
+    with torch.no_grad():
+        for step, value in enumerate(timesteps(5)):
+            inputs = dit_inputs(timestep=value)
+            assert close(compiled(*inputs), alone(*inputs) if step < 2 else masked(alone, inputs, step)), step
+
+
+def test_a_broken_model_without_attention_outside_is_left_after_sixteen_forwards():
+    def run(model, tokens, grid, text):
+        tokens = model.attention(tokens)
+        torch._dynamo.graph_break()
+        return tokens * 2
+
+    model = randomise(VideoDiT(run))
+    compiled = torch.compile(model, backend="lvsa", options=EXACT)
+    with torch.no_grad():
+        for forward in range(18):
+            compiled(*dit_inputs())
+            assert (watch_of(compiled) is None) == (forward >= 16), forward
+    assert modes() == 0
+
+
 def test_eager_attention_false_leaves_it_as_it_is():
     alone, model = twins()
     compiled = torch.compile(model, backend="lvsa", options={**EXACT, "eager_attention": False})
