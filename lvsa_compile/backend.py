@@ -24,6 +24,7 @@ from lvsa_compile.passes.decide import decide
 from lvsa_compile.passes.find_attention import find_attention
 from lvsa_compile.passes.find_horizon import find_horizon
 from lvsa_compile.passes.find_timestep import find_timestep
+from lvsa_compile.passes.fix_sizes import fix_sizes
 from lvsa_compile.passes.follow_forwards import follow_forwards
 from lvsa_compile.passes.follow_trails import follow_trails
 from lvsa_compile.passes.guard import guard
@@ -61,6 +62,7 @@ ANALYSIS: tuple[Pass, ...] = (
     trace_layout,  # what each token axis is made of, followed from the inputs
     find_horizon,  # how many frames the model was trained on
     decide,  # per site: sparse with a plan, or dense with one reason
+    fix_sizes,  # where a video is seen only with sizes as numbers, decides again with as few of them fixed as will do
     follow_trails,  # how each query came from the latent, for the report
 )
 PIPELINE: tuple[Pass, ...] = (

@@ -93,7 +93,13 @@ def explain(
     if eager.lines:
         sites = tuple(outside_graphs(line, f"called {count} times outside of all graphs") for line, count in eager.lines.items())
         graphs.append(Report(type(model).__name__, (GraphReport("-", sites),)))
-    return merged(graphs) if graphs else Report(type(model).__name__, ())
+    return _numbered(merged(graphs)) if graphs else Report(type(model).__name__, ())
+
+
+def _numbered(report: Report) -> Report:
+    """The report with its graphs numbered by themselves, so that the same question gets the same answer again."""
+    graphs = (dataclasses.replace(graph, compile_id=f"explained {number}") for number, graph in enumerate(report.graphs, start=1))
+    return dataclasses.replace(report, graphs=tuple(graphs))
 
 
 def _broken(graphs: list[Report]) -> bool:

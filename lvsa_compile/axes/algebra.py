@@ -98,6 +98,14 @@ def axis_of(source: Source) -> Axis:
     return () if same(source.size, 1) else (Factor(source.size, frozenset((Digit(source, source.size),))),)
 
 
+def plain(size: Size) -> Size:
+    """A size as an int where it is one, whatever symbols went into it."""
+    if isinstance(size, int):
+        return size
+    size = sympy.expand(size)
+    return int(size) if size.is_number else size
+
+
 def same(a: Size, b: Size) -> bool:
     """Whether two sizes are equal for all values of their symbols."""
     if isinstance(a, int) and isinstance(b, int):
@@ -213,8 +221,8 @@ def slice_axis(axis: Axis, start: Size, stop: Size) -> Axis | None:
     if isinstance(first, Factor):
         if same(high, low + 1) and INPUT not in first.kinds:
             return rest  # a position of an input's axis is kept, so that slices can be joined again; others only stand in the way
-        digits = frozenset(Digit(d.source, high - low, d.stride, d.start + low) for d in first.digits)
-        return (Factor(high - low, digits), *rest)
+        size = plain(high - low)
+        return (Factor(size, frozenset(Digit(d.source, size, d.stride, plain(d.start + low)) for d in first.digits)), *rest)
     pieces = _parts_between(first.parts, low, high)
     return None if pieces is None else (*concat(pieces), *rest)
 
@@ -378,6 +386,12 @@ def leaves(axis: Axis) -> list[Factor]:
         else:
             found.extend(leaf for part in factor.parts for leaf in leaves(part))
     return found
+
+
+def holds_tokens(axis: Axis) -> bool:
+    """Whether an axis may count tokens, or their order was lost; that of a table made of numbers, as of timesteps, does not."""
+    digits = [digit for factor in leaves(axis) for digit in factor.digits]
+    return any(digit.source.kind == LOST or (digit.source.kind == INPUT and digit.source.rank > 1) for digit in digits)
 
 
 def repeats(axis: Axis) -> bool:

@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from lvsa_compile.axes.algebra import CREATED, INPUT, LOST, Axis, Size, Source, axis_of, axis_size, leaves, origins, repeats
-from lvsa_compile.axes.values import Array
+from lvsa_compile.axes.values import Array, Later
 from lvsa_compile.compat import size_expression
 
 Axes = tuple[Axis, ...]
 """The axes of one tensor."""
+
+
+class Noticing(Protocol):
+    """Takes note of symbolic sizes that are equal now."""
+
+    def notice(self, axis: Axis, *ends: Size) -> None:
+        """Notes which of ``ends`` meet a boundary of the axis now."""
+
+    def runs(self, later: Later, axis: Axis, count: Size) -> list[tuple[Size, Size]] | None:
+        """The runs of positions that an input names along the axis."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,13 @@ class Call:
     axes_of: Callable[[Tensor], Axes]
     node_name: str
     value_of: Callable[[Tensor], Array | None] = lambda tensor: None
+    later_of: Callable[[Tensor], Later | None] = lambda tensor: None
+    relations: Noticing | None = None
+
+    def cut_off(self, axis: Axis, *ends: Size) -> None:
+        """Notes that the axis could not be cut at ``ends``."""
+        if self.relations is not None:
+            self.relations.notice(axis, *ends)
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
         """An argument by position or keyword."""

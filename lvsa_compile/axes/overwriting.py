@@ -26,10 +26,7 @@ from lvsa_compile.axes.algebra import (
     slice_axis,
 )
 from lvsa_compile.axes.call import Axes
-from lvsa_compile.axes.values import Array
-
-Run = tuple[Size, Size]
-"""Consecutive positions ``[start, stop)``."""
+from lvsa_compile.axes.positions import Run
 
 
 def overwritten(before: Axes, new: Axes, dim: int, runs: Sequence[Run] | None, lost: Axes, *, added: bool = False) -> Axes:
@@ -72,27 +69,6 @@ def lost_axes(name: str, node_name: str, sizes: Sequence[Size], counted: Sequenc
     """Axes of a tensor that was written to at positions that are not followed; ``counted`` are all axes that went into it."""
     kind = LOST if any(factor.kinds & {INPUT, LOST} for axis in counted for factor in leaves(axis)) else CREATED
     return tuple(axis_of(Source(kind, name, i, size, node_name, origins=origins(counted))) for i, size in enumerate(sizes))
-
-
-def runs_of(positions: Array | None, size: Size, most: int = 1024) -> list[Run] | None:
-    """Positions ``[n]`` on an axis of ``size`` as runs of consecutive positions, in the order given.
-
-    None where they are unknown, repeat, or make more than ``most`` runs.
-    """
-    if positions is None or positions.ndim != 1 or positions.dtype.kind not in "iu":
-        return None
-    numbers = [number + size if number < 0 else number for number in positions.tolist()]
-    if len(set(numbers)) != len(numbers):
-        return None
-    runs: list[Run] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number:
-            runs[-1] = (runs[-1][0], number + 1)
-        elif len(runs) == most:
-            return None
-        else:
-            runs.append((number, number + 1))
-    return runs
 
 
 def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:

@@ -15,7 +15,6 @@ from lvsa_compile.axes.algebra import (
     ARANGE,
     BROADCAST,
     CREATED,
-    INPUT,
     LOST,
     Axis,
     Factor,
@@ -24,7 +23,7 @@ from lvsa_compile.axes.algebra import (
     axis_size,
     combine,
     concat,
-    leaves,
+    holds_tokens,
     quotient,
     repeats,
     same,
@@ -32,11 +31,11 @@ from lvsa_compile.axes.algebra import (
 )
 from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, with_axis
 from lvsa_compile.axes.device_rules import geglu, npu_attention, repeat_interleave
-from lvsa_compile.axes.overwriting import informed, lost_axes, overwritten, runs_of
+from lvsa_compile.axes.overwriting import informed, lost_axes, overwritten
 from lvsa_compile.axes.patch_rules import columns_to_image, convolution, image_to_columns, pad, pixel_shuffle, pool, unfold
 from lvsa_compile.axes.pointwise_rules import broadcast_axes, pointwise
+from lvsa_compile.axes.positions import Run, runs_along, runs_of
 from lvsa_compile.axes.shard_rules import all_to_all
-from lvsa_compile.axes.values import Array
 from lvsa_compile.axes.view_rules import (
     expand,
     matrix_transpose,
@@ -222,14 +221,14 @@ def index(call: Call) -> Sequence[Axes] | None:
 def _by_index(call: Call, axes: Axes, dim: int, by: Tensor) -> Sequence[Axes] | None:
     """Axes after the elements of one axis were taken in the order of an index.
 
-    What is taken of a table runs along the index; what is taken of an input keeps its order where the index has known values that are
+    What is taken of a table runs along the index; what is taken of tokens keeps their order where the index has known values that are
     runs of positions, and has lost it otherwise.
     """
     along: Axes
-    if not any(factor.kinds & {INPUT, LOST} for factor in leaves(axes[dim])):
+    if not holds_tokens(axes[dim]):
         along = call.axes_of(by)
     else:
-        runs = runs_of(call.value_of(by), axis_size(axes[dim]))
+        runs = runs_along(call, by, axes[dim])
         pieces = [slice_axis(axes[dim], *run) for run in runs] if runs else [None]
         known = [piece for piece in pieces if piece is not None]
         if len(known) == len(pieces):
@@ -247,13 +246,15 @@ def index_put(call: Call) -> Sequence[Axes] | None:
         return unchanged(call)  # some elements become a constant, all stay where they are
     if len(used) != 1 or used[0][1].dtype in _MASK_DTYPES:
         return None
-    return _placed(call, used[0][0], call.value_of(used[0][1]), call.arg(2, "values"), bool(call.arg(3, "accumulate", False)))
+    dim, by = used[0]
+    return _placed(call, dim, runs_along(call, by, call.input()[dim]), call.arg(2, "values"), bool(call.arg(3, "accumulate", False)))
 
 
 def index_copy(call: Call) -> Sequence[Axes] | None:
     """``index_copy``, ``index_add``: as ``x[:, index] = y`` and ``x[:, index] += y``."""
     dim = axis_index(call.arg(1, "dim"), len(call.input()))
-    return _placed(call, dim, call.value_of(call.arg(2, "index")), call.arg(3, "source"), call.op == "index_add")
+    runs = runs_along(call, call.arg(2, "index"), call.input()[dim])
+    return _placed(call, dim, runs, call.arg(3, "source"), call.op == "index_add")
 
 
 def scatter(call: Call) -> Sequence[Axes] | None:
@@ -269,7 +270,7 @@ def scatter(call: Call) -> Sequence[Axes] | None:
     positions = call.value_of(call.arg(2, "index")) if uniform else None
     if positions is not None:
         positions = positions[tuple(slice(None) if i == dim else 0 for i in range(positions.ndim))]
-    return _placed(call, dim, positions, source, call.op == "scatter_add")
+    return _placed(call, dim, runs_of(positions, axis_size(axes[dim])), source, call.op == "scatter_add")
 
 
 def slice_scatter(call: Call) -> Sequence[Axes] | None:
@@ -290,11 +291,10 @@ def slice_scatter(call: Call) -> Sequence[Axes] | None:
     return [overwritten(before, new, dim, [(low, high)], lost)]
 
 
-def _placed(call: Call, dim: int, positions: Array | None, source: Tensor, added: bool) -> Sequence[Axes] | None:
+def _placed(call: Call, dim: int, runs: list[Run] | None, source: Tensor, added: bool) -> Sequence[Axes] | None:
     before, new = call.input(), call.axes_of(source)
     new = (*(() for _ in range(len(before) - len(new))), *new)
     lost = lost_axes(call.op, call.node_name, sizes_of(call.outputs[0]), (*before, *new))
-    runs = runs_of(positions, axis_size(before[dim]))
     if len(new) != len(before) or (runs is not None and not same(axis_size(new[dim]), sum(stop - start for start, stop in runs))):
         runs, new = None, before
     if runs is None:  # somewhere along the axis, and for one position of another axis elsewhere than for the next
@@ -303,16 +303,25 @@ def _placed(call: Call, dim: int, positions: Array | None, source: Tensor, added
 
 
 def reordered(call: Call) -> Sequence[Axes]:
-    """``flip``, ``roll``, ``sort``, ``gather`` along some axes: those lose their order, the others keep it."""
+    """``flip``, ``roll``, ``sort`` along some axes: those lose their order, the others keep it."""
     axes = call.input()
     argument = 2 if call.op in ("roll", "topk") else 1
     dims = call.arg(argument, "dims", call.arg(argument, "dim", [] if call.op == "roll" else -1))
     moved = {axis_index(dim, len(axes)) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])} or set(range(len(axes)))
     sizes = sizes_of(call.outputs[0])
-    if call.op == "gather":  # each position of another axis has an order of its own, unless the index repeats along it
-        by = call.axes_of(call.arg(2, "index"))
-        axes = tuple(axis if repeats(along) else call.uneven(axis, i) for i, (axis, along) in enumerate(zip(axes, by, strict=True)))
     return [tuple(call.new_axis(sizes[i], axis=i, of=axis) if i in moved else axis for i, axis in enumerate(axes))] * len(call.outputs)
+
+
+def gather(call: Call) -> Sequence[Axes]:
+    """``gather`` and ``take_along_dim``: along ``dim`` a table's rows run along the index, and tokens lose their order.
+
+    Each position of another axis has an order of its own, unless the index repeats along it.
+    """
+    axes, by, sizes = call.input(), call.axes_of(call.arg(2, "index")), sizes_of(call.outputs[0])
+    dim = axis_index(call.arg(1, "dim"), len(axes))
+    others = [axis if repeats(along) else call.uneven(axis, i) for i, (axis, along) in enumerate(zip(axes, by, strict=True))]
+    taken = call.new_axis(sizes[dim], axis=dim, of=axes[dim]) if holds_tokens(axes[dim]) else by[dim]
+    return [(*others[:dim], taken, *others[dim + 1 :])]
 
 
 _MASK_DTYPES = (torch.bool, torch.uint8)
@@ -379,7 +388,8 @@ RULES: dict[str, Rule] = _table(
     (index_put, "index_put"),
     (index_copy, "index_copy index_add"),
     (scatter, "scatter scatter_add"),
-    (reordered, "flip roll sort topk gather"),
+    (reordered, "flip roll sort topk"),
+    (gather, "gather"),
     (slice_scatter, "slice_scatter select_scatter"),
 )
 """Rule by op name.  Ops with torch's ``pointwise`` tag need no entry; the in-place twin of an op needs none either."""

@@ -18,6 +18,7 @@ from lvsa_compile.axes.call import Axes, Call, sizes_of, tensors_in
 from lvsa_compile.axes.overwriting import lost_axes, overwritten
 from lvsa_compile.axes.patch_rules import mixes_places
 from lvsa_compile.axes.pointwise_rules import pointwise
+from lvsa_compile.axes.positions import Relations
 from lvsa_compile.axes.rules import RULES
 from lvsa_compile.axes.values import KnownValues, Later, View
 from lvsa_compile.axes.view_rules import expand, slice_bounds, with_place_apart
@@ -51,14 +52,16 @@ class ViewCall(NamedTuple):
 class AxisTracker(compat.TorchDispatchMode):
     """Knows the axes of every tensor made while it is active.
 
+    ``relations`` follows symbolic sizes that must be equal for a trail to go on; without it they are not asked for.
     ``node_name`` and ``moment`` are the name and the number of the step that runs, as the caller says; ``last_written`` holds the moment of
     the last write to each piece of memory, ``convolved`` the names of inputs over which a convolution with overlapping windows ran.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, relations: Relations | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.relations = relations
         self.node_name, self.moment = "", 0
         self.last_written: dict[int, int] = {}
         self.convolved: set[str] = set()
@@ -134,7 +137,7 @@ class AxisTracker(compat.TorchDispatchMode):
         if mixes_places(op, args):
             self.convolved |= origins(self.axes_of(args[0])[2:])
         in_place = op.endswith("_") and not op.endswith("__") and bool(args) and outputs[0] is args[0]
-        call = Call(op.rstrip("_") if op in RESHAPED_IN_PLACE else op, args, kwargs, outputs, self.axes_of, self.node_name, self.values.of)
+        call = self._call(op.rstrip("_") if op in RESHAPED_IN_PLACE else op, args, kwargs, outputs, self.node_name)
         if in_place and op not in RESHAPED_IN_PLACE:
             self._write_value(func, args, kwargs)
             self._write(args[0], self._written_axes(func, call))
@@ -224,7 +227,10 @@ class AxisTracker(compat.TorchDispatchMode):
         outputs = [output for reference in view.outputs if (output := reference()) is not None]
         if len(outputs) < len(view.outputs):
             return None
-        return Call(view.op, (parent, *view.rest), view.kwargs, tuple(outputs), self.axes_of, view.node_name, self.values.of)
+        return self._call(view.op, (parent, *view.rest), view.kwargs, tuple(outputs), view.node_name)
+
+    def _call(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: tuple[Tensor, ...], node_name: str) -> Call:
+        return Call(op, args, kwargs, outputs, self.axes_of, node_name, self.values.of, self.values.later, self.relations)
 
     def _write_value(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the value of what a call writes to, as far as it is known, in every tensor that shares its memory."""

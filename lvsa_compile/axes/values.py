@@ -6,8 +6,9 @@ tensors for.  Which inputs were read is noted, since what was read must be guard
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy.typing
 import torch
@@ -17,7 +18,19 @@ from lvsa_compile import compat
 
 Array = numpy.typing.NDArray[Any]
 _LARGEST_VALUE = 1 << 26
+_COPIES = frozenset(("_to_copy", "clone", "detach", "alias"))
 """Elements of the largest value that is computed."""
+
+
+class Expectation(Protocol):
+    """What is expected of the value of an input, in terms of ``sizes`` that may be symbolic."""
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """The sizes that it speaks of."""
+
+    def holds(self, values: Array, number: Callable[[Any], int]) -> bool:
+        """Whether ``values`` are as expected, given what each size is as a ``number``."""
 
 
 class Later:
@@ -37,6 +50,13 @@ class Later:
             compute, self._compute = self._compute, None
             self._value = compute()
         return self._value
+
+    def peek(self) -> Array | None:
+        """The value of an input, without relying on it; None where this is not an input's."""
+        return None
+
+    def rely_on(self, expected: Expectation) -> None:
+        """Notes what of the value of an input that was peeked at decided something."""
 
     def array(self) -> Array | None:
         """The value as an array."""
@@ -83,6 +103,10 @@ class KnownValues:
     def result(self, func: compat.OpOverload, args: Any, kwargs: Any, position: int | None, like: Tensor) -> Later | None:
         """What a call would return at ``position``; None where an argument is not known, or chance decides."""
 
+        copied = compat.schema_of(func).name.split("::")[1] in _COPIES and isinstance(args[0], Tensor)
+        if copied and like.dim() == 1 and not (args[0].is_floating_point() or like.is_floating_point()):
+            return self.later(args[0])  # the same whole numbers
+
         def compute(real: Any) -> Tensor | None:
             found = func(*real[0], **real[1])
             chosen = found if position is None else found[position]
@@ -125,7 +149,10 @@ class KnownValues:
             known = self._known.get(id(arguments))
             constant = compat.constant_of(arguments) if known is None else None
             return Later(lambda: constant, True) if constant is not None else None if known is None else known[1]
-        if isinstance(arguments, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        if isinstance(arguments, torch.SymInt):
+            number = compat.size_expression(arguments)
+            return _Plain(number) if isinstance(number, int) else None
+        if isinstance(arguments, (torch.SymFloat, torch.SymBool)):
             return None
         if isinstance(arguments, (list, tuple)):
             held = [_NOTHING if argument is None else self._real_arguments(argument) for argument in arguments]
@@ -164,5 +191,5 @@ def _is_constant(held: Any) -> bool:
 
 
 def _is_small(tensor: Tensor) -> bool:
-    sizes = list(tensor.shape)
-    return all(isinstance(size, int) for size in sizes) and tensor.numel() <= _LARGEST_VALUE
+    sizes = [compat.size_expression(size) for size in tensor.shape]
+    return all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= _LARGEST_VALUE

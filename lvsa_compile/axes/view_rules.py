@@ -92,6 +92,7 @@ def slice_(call: Call) -> Sequence[Axes]:
     wanted = sizes_of(output)[dim]
     piece = cut_axis(axes[dim], low, high) if call.arg(4, "step", 1) == 1 else None
     if piece is None or not same(axis_size(piece), wanted):
+        call.cut_off(axes[dim], low, high)
         piece = call.new_axis(wanted, axis=dim, of=axes[dim])
     return [with_axis(axes, dim, piece)]
 
@@ -132,6 +133,8 @@ def split(call: Call) -> Sequence[Axes]:
     for output in call.outputs:
         size = sizes_of(output)[dim]
         piece = cut_axis(axes[dim], offset, offset + size)
+        if piece is None:
+            call.cut_off(axes[dim], offset, offset + size)
         results.append(with_axis(axes, dim, call.new_axis(size, axis=dim, of=axes[dim]) if piece is None else piece))
         offset = offset + size
     return results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch._ops import OpOverload as OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from lvsa_compile.compat.frames import frames
+from lvsa_compile.compat.graphs import source_name
 
 
 def trace_artifact(name: str, content: Callable[[], str]) -> None:
@@ -170,6 +171,30 @@ def guard_self(holds: Callable[[Any], bool], text: str) -> None:
 def guard_input(node: fx.Node, holds: Callable[[Tensor], bool], text: str) -> None:
     """Adds a Dynamo guard on the input behind a placeholder: the code is compiled again once ``holds(input)`` is false."""
     _guard(getattr(node, "_dynamo_source", None), holds, text)
+
+
+def guard_together(nodes: Sequence[fx.Node], axes: Sequence[int | None], holds: Callable[..., bool], text: str) -> None:
+    """Adds a Dynamo guard on several inputs at once: ``holds`` gets the input of each node, or the size of an axis of it."""
+    from torch._guards import Guard, TracingContext
+
+    sources: list[Any] = [getattr(node, "_dynamo_source", None) for node in nodes]
+    context = TracingContext.try_get()
+    if context is None or not all(sources):
+        return
+    name = f"___lvsa_{next(_apart)}"
+    values = [source_name(source) + ("" if axis is None else f".size()[{axis}]") for source, axis in zip(sources, axes, strict=True)]
+    code = f"{name}({', '.join(values)})"
+
+    def create(builder: Any, guard: Any) -> None:
+        builder.add_python_lambda_leaf_guard_to_root([code], [f"lvsa: {guard.name} {text}"], {**_closure_of_guards(), name: holds})
+
+    context.guards_context.dynamo_guards.add(Guard(sources[0], create))
+
+
+def _closure_of_guards() -> dict[str, Any]:
+    from torch._dynamo.guards import _get_closure_vars
+
+    return dict(_get_closure_vars())
 
 
 def _guard(source: Any, holds: Callable[[Any], bool], text: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lvsa_compile.axes.algebra import LOST, Axis, Digit, leaves, origins
+from lvsa_compile.axes.algebra import LOST, Axis, Digit, Size, leaves, origins
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.carried import is_conditioning, is_generated
 from lvsa_compile.axes.opaque import expanded
@@ -30,15 +30,19 @@ class LayoutEvidence:
         return tuple(refined(expanded(axis), self.evidence, self.contradictions) for axis in axes)
 
 
-def collect_evidence(tokens: Sequence[Axis], outputs: Mapping[int, Axes], reader: Reader) -> LayoutEvidence:
+def collect_evidence(
+    tokens: Sequence[Axis], outputs: Mapping[int, Axes], reader: Reader, now: Callable[[Size], int] | None = None
+) -> LayoutEvidence:
     """Collects the evidence for each packed axis from ``tokens``, the token axes of all attention, and from the outputs.
 
-    Input values that it depends on are read here, so that the caller can guard them.
+    Input values that it depends on are read here, so that the caller can guard them; ``now`` says what symbolic sizes stand for.
     """
     tokens, outputs = [expanded(axis) for axis in tokens], {i: tuple(map(expanded, axes)) for i, axes in outputs.items()}
-    evidence, contradictions = packed_evidence(tokens, list(outputs.values()), reader.peek)
+    evidence, contradictions = packed_evidence(tokens, list(outputs.values()), reader.peek, now)
     for each in evidence.values():
-        if each.relies_on:
+        if each.expected is not None:
+            reader.expect(each.relies_on, each.expected)
+        elif each.relies_on:
             reader.read(each.relies_on)
     refined_outputs = {position: tuple(refined(axis, evidence, contradictions) for axis in axes) for position, axes in outputs.items()}
     reached = video_inputs(axis for axes in refined_outputs.values() for axis in axes)

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT, PARAMETER, Source, axis_of, axis_size, same
 from lvsa_compile.axes.call import Axes, sizes_of
+from lvsa_compile.axes.positions import Relations
 from lvsa_compile.axes.tracker import AxisTracker, RuleFailed
 from lvsa_compile.axes.values import Array, Later
 from lvsa_compile.forward.labels import watched_forward
@@ -153,16 +154,23 @@ def run_on_fakes(
     example_inputs: Sequence[Any] = (),
     brought: Mapping[str, Axes] = MappingProxyType({}),
     unwritten: Mapping[fx.Node, Sequence[tuple[fx.Node, fx.Node]]] = MappingProxyType({}),
+    assumed: Sequence[compat.Equality] | None = None,
 ) -> LayoutInterpreter | None:
-    """Follows the axes of a whole graph, reading ``example_inputs`` where only values tell; None where it has no fake tensors to run on."""
+    """Follows the axes of a whole graph, reading ``example_inputs`` where only values tell; None where it has no fake tensors to run on.
+
+    Symbolic sizes are taken to be as ``assumed``, which whoever relies on what is found must guard; the tracker's ``relations`` then say
+    which further equalities would be of use.
+    """
     fake_mode = compat.fake_mode_of_graph(graph_module.graph)
     if fake_mode is None:
         return None
-    tracker = AxisTracker()
+    relations = None if assumed is None else Relations(lambda size: compat.value_now(size, fake_mode))
+    tracker = AxisTracker(relations)
     placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
     reader = Reader(dict(zip(placeholders, example_inputs, strict=False)), watched_forward.get())
     interpreter = LayoutInterpreter(graph_module, tracker, watched, reader, brought, unwritten)
     inputs = [None for _ in placeholders]
     with compat.isolated_run(fake_mode), interpreter.surroundings(), tracker:
+        compat.suppose(fake_mode, assumed or ())
         interpreter.run(*inputs, enable_io_processing=False)
     return interpreter

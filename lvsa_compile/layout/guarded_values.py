@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lvsa_compile import compat
-from lvsa_compile.axes.values import Array, Later
+from lvsa_compile.axes.values import Array, Expectation, Later
 from lvsa_compile.forward.labels import WatchedForward
 
 _LARGEST_INPUT = 1 << 24
@@ -25,10 +25,20 @@ class Reader:
         self._real = {node_name: value for node_name, value in inputs.items() if isinstance(value, Tensor) and can_be_read(value)}
         self._read: dict[str, Tensor] = {}
         self._looked_at: dict[str, Array] = {}
+        self.expected: dict[str, dict[Expectation, None]] = {}
 
     def later(self, node_name: str) -> Later | None:
         """The value of an input, read when it is asked for."""
-        return Later(lambda: self.read(node_name), constant=False) if node_name in self._real else None
+        return _OfInput(self, node_name) if node_name in self._real else None
+
+    def look(self, node_name: str) -> Array | None:
+        """The value of an input, without a guard: say with ``expect`` what of it is relied on."""
+        with compat.no_modes():
+            return Later(lambda: self._real[node_name].detach().cpu(), constant=False).array()
+
+    def expect(self, node_name: str, expected: Expectation) -> None:
+        """Notes what of the value of an input is relied on."""
+        self.expected.setdefault(node_name, {})[expected] = None
 
     def read(self, node_name: str) -> Tensor | None:
         """The value of an input, on the CPU; None where the caller gave no real tensor."""
@@ -57,6 +67,22 @@ class Reader:
     def relied_on(self) -> Mapping[str, Tensor]:
         """The inputs that were read, by name, and what they held."""
         return self._read
+
+
+class _OfInput(Later):
+    """The value of an input of a graph."""
+
+    def __init__(self, reader: Reader, node_name: str) -> None:
+        super().__init__(lambda: reader.read(node_name), constant=False)
+        self._reader, self._node_name = reader, node_name
+
+    def peek(self) -> Array | None:
+        """The value, without relying on it."""
+        return self._reader.look(self._node_name)
+
+    def rely_on(self, expected: Expectation) -> None:
+        """Notes what of the value decided something."""
+        self._reader.expect(self._node_name, expected)
 
 
 def may_be_coordinates(tensor: Tensor) -> bool:
@@ -95,3 +121,34 @@ class SameValue:
             return False
         self._last = (weakref.ref(tensor), version)
         return True
+
+
+class SameStructure:
+    """Whether a tensor's values are as expected, given the sizes that symbols stand for in a call.
+
+    On another device than the CPU the values of the last tensor are kept, as in ``SameValue``.
+    """
+
+    def __init__(self, expected: Sequence[Expectation], sizes: Mapping[Any, Any], symbols: Sequence[Any]) -> None:
+        self._expected, self._sizes, self._symbols = expected, sizes, symbols
+        self._last: tuple[weakref.ref[Tensor], int, Array] | None = None
+
+    def __call__(self, tensor: Tensor, *numbers: int) -> bool:
+        """Compares."""
+        known = dict(zip(self._symbols, numbers, strict=True))
+        values = self._values(tensor)
+
+        def number(size: Any) -> int:
+            size = self._sizes[size]
+            return size if isinstance(size, int) else int(size.subs(known))
+
+        return all(each.holds(values, number) for each in self._expected)
+
+    def _values(self, tensor: Tensor) -> Array:
+        version = compat.version_of(tensor)
+        if _waits(tensor) and self._last is not None and self._last[0]() is tensor and self._last[1] == version >= 0:
+            return self._last[2]
+        here = tensor.detach()
+        values: Array = (here.double() if here.is_floating_point() else here).cpu().numpy()
+        self._last = (weakref.ref(tensor), version, values) if _waits(tensor) else None
+        return values

@@ -45,12 +45,36 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class GridIs:
+    """That coordinates along ``axis``, from token ``start`` on, ``size`` of them, are those of these stretches."""
+
+    axis: int
+    start: Size
+    size: int
+    stretches: tuple[Stretch, ...]
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The sizes that it speaks of."""
+        return (self.start,)
+
+    def holds(self, values: Array, number: Callable[[Size], int]) -> bool:
+        """Whether ``values`` are such coordinates, given what each size is as a ``number``."""
+        rows = _triples(values, self.axis, number(self.start), self.size)
+        return rows is not None and len(rows) == self.size and stretches_of(rows) == self.stretches
+
+
+@dataclass(frozen=True)
 class Evidence:
-    """What one source of evidence says of a packed axis; ``relies_on`` is the name of the input whose values said it."""
+    """What one source of evidence says of a packed axis; ``relies_on`` is the name of the input whose values said it.
+
+    ``expected`` is what of the values it relies on, None for all of them.
+    """
 
     witness: str
     stretches: tuple[Stretch, ...]
     relies_on: str = ""
+    expected: GridIs | None = None
 
     def __str__(self) -> str:
         parts = ["×".join(map(str, s.shape)) if s.shape else str(s.size) for s in self.stretches]
@@ -58,7 +82,7 @@ class Evidence:
 
 
 def packed_evidence(
-    tokens: Iterable[Axis], outputs: Sequence[Axes], read: Callable[[str], Array | None]
+    tokens: Iterable[Axis], outputs: Sequence[Axes], read: Callable[[str], Array | None], now: Callable[[Size], int] | None = None
 ) -> tuple[dict[Digit, Evidence], dict[str, str]]:
     """For each packed axis, or slice of one, among ``tokens`` what is known of it.
 
@@ -70,7 +94,7 @@ def packed_evidence(
             found.setdefault(Digit(source, source.size), {})[Evidence("counts of a rope table", (Stretch(source.size, shape),))] = None
         for factor in leaves(axis):
             for digit in _packed_digits(factor):
-                found.setdefault(digit, {}).update(dict.fromkeys(_from_coordinates(factor, digit.source, read)))
+                found.setdefault(digit, {}).update(dict.fromkeys(_from_coordinates(factor, digit.source, read, now)))
     for digit, shown in found.items():
         if digit.is_whole:
             shown.update(dict.fromkeys(e for axes in outputs if (e := _from_output(axes, digit.source)) is not None))
@@ -130,16 +154,20 @@ def _from_output(axes: Axes, source: Source) -> Evidence | None:
 # --- coordinates ---------------------------------------------------------------------------------------------------------------
 
 
-def _from_coordinates(factor: Factor, source: Source, read: Callable[[str], Array | None]) -> list[Evidence]:
+def _from_coordinates(
+    factor: Factor, source: Source, read: Callable[[str], Array | None], now: Callable[[Size], int] | None
+) -> list[Evidence]:
     for digit in sorted(factor.digits, key=lambda d: d.source.node_name):
         other = digit.source
         if other.kind != INPUT or other.node_name == source.node_name or not 2 <= other.rank <= 4 or not same(digit.stride, 1):
             continue
-        values = read(other.node_name) if isinstance(digit.start, int) and isinstance(digit.size, int) else None
-        rows = None if values is None else _triples(values, other.axis, digit.start, digit.size)
+        start = digit.start if now is None else now(digit.start)
+        values = read(other.node_name) if isinstance(start, int) and isinstance(digit.size, int) else None
+        rows = None if values is None else _triples(values, other.axis, start, digit.size)
         stretches = None if rows is None else stretches_of(rows)
         if stretches is not None:
-            return [Evidence(f"values of {other.name}", stretches, other.node_name)]
+            expected = None if isinstance(digit.start, int) else GridIs(other.axis, digit.start, digit.size, stretches)
+            return [Evidence(f"values of {other.name}", stretches, other.node_name, expected)]
     return []
 
 

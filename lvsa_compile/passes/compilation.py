@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lvsa_compile import compat
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.forward.context import Position
 from lvsa_compile.layout.guarded_values import Reader
@@ -167,7 +168,9 @@ class Compilation:
         layouts: token layouts of query and key by site.
         masks: what the mask of each masked site means, None where that cannot be expressed.
         analysis_nodes: nodes for analysis only; ``rewrite`` erases them.
-        has_video: whether an input shows a video grid that is generated.
+        video_inputs: names of the inputs that hold the generated video.
+        assumed: symbolic sizes that are taken to be equal, or to be numbers, while the layout is traced; None before any are.
+        noticed: further equalities that would be of use.
         cut_off: sites whose query comes from an earlier graph without an annotation.
         output_lost: where the way of a video to the outputs was lost.
         not_denoiser: why a video that is attended is not generated.
@@ -201,7 +204,9 @@ class Compilation:
     layouts: dict[fx.Node, tuple[TokenLayout, TokenLayout]] = field(default_factory=dict)
     masks: dict[fx.Node, MaskForm | None] = field(default_factory=dict)
     analysis_nodes: tuple[fx.Node, ...] = ()
-    has_video: bool = False
+    video_inputs: frozenset[str] = frozenset()
+    assumed: tuple[compat.Equality, ...] | None = None
+    noticed: tuple[compat.Equality, ...] = ()
     cut_off: frozenset[fx.Node] = frozenset()
     output_lost: str = ""
     not_denoiser: str = ""
@@ -221,6 +226,11 @@ class Compilation:
     flops: float = 0.0
     changed: bool = False
     passes: tuple[PassRun, ...] = ()
+
+    @property
+    def has_video(self) -> bool:
+        """Whether an input shows a video grid that is generated."""
+        return bool(self.video_inputs)
 
     @property
     def in_eager_code(self) -> bool:

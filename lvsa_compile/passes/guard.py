@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Sequence
+
+from torch import Tensor, fx, nn
 
 from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT
+from lvsa_compile.axes.values import Expectation
 from lvsa_compile.forward import context
 from lvsa_compile.forward.labels import SameAnnotation, annotation_of
 from lvsa_compile.layout.graph_trace import input_kind
-from lvsa_compile.layout.guarded_values import SameValue
+from lvsa_compile.layout.guarded_values import SameStructure, SameValue
 from lvsa_compile.passes.compilation import Compilation
 
 
@@ -24,6 +27,9 @@ def guard(compilation: Compilation) -> None:
     for node_name, held in (compilation.reader.relied_on if compilation.reader is not None else {}).items():
         node = next(node for node in placeholders if node.name == node_name)
         compat.guard_input(node, SameValue(held), "holds the values that the token layout was read from")
+    if compilation.reader is not None:
+        for node_name, expected in compilation.reader.expected.items():
+            _guard_structure(next(node for node in placeholders if node.name == node_name), tuple(expected), placeholders)
     block = compat.argument_scope().get("self")
     if context.parent.get() is not None and isinstance(block, nn.Module):
         hooks = compat.forward_hooks(block)
@@ -33,3 +39,14 @@ def guard(compilation: Compilation) -> None:
         for node, value in zip(placeholders, compilation.example_inputs, strict=False):
             if isinstance(value, Tensor) and value.dim() >= 2 and input_kind(node)[0] == INPUT:
                 compat.guard_input(node, SameAnnotation(annotation_of(value)), "carries the token layout it was compiled for")
+
+
+def _guard_structure(node: fx.Node, expected: tuple[Expectation, ...], placeholders: Sequence[fx.Node]) -> None:
+    """Has Dynamo compile anew where the values of an input are not as expected, given the sizes of others."""
+    mode = compat.fake_mode_of_graph(node.graph)
+    sizes = {size: compat.replaced(size, mode) for each in expected for size in each.sizes}
+    symbols = sorted({symbol for size in sizes.values() if not isinstance(size, int) for symbol in size.free_symbols}, key=str)
+    shown = compat.shown_by(placeholders)
+    assert all(symbol in shown for symbol in symbols), "sizes are followed from the inputs"
+    nodes, axes = [node, *(shown[symbol][0] for symbol in symbols)], [None, *(shown[symbol][1] for symbol in symbols)]
+    compat.guard_together(nodes, axes, SameStructure(expected, sizes, symbols), "has the structure that the token layout was read from")

@@ -39,7 +39,7 @@ def trace_layout(compilation: Compilation) -> Compilation:
     watched = {site.node: (site.query, site.key, site.value, *masks_of.get(site.node, ())) for site in sites}
     unwritten = {site.node: site.mask_unwritten for site in sites}
     brought = _brought(compilation)
-    traced = run_on_fakes(compilation.graph_module, watched, compilation.example_inputs, brought, unwritten)
+    traced = run_on_fakes(compilation.graph_module, watched, compilation.example_inputs, brought, unwritten, compilation.assumed)
     if traced is None:
         return dataclasses.replace(compilation, trace_failure="the graph came without fake tensors to run on")
     pairs = {}
@@ -48,7 +48,9 @@ def trace_layout(compilation: Compilation) -> Compilation:
         if len(query) >= 3 and len(key) >= 3:
             pairs[site.node] = (query, key)
     tokens = [axes[-2] for pair in pairs.values() for axes in pair]
-    seen, unannotated = collect_evidence(tokens, traced.output_axes, traced.reader), _not_annotated(compilation, brought)
+    relations = traced.tracker.relations
+    now = None if relations is None else relations.now
+    seen, unannotated = collect_evidence(tokens, traced.output_axes, traced.reader, now), _not_annotated(compilation, brought)
     if context.parent.get() is not None and compilation.position.continues:  # then every input that may show the video is annotated
         guessed = frozenset(seen.targets.keys() - _names_in(brought))
     else:
@@ -71,11 +73,12 @@ def trace_layout(compilation: Compilation) -> Compilation:
         compilation,
         layouts=layouts,
         masks=masks,
-        has_video=bool(seen.targets),
+        video_inputs=frozenset(seen.targets),
         cut_off=_cut_off(compilation, pairs, brought, unannotated),
         output_lost=_output_lost(seen, compilation.graph_module.graph),
         not_denoiser=not_denoiser,
         reader=traced.reader,
+        noticed=() if relations is None else tuple(relations.noticed),
         outgoing=outgoing,
         passed_on=_passed_on(traced, outgoing, brought) if compilation.position.leads_on else (),
     )

@@ -47,7 +47,7 @@ class MaskParts:
 def parts_of(mask: fx.Node) -> MaskParts:
     """The parts of a mask; one part, the mask itself, where it is no conjunction."""
     value = example_value(mask)
-    if value.dtype != torch.bool or not all(isinstance(size, int) for size in value.shape):
+    if value.dtype != torch.bool:
         return MaskParts((mask,))
     canonical, unwritten = CanonicalForm(mask.next), list[Since]()
     try:
@@ -85,9 +85,10 @@ def _split_shaped(
     sides = _split(part, [], canonical, unwritten)
     unwritten.extend((side, conjunction) for side in sides)
     whole = list(example_value(conjunction).shape)
+    in_numbers = all(isinstance(size, int) for size in whole)  # else only a node can give the shape
     views = []
     for side in sides:
-        view = canonical.call(torch.broadcast_to, side, whole)
+        view = canonical.call(torch.broadcast_to, side, whole) if in_numbers else canonical.call("expand_as", side, conjunction)
         for step in reversed(after):
             view = canonical.call(torch.unsqueeze if name_of(step) == "unsqueeze" else operator.getitem, view, *step.args[1:])
         views.append(view if example_value(view).dtype == torch.bool else canonical.call("to", view, torch.bool))
