@@ -388,12 +388,6 @@ def leaves(axis: Axis) -> list[Factor]:
     return found
 
 
-def holds_tokens(axis: Axis) -> bool:
-    """Whether an axis may count tokens, or their order was lost; that of a table made of numbers, as of timesteps, does not."""
-    digits = [digit for factor in leaves(axis) for digit in factor.digits]
-    return any(digit.source.kind == LOST or (digit.source.kind == INPUT and digit.source.rank > 1) for digit in digits)
-
-
 def repeats(axis: Axis) -> bool:
     """Whether an axis of more than one position holds the same at all of them."""
     return bool(axis) and all(isinstance(factor, Factor) and factor.kinds == {BROADCAST} for factor in axis)

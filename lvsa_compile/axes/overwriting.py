@@ -94,3 +94,9 @@ def _agreed(old: Axis, new: Axis, lost: Axis) -> Axis:
 def informed(axis: Axis) -> bool:
     """Whether an axis says anything about inputs or counts."""
     return any(factor.kinds & {INPUT, ARANGE, LOST} for factor in leaves(axis))
+
+
+def holds_tokens(axis: Axis) -> bool:
+    """Whether an axis may count tokens, or their order was lost; that of a table made of numbers, as of timesteps, does not."""
+    digits = [digit for factor in leaves(axis) for digit in factor.digits]
+    return any(digit.source.kind == LOST or (digit.source.kind == INPUT and digit.source.rank > 1) for digit in digits)

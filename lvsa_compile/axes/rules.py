@@ -23,7 +23,6 @@ from lvsa_compile.axes.algebra import (
     axis_size,
     combine,
     concat,
-    holds_tokens,
     quotient,
     repeats,
     same,
@@ -31,7 +30,7 @@ from lvsa_compile.axes.algebra import (
 )
 from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, with_axis
 from lvsa_compile.axes.device_rules import geglu, npu_attention, repeat_interleave
-from lvsa_compile.axes.overwriting import informed, lost_axes, overwritten
+from lvsa_compile.axes.overwriting import holds_tokens, informed, lost_axes, overwritten
 from lvsa_compile.axes.patch_rules import columns_to_image, convolution, image_to_columns, pad, pixel_shuffle, pool, unfold
 from lvsa_compile.axes.pointwise_rules import broadcast_axes, pointwise
 from lvsa_compile.axes.positions import Run, runs_along, runs_of

@@ -40,6 +40,8 @@ _NOT_OF_SIZES = frozenset(
     )
 )
 """Reasons that are the same for all sizes, or that only a site gets whose video was seen."""
+_BESIDE_SPARSE = frozenset((reasons.CROSS_ATTENTION, reasons.NOT_VIDEO))
+"""Reasons of the other sites of a graph in which the video was seen."""
 
 
 def fix_sizes(compilation: Compilation) -> Compilation:
@@ -48,7 +50,7 @@ def fix_sizes(compilation: Compilation) -> Compilation:
     symbols = frozenset[object]().union(*(compat.symbols_of_input(compat.example_value(node)) for node in placeholders))
     if not symbols:
         return compilation
-    if not any(_may_be_hidden(decision) for decision in compilation.decisions):
+    if not any(_may_be_hidden(decision, compilation) for decision in compilation.decisions):
         return _with_structure(compilation)
     found, fixed = _with_fixed(compilation, symbols), symbols
     if len(found.sparse) <= len(compilation.sparse):
@@ -61,13 +63,15 @@ def fix_sizes(compilation: Compilation) -> Compilation:
     marked = _marked(fixed, placeholders)
     if marked:
         pairs = zip(compilation.decisions, found.decisions, strict=True)
-        return dataclasses.replace(compilation, decisions=tuple(_because_marked(marked, *pair) for pair in pairs))
+        decisions = (_because_marked(marked, *pair) if _may_be_hidden(pair[0], compilation) else pair[0] for pair in pairs)
+        return dataclasses.replace(compilation, decisions=tuple(decisions))
     return _settled(found)
 
 
-def _may_be_hidden(decision: Decision) -> bool:
+def _may_be_hidden(decision: Decision, compilation: Compilation) -> bool:
     """Whether a site is dense for a reason that may be another one with sizes as numbers."""
-    return decision.site is not None and decision.miss is not None and decision.miss.reason not in _NOT_OF_SIZES
+    known = _NOT_OF_SIZES | _BESIDE_SPARSE if compilation.sparse else _NOT_OF_SIZES
+    return decision.site is not None and decision.miss is not None and decision.miss.reason not in known
 
 
 def _with_structure(compilation: Compilation) -> Compilation:
@@ -135,7 +139,7 @@ def _marked(symbols: frozenset[object], placeholders: list[fx.Node]) -> str:
 
 def _because_marked(marked: str, decision: Decision, fixed: Decision) -> Decision:
     """The decision about a site that is sparse with sizes ``fixed`` which the user marked dynamic."""
-    if decision.plan is not None or fixed.plan is None:
+    if fixed.plan is None:
         return decision
     miss = reasons.SIZE_MARKED_DYNAMIC.because(f"the video is seen with its sizes as numbers, and {marked} is marked dynamic")
     return dataclasses.replace(decision, miss=miss, mendable=True)
