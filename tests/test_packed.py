@@ -100,6 +100,11 @@ def test_coordinates_tell_conditioning_frames_before_and_after():
     assert site.layout == "tokens[0:12] 12 | video 9×3×4 | tokens[120:144] 24"
 
 
+def test_a_still_at_the_time_of_the_first_frame_is_no_part_of_it():
+    ids = torch.cat([coordinates(1), coordinates()])
+    expect_sparse(Packed(), (*inputs_of(108 + 12), ids), prefix=12)
+
+
 def test_coordinates_of_a_joint_sequence():
     ids = torch.cat([torch.zeros(5, 3, dtype=torch.long), coordinates()])
     expect_sparse(Packed(), (*inputs_of(), ids, torch.randn(1, 5, 16)), prefix=5)

@@ -228,30 +228,27 @@ def slice_axis(axis: Axis, start: Size, stop: Size) -> Axis | None:
 
 
 def _parts_between(parts: tuple[Axis, ...], low: Size, high: Size) -> list[Axis] | None:
-    """The pieces of consecutive axes that lie in ``[low, high)``, or None where a symbolic boundary falls inside a part."""
+    """The pieces of consecutive axes that lie in ``[low, high)``, or None where it cannot be told in which part a symbolic end falls."""
     pieces: list[Axis] = []
     offset: Size = 0
-    inside = False
-    for part in parts:
+    for number, part in enumerate(parts, start=1):
         end = offset + axis_size(part)
-        inside = inside or same(offset, low)
-        if same(offset, high):
-            break
-        if all(isinstance(n, int) for n in (offset, end, low, high)):
-            if low < end and high > offset:
-                piece = slice_axis(part, max(low, offset) - offset, min(high, end) - offset)
-                if piece is None:
-                    return None
-                pieces.append(piece)
-        elif inside:
-            pieces.append(part)
-        elif not (isinstance(end, int) and isinstance(low, int) and end <= low) and not same(end, low):
-            return None
+        if not up_to(end, low):
+            if up_to(high, offset):
+                break
+            start = offset if up_to(low, offset) else low if up_to(offset, low) else None
+            stop = end if up_to(end, high) else high if up_to(high, end) or number == len(parts) else None
+            piece = None if start is None or stop is None else slice_axis(part, plain(start - offset), plain(stop - offset))
+            if piece is None:
+                return None
+            pieces.append(piece)
         offset = end
-    else:
-        if not same(offset, high) and not all(isinstance(n, int) for n in (offset, high)):
-            return None
     return pieces or None
+
+
+def up_to(a: Size, b: Size) -> bool:
+    """Whether ``a <= b`` for all values of the symbols."""
+    return a <= b if isinstance(a, int) and isinstance(b, int) else bool(sympy.expand(b - a).is_nonnegative)
 
 
 def concat(parts: list[Axis]) -> Axis:

@@ -294,7 +294,11 @@ def _placed(call: Call, dim: int, runs: list[Run] | None, source: Tensor, added:
     before, new = call.input(), call.axes_of(source)
     new = (*(() for _ in range(len(before) - len(new))), *new)
     lost = lost_axes(call.op, call.node_name, sizes_of(call.outputs[0]), (*before, *new))
-    if len(new) != len(before) or (runs is not None and not same(axis_size(new[dim]), sum(stop - start for start, stop in runs))):
+    count = None if runs is None else sum(stop - start for start, stop in runs)
+    if count is not None and len(new) == len(before) and not same(axis_size(new[dim]), count):
+        call.cut_off(new[dim], count)
+        count = None
+    if len(new) != len(before) or count is None:
         runs, new = None, before
     if runs is None:  # somewhere along the axis, and for one position of another axis elsewhere than for the next
         new = tuple(call.uneven(axis, i) for i, axis in enumerate(new))

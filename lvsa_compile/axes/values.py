@@ -18,6 +18,7 @@ from lvsa_compile import compat
 
 Array = numpy.typing.NDArray[Any]
 _LARGEST_VALUE = 1 << 26
+_INDEX_DTYPES = frozenset((torch.int32, torch.int64))
 _COPIES = frozenset(("_to_copy", "clone", "detach", "alias"))
 """Elements of the largest value that is computed."""
 
@@ -104,7 +105,7 @@ class KnownValues:
         """What a call would return at ``position``; None where an argument is not known, or chance decides."""
 
         copied = compat.schema_of(func).name.split("::")[1] in _COPIES and isinstance(args[0], Tensor)
-        if copied and like.dim() == 1 and not (args[0].is_floating_point() or like.is_floating_point()):
+        if copied and like.dim() == 1 and {args[0].dtype, like.dtype} <= _INDEX_DTYPES:
             return self.later(args[0])  # the same whole numbers
 
         def compute(real: Any) -> Tensor | None:

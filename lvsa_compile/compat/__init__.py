@@ -3,7 +3,18 @@
 Each function says what it stands for, so that a change in torch is mended here and nowhere else.
 """
 
-from lvsa_compile.compat.assumptions import Equality, replaced, settle, shown_by, suppose, symbols_of_input, value_now, values_of
+from lvsa_compile.compat.assumptions import (
+    Equality,
+    made_numbers,
+    replaced,
+    settle,
+    shown_by,
+    suppose,
+    symbols_in,
+    symbols_of_input,
+    value_now,
+    values_of,
+)
 from lvsa_compile.compat.breaks import (
     GraphBreak,
     break_of,
@@ -193,6 +204,7 @@ __all__ = [
     "load_cpp",
     "local_part",
     "lookup_backend",
+    "made_numbers",
     "marked_dynamic",
     "memory_of",
     "mode_away",
@@ -235,6 +247,7 @@ __all__ = [
     "suppose",
     "switch_dynamo",
     "symbol_positions",
+    "symbols_in",
     "symbols_of_input",
     "takes_recompile_limit",
     "trace_apart",

@@ -26,6 +26,11 @@ def symbols_of(size: Any) -> frozenset[Any]:
     return frozenset(getattr(size_expression(size), "free_symbols", ()))
 
 
+def symbols_in(sizes: Iterable[Any]) -> frozenset[Any]:
+    """Symbols of some sizes, ints or expressions."""
+    return frozenset[Any]().union(*(getattr(size, "free_symbols", ()) for size in sizes))
+
+
 def values_of(symbols: Iterable[Any], fake_mode: Any) -> dict[Any, int]:
     """What symbols stand for in this compile, by symbol; adds no guard."""
     environment = fake_mode.shape_env
@@ -86,3 +91,14 @@ def shown_by(placeholders: Iterable[fx.Node]) -> dict[Any, tuple[fx.Node, int | 
             if getattr(expression, "is_Symbol", False):
                 found.setdefault(expression, (node, axis))
     return found
+
+
+def made_numbers(equalities: Iterable[Equality]) -> list[Any]:
+    """Symbols that are numbers if ``equalities`` hold."""
+    differences = [sympy.sympify(left) - sympy.sympify(right) for left, right in equalities]
+    found: dict[Any, None] = {}
+    for _ in differences:
+        for difference in differences:
+            left = difference.free_symbols - found.keys()
+            found.update(dict.fromkeys(left) if len(left) == 1 else {})
+    return sorted(found, key=str)

@@ -60,8 +60,11 @@ class GridIs:
 
     def holds(self, values: Array, number: Callable[[Size], int]) -> bool:
         """Whether ``values`` are such coordinates, given what each size is as a ``number``."""
-        rows = _triples(values, self.axis, number(self.start), self.size)
-        return rows is not None and len(rows) == self.size and stretches_of(rows) == self.stretches
+        start = number(self.start)
+        if not 0 <= start <= values.shape[self.axis] - self.size:
+            return False
+        rows = _triples(values, self.axis, start, self.size)
+        return rows is not None and stretches_of(rows) == self.stretches
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,8 @@ def _from_coordinates(
         rows = None if values is None else _triples(values, other.axis, start, digit.size)
         stretches = None if rows is None else stretches_of(rows)
         if stretches is not None:
-            expected = None if isinstance(digit.start, int) else GridIs(other.axis, digit.start, digit.size, stretches)
+            symbolic = now is not None and not (isinstance(digit.start, int) and isinstance(other.size, int))
+            expected = GridIs(other.axis, digit.start, digit.size, stretches) if symbolic else None
             return [Evidence(f"values of {other.name}", stretches, other.node_name, expected)]
     return []
 
@@ -190,7 +194,7 @@ def stretches_of(rows: Array) -> tuple[Stretch, ...] | None:
     stretch, and the one longest stretch is the video.  None where there is none, or more than one.
     """
     changes = numpy.flatnonzero(numpy.any(rows[1:, :1] != rows[:-1, :1], axis=1)) + 1
-    frames = numpy.split(rows, changes)
+    frames = [frame for of_one_time in numpy.split(rows, changes) for frame in _apart(of_one_time)]
     runs: list[list[Array]] = []
     for frame in frames:
         before = runs[-1][-1] if runs else None
@@ -203,6 +207,12 @@ def stretches_of(rows: Array) -> tuple[Stretch, ...] | None:
     if len(longest) < 2 or raster is None or sum(len(run) == len(longest) for run in runs) > 1:
         return None
     return tuple(Stretch(sum(map(len, run)), (len(run), *raster) if run is longest else None) for run in _joined(runs, longest))
+
+
+def _apart(tokens: Array) -> list[Array]:
+    """Pictures of one time that follow each other, as a still before the first frame: each begins at the place of the first."""
+    begins = numpy.flatnonzero((tokens == tokens[:1]).all(axis=1))
+    return numpy.split(tokens, begins[1:])
 
 
 def _joined(runs: list[list[Array]], longest: list[Array]) -> list[list[Array]]:

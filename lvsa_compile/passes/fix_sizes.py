@@ -1,12 +1,13 @@
 """Fixes symbolic sizes where a video is seen only with numbers: those of the video first, so that text and batch stay free.
 
-Frames and tokens per frame are constants of a pattern anyway.  A graph of which nothing becomes sparse keeps all its sizes free.
+Frames and tokens per frame are constants of a pattern anyway.  A graph in which no video is seen with numbers either keeps its sizes free,
+but for a denoiser's latent whose trail was lost: it may not be at another size.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, fx
 
@@ -40,32 +41,39 @@ _NOT_OF_SIZES = frozenset(
     )
 )
 """Reasons that are the same for all sizes, or that only a site gets whose video was seen."""
+_OF_THIS_SIZE = frozenset((reasons.PATTERN_FULL, reasons.PIXEL_FRAMES, reasons.POLICY_REFUSES, reasons.NOT_FASTER))
+"""Reasons that another size of the same video may not have."""
 _BESIDE_SPARSE = frozenset((reasons.CROSS_ATTENTION, reasons.NOT_VIDEO))
 """Reasons of the other sites of a graph in which the video was seen."""
 
 
 def fix_sizes(compilation: Compilation) -> Compilation:
-    """Decides again with sizes fixed, as few as make all those sites sparse that numbers alone show; ``specialised`` says which."""
+    """Decides again with sizes fixed, as few as show all those videos that numbers alone show; ``specialised`` says which."""
     placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
     symbols = frozenset[object]().union(*(compat.symbols_of_input(compat.example_value(node)) for node in placeholders))
     if not symbols:
         return compilation
     if not any(_may_be_hidden(decision, compilation) for decision in compilation.decisions):
         return _with_structure(compilation)
-    found, fixed = _with_fixed(compilation, symbols), symbols
-    if len(found.sparse) <= len(compilation.sparse):
-        return compilation
+    found = _with_fixed(compilation, symbols)
+    if _seen(found) <= _seen(compilation):
+        return _with_latents_fixed(_with_reasons(compilation, found), placeholders)
     for some in dict.fromkeys(_smaller_sets(found, placeholders)):
-        fewer = _with_fixed(compilation, some)
-        if len(fewer.sparse) == len(found.sparse):
-            found, fixed = fewer, some
+        fewer = found if some == symbols else _with_fixed(compilation, some)
+        if _seen(fewer) == _seen(found):
+            found = fewer
             break
-    marked = _marked(fixed, placeholders)
+    marked = _marked(found)
     if marked:
         pairs = zip(compilation.decisions, found.decisions, strict=True)
         decisions = (_because_marked(marked, *pair) if _may_be_hidden(pair[0], compilation) else pair[0] for pair in pairs)
         return dataclasses.replace(compilation, decisions=tuple(decisions))
     return _settled(found)
+
+
+def _seen(compilation: Compilation) -> int:
+    """How many sites are sparse, or dense for the size of a video that was seen."""
+    return sum(each.plan is not None or (each.miss is not None and each.miss.reason in _OF_THIS_SIZE) for each in compilation.decisions)
 
 
 def _may_be_hidden(decision: Decision, compilation: Compilation) -> bool:
@@ -80,7 +88,29 @@ def _with_structure(compilation: Compilation) -> Compilation:
         return compilation
     found = _with_fixed(compilation, frozenset())
     freer = found.reader is not None and len(found.reader.relied_on) < len(compilation.reader.relied_on)
-    return _settled(found) if freer and len(found.sparse) == len(compilation.sparse) else compilation
+    return _settled(found) if freer and len(found.sparse) == len(compilation.sparse) and not _marked(found) else compilation
+
+
+def _with_latents_fixed(compilation: Compilation, placeholders: list[fx.Node]) -> Compilation:
+    """The compilation with the sizes of latents guarded, where a trail was lost at this size; other sizes may keep it."""
+    lost = any(each.miss is not None and each.miss.reason is reasons.LAYOUT_UNKNOWN for each in compilation.decisions)
+    values = {node: compat.example_value(node) for node in placeholders}
+    latents = (compat.symbols_of_input(value, _first_axis(node)) for node, value in values.items() if _is_latent(node, value))
+    numbers = compat.values_of(frozenset[object]().union(*latents), compat.fake_mode_of_graph(compilation.graph_module.graph))
+    fixed = dataclasses.replace(
+        compilation, assumed=tuple(numbers.items()), specialised=(*compilation.specialised, *_in_words(numbers.items()))
+    )
+    return _settled(fixed) if numbers and lost and compilation.timestep is not None and not _marked(fixed) else compilation
+
+
+def _with_reasons(compilation: Compilation, found: Compilation) -> Compilation:
+    """The compilation with the reasons that numbers show, as that a video is too short; its sizes stay free."""
+    pairs = zip(compilation.decisions, found.decisions, strict=True)
+    decisions = (
+        dataclasses.replace(ours, miss=theirs.miss, mendable=theirs.mendable) if ours.plan is None and theirs.plan is None else ours
+        for ours, theirs in pairs
+    )
+    return dataclasses.replace(compilation, decisions=tuple(decisions))
 
 
 def _settled(found: Compilation) -> Compilation:
@@ -97,8 +127,11 @@ def _with_fixed(compilation: Compilation, symbols: frozenset[object]) -> Compila
         if not traced.noticed:
             break
         assumed += traced.noticed
-    words = tuple(f"{left} = {right}" for left, right in assumed)
-    return decide(dataclasses.replace(traced, specialised=(*compilation.specialised, *words)))
+    return decide(dataclasses.replace(traced, specialised=(*compilation.specialised, *_in_words(assumed))))
+
+
+def _in_words(equalities: Iterable[compat.Equality]) -> list[str]:
+    return [f"{left} = {right}" for left, right in equalities]
 
 
 def _smaller_sets(found: Compilation, placeholders: list[fx.Node]) -> Iterator[frozenset[object]]:
@@ -117,8 +150,13 @@ def _smaller_sets(found: Compilation, placeholders: list[fx.Node]) -> Iterator[f
 
 
 def _holds_video(node: fx.Node, value: object, found: Compilation) -> bool:
+    return node.name in found.video_inputs or _is_latent(node, value)
+
+
+def _is_latent(node: fx.Node, value: object) -> bool:
+    """Whether an input has axes for channels, frames, rows and columns beside the batch."""
     latent = isinstance(value, Tensor) and value.is_floating_point() and value.dim() - _first_axis(node) >= 4
-    return node.name in found.video_inputs or (latent and input_kind(node)[0] == INPUT)
+    return latent and input_kind(node)[0] == INPUT
 
 
 def _first_axis(node: fx.Node) -> int:
@@ -131,10 +169,11 @@ def _is_given(node: fx.Node) -> bool:
     return "size()" not in (compat.placeholder_source(node) or "")
 
 
-def _marked(symbols: frozenset[object], placeholders: list[fx.Node]) -> str:
-    """What the user marked dynamic of the sizes that ``symbols`` stand for; "" where nothing."""
-    tensors = [value for node in placeholders if isinstance(value := compat.example_value(node), Tensor)]
-    return next((marked for symbol in sorted(symbols, key=str) if (marked := compat.marked_dynamic(symbol, tensors[0]))), "")
+def _marked(found: Compilation) -> str:
+    """What the user marked dynamic of the sizes that would become numbers; "" where nothing."""
+    tensors = [value for node in found.graph_module.graph.nodes if isinstance(value := compat.example_value(node), Tensor)]
+    numbers = compat.made_numbers(found.assumed or ())
+    return next((marked for symbol in numbers if (marked := compat.marked_dynamic(symbol, tensors[0]))), "")
 
 
 def _because_marked(marked: str, decision: Decision, fixed: Decision) -> Decision:

@@ -43,10 +43,12 @@ def guard(compilation: Compilation) -> None:
 
 def _guard_structure(node: fx.Node, expected: tuple[Expectation, ...], placeholders: Sequence[fx.Node]) -> None:
     """Has Dynamo compile anew where the values of an input are not as expected, given the sizes of others."""
-    mode = compat.fake_mode_of_graph(node.graph)
+    mode, shown = compat.fake_mode_of_graph(node.graph), compat.shown_by(placeholders)
     sizes = {size: compat.replaced(size, mode) for each in expected for size in each.sizes}
-    symbols = sorted({symbol for size in sizes.values() if not isinstance(size, int) for symbol in size.free_symbols}, key=str)
-    shown = compat.shown_by(placeholders)
-    assert all(symbol in shown for symbol in symbols), "sizes are followed from the inputs"
+    hidden = compat.symbols_in(sizes.values()) - shown.keys()
+    if hidden:  # no input shows them by themselves
+        compat.settle(mode, compat.values_of(hidden, mode).items())
+        sizes = {size: compat.replaced(size, mode) for size in sizes}
+    symbols = sorted(compat.symbols_in(sizes.values()), key=str)
     nodes, axes = [node, *(shown[symbol][0] for symbol in symbols)], [None, *(shown[symbol][1] for symbol in symbols)]
     compat.guard_together(nodes, axes, SameStructure(expected, sizes, symbols), "has the structure that the token layout was read from")
