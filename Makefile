@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two workers; tests that share something slow stay on one.
-TWICE := --numprocesses 2 --dist loadgroup
+# Two workers.
+TWICE := --numprocesses 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # What importing FlashInfer takes, to test the calls of it; what running it takes is gigabytes and a GPU.

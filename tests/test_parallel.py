@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-pytestmark = [pytest.mark.process, pytest.mark.xdist_group("parallel")]  # what one group of processes gave serves all
+pytestmark = pytest.mark.process
 
 HERE = Path(__file__).parent
 NAMES = {
@@ -28,8 +29,23 @@ NAMES = {
 }
 
 
-@functools.cache
-def results(world: int) -> dict[str, dict]:
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """What one group of processes gave, by their number; it serves all workers of the test run."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+
+    def of(world: int) -> dict[str, dict]:
+        file = shared / f"parallel-{world}.json"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                file.write_text(json.dumps(run_processes(world)))
+        return json.loads(file.read_text())
+
+    return of
+
+
+def run_processes(world: int) -> dict[str, dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -49,7 +65,7 @@ def results(world: int) -> dict[str, dict]:
     ("world", "name"),
     [(world, name) for world, names in NAMES.items() for name in names if not name.startswith("ring") and name != "fully sharded-whole"],
 )
-def test_sparse_and_equal_to_one_process(world, name):
+def test_sparse_and_equal_to_one_process(results, world, name):
     result = results(world)[name]
     assert result["from sparse"] < 1e-5
     assert result["from dense"] > 1e-2
@@ -58,7 +74,7 @@ def test_sparse_and_equal_to_one_process(world, name):
     assert {reason for _, _, reason, _ in result["sites"]} <= {"", "cross_attention"}
 
 
-def test_ring_attention_is_dense_and_says_what_is_sparse():
+def test_ring_attention_is_dense_and_says_what_is_sparse(results):
     result = results(2)["ring-regional"]
     assert result["from dense"] < 1e-5
     _, decision, reason, remedy = result["sites"][0]
@@ -66,7 +82,7 @@ def test_ring_attention_is_dense_and_says_what_is_sparse():
     assert "Ulysses shows it the whole: ContextParallelConfig(ulysses_degree=...)" in remedy
 
 
-def test_fully_sharded_as_a_whole_is_sparse_from_the_second_forward_on():
+def test_fully_sharded_as_a_whole_is_sparse_from_the_second_forward_on(results):
     """The hooks of FSDP run between graphs, in code that Dynamo leaves alone."""
     result = results(2)["fully sharded-whole"]
     assert result["from sparse"] < 1e-5

@@ -71,14 +71,20 @@ class Relations:
         return runs
 
     def _start(self, start: int, length: Size, known: Sequence[Size]) -> Size:
-        """Where a run begins: at a boundary or as many positions as end at one; else so many from the nearest boundary that may move."""
+        """Where a run begins: at a boundary, or as many positions before one; else so many from the nearest boundary.
+
+        That is the nearest one before it where the run's own length is free, and otherwise the nearest that may move.
+        """
         candidates = [*known, *(boundary - length for boundary in known)]
-        far = [(abs(start - self.now(each)), isinstance(each, int), position) for position, each in enumerate(candidates)]
-        met = next((candidates[position] for distance, _, position in far if distance == 0), None)
+        met = next((each for each in candidates if self.now(each) == start), None)
         if met is not None:
             return met
-        moving = min((each for each in far if not each[1]), default=None)
-        return start if moving is None else candidates[moving[2]] + start - self.now(candidates[moving[2]])
+        if isinstance(length, int):
+            candidates = [each for each in candidates if not isinstance(each, int)]
+        else:
+            candidates = [each for each in known if self.now(each) < start]
+        nearest = min(candidates, key=lambda each: abs(start - self.now(each)), default=0)
+        return nearest + start - self.now(nearest)
 
 
 def boundaries(axis: Axis) -> list[Size]:
