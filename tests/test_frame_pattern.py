@@ -84,3 +84,46 @@ def test_bad_arguments_are_named_with_value_and_remedy(arguments, text):
     with pytest.raises(OptionError) as error:
         FramePattern(**arguments)
     assert str(error.value) == text
+
+
+@given(
+    frames=st.integers(1, 150), window=st.integers(0, 5), first=st.integers(1, 3), reference=st.integers(4, 40),
+    steps=st.integers(1, 60), layers=st.integers(1, 5),
+)  # fmt: skip
+def test_coverage_counts_frames_that_are_ever_an_anchor(frames, window, first, reference, steps, layers):
+    pattern = FramePattern(frames, window=window, first_frames=first, reference_frames=reference)
+    every = oracle.interval(frames, window, first, reference)
+    ever = [
+        frame
+        for frame in range(frames)
+        if frame < first or any((step + layer) % every == frame % every for step in range(steps) for layer in range(layers))
+    ]
+    wrapped = {  # the grid goes on at the beginning where the last of its anchors lies behind the end
+        ((step + layer) % every + i * every) % frames
+        for step in range(steps)
+        for layer in range(layers)
+        for i in range(-(-frames // every))
+    }
+    assert pattern.coverage(steps, layers) == len(set(ever) | wrapped) / frames
+
+
+def test_coverage_of_short_schedules():
+    assert round(FramePattern(81, reference_frames=21).coverage(4), 2) == 0.68
+    assert round(FramePattern(121, reference_frames=21).coverage(4), 2) == 0.46
+    assert FramePattern(81, reference_frames=21).coverage(4, layers=3) == FramePattern(81, reference_frames=21).coverage(50) == 1.0
+    for arguments, name in (((0,), "steps"), ((True,), "steps"), ((4, 0), "layers"), ((4, 1.5), "layers")):
+        with pytest.raises(OptionError, match=f"{name}=.*not a whole number from 1 on.*Give the number of {name}"):
+            FramePattern(81).coverage(*arguments)
+
+
+def test_what_the_page_on_minimax_h3_counts():
+    page = (Path(__file__).parents[1] / "docs" / "h3.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")][3:]
+    assert [row[0] for row in rows] == ["30", "45", "75"]
+    for _, frames, share, times, steps in rows:
+        pattern = FramePattern(int(frames), reference_frames=107)
+        longer = (int(frames) / 107) ** 2
+        assert share == f"{pattern.density:.0%}".replace("%", " %")
+        assert times == f"{longer * pattern.density:.2f}, dense {longer:.2f}"
+        assert pattern.coverage(int(steps)) == 1 > pattern.coverage(int(steps) - 1)
+    assert f"{FramePattern(530, reference_frames=107).coverage(4):.0%}".replace("%", " %") in page

@@ -14,6 +14,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_rotary_pos_embed_allegro
+from minimax_h3 import SOUND, minimax_h3, packed
 from oracle import MaskedAttention, token_mask
 from tiny_models import CONFIG, PATTERN, randomise, wan_inputs
 
@@ -237,6 +238,11 @@ def cosmos():
         extra_pos_embed_type=None,
     )  # fmt: skip
     return cosmos, inputs(fps=24)
+
+
+@model("MiniMax-H3", "text, conditioning frame, sound, video", before=TEXT + TOKENS + SOUND)
+def minimax():
+    return minimax_h3(), packed(TEXT, (FRAMES, ROWS, COLUMNS))
 
 
 @model("Latte", "each frame, and each place, apart", dense="spatial_or_temporal")

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from minimax_h3 import SOUND as SOUND_OF_H3
+from minimax_h3 import minimax_h3, packed
 from tiny_models import EXACT, randomise
 from torch import nn
 
@@ -118,6 +120,31 @@ def test_a_few_graphs_serve_prompts_of_all_lengths(place, take, order, sound):
         expect(compiled, model, inputs_of(words, order, sound=sound), prefix=before, suffix=words if before == 0 else 0)
     assert graphs() <= 3
     assert "1 of 1 attention sites sparse" in lvsa_compile.reports()[-1].summary
+
+
+def test_minimax_h3_compiles_twice_for_prompts_of_all_lengths_and_once_for_another_size():
+    torch._dynamo.utils.counters.clear()
+    model = randomise(minimax_h3())
+    compiled = torch.compile(model, backend="lvsa", options=OPTIONS)
+    for words, grid, most in (
+        (7, GRID, 1),
+        (11, GRID, 2),
+        (5, GRID, 2),
+        (30, GRID, 2),
+        (108, GRID, 2),
+        (9, (12, 2, 3), 3),
+        (13, (12, 2, 3), 3),
+    ):
+        lvsa_compile.reset()
+        inputs = packed(words, grid)
+        with torch.no_grad():
+            video, sound = compiled(**inputs)
+            before = words + grid[1] * grid[2] + SOUND_OF_H3
+            with oracle.MaskedAttention(oracle.token_mask(grid[0], grid[1] * grid[2], 0, reference=4, window=1, prefix=before)):
+                answers = model(**inputs)
+        for output, answer in zip((video, sound), answers, strict=True):
+            assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max())
+        assert graphs() <= most
 
 
 def permuted(inputs):

@@ -233,11 +233,11 @@ def _parts_between(parts: tuple[Axis, ...], low: Size, high: Size) -> list[Axis]
     offset: Size = 0
     for number, part in enumerate(parts, start=1):
         end = offset + axis_size(part)
-        if not up_to(end, low):
-            if up_to(high, offset):
+        if not _up_to(end, low):
+            if _up_to(high, offset):
                 break
-            start = offset if up_to(low, offset) else low if up_to(offset, low) else None
-            stop = end if up_to(end, high) else high if up_to(high, end) or number == len(parts) else None
+            start = offset if _up_to(low, offset) else low if _up_to(offset, low) else None
+            stop = end if _up_to(end, high) else high if _up_to(high, end) or number == len(parts) else None
             piece = None if start is None or stop is None else slice_axis(part, plain(start - offset), plain(stop - offset))
             if piece is None:
                 return None
@@ -246,7 +246,7 @@ def _parts_between(parts: tuple[Axis, ...], low: Size, high: Size) -> list[Axis]
     return pieces or None
 
 
-def up_to(a: Size, b: Size) -> bool:
+def _up_to(a: Size, b: Size) -> bool:
     """Whether ``a <= b`` for all values of the symbols."""
     return a <= b if isinstance(a, int) and isinstance(b, int) else bool(sympy.expand(b - a).is_nonnegative)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from lvsa_compile.axes.algebra import (
@@ -25,7 +24,6 @@ from lvsa_compile.axes.algebra import (
     repeats,
     same,
     slice_axis,
-    up_to,
 )
 from lvsa_compile.axes.call import Axes
 from lvsa_compile.axes.positions import Run
@@ -53,10 +51,8 @@ def _along(before: Axis, new: Axis, runs: Sequence[Run], added: bool) -> Axis | 
         sources.append((start, stop, taken))
         taken = taken + stop - start
     end: Size = 0
-    if all(isinstance(start, int) for start, _, _ in sources):
+    if all(isinstance(start, int) for start, _, _ in sources):  # others are guarded to rise
         sources.sort()
-    elif not all(up_to(one[1], other[0]) for one, other in itertools.pairwise(sources)):
-        return None
     for start, stop, offset in sources:
         fresh = slice_axis(new, offset, offset + stop - start)
         if added and fresh is not None:

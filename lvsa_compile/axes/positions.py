@@ -27,7 +27,7 @@ _MOST_SYMBOLIC_RUNS = 8
 
 @dataclass(frozen=True)
 class RunsAre:
-    """That the values of an index are these runs, in this order."""
+    """That the values of an index are these runs, one after the other."""
 
     runs: tuple[Run, ...]
 
@@ -38,7 +38,8 @@ class RunsAre:
 
     def holds(self, values: Array, number: Callable[[Size], int]) -> bool:
         """Whether ``values`` are the runs, given what each size is as a ``number``."""
-        return runs_of(values) == [(number(start), number(stop)) for start, stop in self.runs]
+        found = runs_of(values)
+        return found == [(number(start), number(stop)) for start, stop in self.runs] and found == sorted(found)
 
 
 @dataclass
@@ -55,13 +56,18 @@ class Relations:
                 self.noticed[end, boundary] = None
 
     def runs(self, later: Later, axis: Axis, count: Size) -> list[Run] | None:
-        """The runs of an input ``later``, of ``count`` positions along the axis, from boundary to boundary; None where all are numbers."""
+        """The runs of an input ``later``, of ``count`` positions along the axis, from boundary to boundary and in rising order.
+
+        None where all are numbers, or the index names positions in another order.
+        """
         known = boundaries(axis)
         if all(isinstance(size, int) for size in (*known, count)):
             return None
         values = later.peek()
         numbers = runs_of(values) if values is not None else None
-        if not numbers or len(numbers) > _MOST_SYMBOLIC_RUNS or (len(numbers) > 1 and not isinstance(count, int)):
+        if not numbers or numbers != sorted(numbers) or len(numbers) > _MOST_SYMBOLIC_RUNS:
+            return None
+        if len(numbers) > 1 and not isinstance(count, int):  # which of them is longer than before cannot be seen
             return None
         lengths = [count] if len(numbers) == 1 else [stop - start for start, stop in numbers]
         starts = [self._start(start, length, known) for (start, _), length in zip(numbers, lengths, strict=True)]

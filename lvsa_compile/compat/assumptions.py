@@ -52,11 +52,14 @@ def suppose(fake_mode: Any, equalities: Iterable[Equality]) -> None:
     environment = fake_mode.shape_env
     for left, right in equalities:
         difference = sympy.expand(environment.replace(sympy.sympify(left)) - environment.replace(sympy.sympify(right)))
-        for symbol in sorted(difference.free_symbols, key=str, reverse=True):
-            factor = difference.coeff(symbol)
-            if factor in (1, -1):
-                environment._set_replacement(symbol, sympy.expand(symbol - difference / factor), "lvsa: tried")
-                break
+        solutions = {
+            symbol: sympy.expand(symbol - difference / difference.coeff(symbol))
+            for symbol in sorted(difference.free_symbols, key=str, reverse=True)
+            if difference.coeff(symbol) in (1, -1)
+        }
+        sums = [symbol for symbol, known in solutions.items() if all(n >= 0 for n in known.as_coefficients_dict().values())]
+        for symbol in [*sums, *solutions][:1]:  # of a sum it is known that no part is longer than the whole
+            environment._set_replacement(symbol, solutions[symbol], "lvsa: tried")
 
 
 def settle(fake_mode: Any, equalities: Iterable[Equality]) -> None:

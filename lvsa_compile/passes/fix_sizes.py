@@ -7,7 +7,7 @@ but for a denoiser's latent whose trail was lost: it may not be at another size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, fx
 
@@ -98,7 +98,7 @@ def _with_latents_fixed(compilation: Compilation, placeholders: list[fx.Node]) -
     latents = (compat.symbols_of_input(value, _first_axis(node)) for node, value in values.items() if _is_latent(node, value))
     numbers = compat.values_of(frozenset[object]().union(*latents), compat.fake_mode_of_graph(compilation.graph_module.graph))
     fixed = dataclasses.replace(
-        compilation, assumed=tuple(numbers.items()), specialised=(*compilation.specialised, *_in_words(numbers.items()))
+        compilation, assumed=tuple(numbers.items()), specialised=(*compilation.specialised, *_in_words(numbers, compilation))
     )
     return _settled(fixed) if numbers and lost and compilation.timestep is not None and not _marked(fixed) else compilation
 
@@ -127,11 +127,18 @@ def _with_fixed(compilation: Compilation, symbols: frozenset[object]) -> Compila
         if not traced.noticed:
             break
         assumed += traced.noticed
-    return decide(dataclasses.replace(traced, specialised=(*compilation.specialised, *_in_words(assumed))))
+    return decide(dataclasses.replace(traced, specialised=(*compilation.specialised, *_in_words(numbers, compilation))))
 
 
-def _in_words(equalities: Iterable[compat.Equality]) -> list[str]:
-    return [f"{left} = {right}" for left, right in equalities]
+def _in_words(numbers: Mapping[object, int], compilation: Compilation) -> list[str]:
+    """Which axes of which inputs have the sizes that were fixed."""
+    shown = compat.shown_by(node for node in compilation.graph_module.graph.nodes if node.op == "placeholder")
+    found = []
+    for symbol, number in numbers.items():
+        node, axis = shown.get(symbol, (None, None))
+        source = (compat.placeholder_source(node) if node is not None else "") or str(symbol)
+        found.append(f"{source} = {number}" if axis is None else f"axis {axis} of {source} = {number}")
+    return found
 
 
 def _smaller_sets(found: Compilation, placeholders: list[fx.Node]) -> Iterator[frozenset[object]]:

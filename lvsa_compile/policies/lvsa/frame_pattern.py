@@ -98,6 +98,24 @@ class FramePattern:
         low, high = self._window(frame, frozenset(anchors))
         return sorted({*anchors, *range(low, high)})
 
+    def coverage(self, steps: int, layers: int = 1) -> float:
+        """Share of the frames that are an anchor at least once in ``steps`` denoising steps.
+
+        ``layers`` counts layers that would each begin one phase later than the one before; with 1 all layers share a step's anchors.
+
+        Raises:
+            OptionError: ``steps`` or ``layers`` is not a whole number from 1 on.
+
+        Example:
+            >>> round(FramePattern(81, reference_frames=21).coverage(steps=4), 2)
+            0.68
+        """
+        for name, value in (("steps", steps), ("layers", layers)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise OptionError(name, value, "not a whole number from 1 on", f"Give the number of {name}.")
+        phases = min(steps + layers - 1, self.phases)
+        return len({frame for phase in range(phases) for frame in self.anchors(phase)}) / self.frames
+
     @functools.cached_property
     def density(self) -> float:
         """Attended frame pairs over all frame pairs, mean over the phases."""
