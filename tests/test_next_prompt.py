@@ -122,7 +122,7 @@ def test_a_few_graphs_serve_prompts_of_all_lengths(place, take, order, sound):
     assert "1 of 1 attention sites sparse" in lvsa_compile.reports()[-1].summary
 
 
-def test_minimax_h3_compiles_twice_for_prompts_of_all_lengths_and_once_for_another_size():
+def test_minimax_h3_compiles_twice_for_prompts_of_all_lengths_and_again_for_another_size():
     torch._dynamo.utils.counters.clear()
     model = randomise(minimax_h3())
     compiled = torch.compile(model, backend="lvsa", options=OPTIONS)

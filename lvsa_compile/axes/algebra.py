@@ -229,20 +229,22 @@ def slice_axis(axis: Axis, start: Size, stop: Size) -> Axis | None:
 
 def _parts_between(parts: tuple[Axis, ...], low: Size, high: Size) -> list[Axis] | None:
     """The pieces of consecutive axes that lie in ``[low, high)``, or None where it cannot be told in which part a symbolic end falls."""
+    ends: list[Size] = [0]
+    for part in parts:
+        ends.append(ends[-1] + axis_size(part))
+    first, last = (next((number for number, end in enumerate(ends) if same(end, bound)), None) for bound in (low, high))
     pieces: list[Axis] = []
-    offset: Size = 0
-    for number, part in enumerate(parts, start=1):
-        end = offset + axis_size(part)
-        if not _up_to(end, low):
-            if _up_to(high, offset):
-                break
-            start = offset if _up_to(low, offset) else low if _up_to(offset, low) else None
-            stop = end if _up_to(end, high) else high if _up_to(high, end) or number == len(parts) else None
-            piece = None if start is None or stop is None else slice_axis(part, plain(start - offset), plain(stop - offset))
-            if piece is None:
-                return None
-            pieces.append(piece)
-        offset = end
+    for number, (part, offset, end) in enumerate(zip(parts, ends[:-1], ends[1:], strict=True)):
+        before = _up_to(end, low) if first is None else number < first
+        behind = _up_to(high, offset) if last is None else number >= last
+        if before or behind:
+            continue
+        start = offset if first is not None or _up_to(low, offset) else low if _up_to(offset, low) else None
+        stop = end if last is not None or _up_to(end, high) else high if _up_to(high, end) or number == len(parts) - 1 else None
+        piece = None if start is None or stop is None else slice_axis(part, plain(start - offset), plain(stop - offset))
+        if piece is None:
+            return None
+        pieces.append(piece)
     return pieces or None
 
 
