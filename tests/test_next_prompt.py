@@ -133,7 +133,7 @@ def test_minimax_h3_compiles_twice_for_prompts_of_all_lengths_and_again_for_anot
         (30, GRID, 2),
         (108, GRID, 2),
         (9, (12, 2, 3), 3),
-        (13, (12, 2, 3), 3),
+        (13, (12, 2, 3), 4),
     ):
         lvsa_compile.reset()
         inputs = packed(words, grid)
