@@ -282,6 +282,17 @@ def test_runs_in_symbols_are_the_runs_that_were_read(lengths, which, data):
     assert not expected.holds(known.values + 1, now)
 
 
+def test_sizes_that_only_run_time_knows_are_no_boundaries():
+    s, u, v = (sympy.Symbol(name, positive=True, integer=True) for name in ("s", "u", "v"))
+    axis = concat([axis_of(Source(CREATED, str(size), 0, size)) for size in (s, u, 9)])
+    relations = Relations(lambda size: size if isinstance(size, int) else int(value) if (value := size.subs({s: 4})).is_number else -1)
+    relations.notice(axis, v, v + 9)
+    assert not relations.noticed
+    assert relations.runs(Known(torch.arange(4, 7)), axis, 3) == [(s, s + 3)]
+    assert relations.runs(Known(torch.arange(4, 7)), axis, v) is None
+    assert not relations.noticed
+
+
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(1, 20)), max_size=8))
 def test_runs_name_the_positions_in_order(pieces):
     positions = [position for start, length in pieces for position in range(start, start + length)]

@@ -51,7 +51,7 @@ class Relations:
 
     def notice(self, axis: Axis, *ends: Size) -> None:
         """Notes which of ``ends`` meet a boundary of the axis now, and not for all values of the symbols."""
-        for end, boundary in itertools.product(ends, boundaries(axis)):
+        for end, boundary in itertools.product(ends, self._boundaries(axis)):
             if not same(end, boundary) and self.now(end) == self.now(boundary):
                 self.noticed[end, boundary] = None
 
@@ -60,14 +60,14 @@ class Relations:
 
         None where all are numbers, or the index names positions in another order.
         """
-        known = boundaries(axis)
+        known = self._boundaries(axis)
         if all(isinstance(size, int) for size in (*known, count)):
             return None
         values = later.peek()
         numbers = runs_of(values) if values is not None else None
         if not numbers or numbers != sorted(numbers) or len(numbers) > _MOST_SYMBOLIC_RUNS:
             return None
-        if len(numbers) > 1 and not isinstance(count, int):  # which of them is longer than before cannot be seen
+        if self.now(count) < 0 or (len(numbers) > 1 and not isinstance(count, int)):  # which run is longer than before cannot be seen
             return None
         lengths = [count] if len(numbers) == 1 else [stop - start for start, stop in numbers]
         starts = [self._start(start, length, known) for (start, _), length in zip(numbers, lengths, strict=True)]
@@ -75,6 +75,10 @@ class Relations:
         later.rely_on(RunsAre(tuple(runs)))
         self.notice(axis, *itertools.chain.from_iterable(runs))
         return runs
+
+    def _boundaries(self, axis: Axis) -> list[Size]:
+        """Boundaries of the axis but those that only run time knows."""
+        return [each for each in boundaries(axis) if self.now(each) >= 0]
 
     def _start(self, start: int, length: Size, known: Sequence[Size]) -> Size:
         """Where a run begins: at a boundary, or as many positions before one; else so many from the nearest boundary.
