@@ -12,7 +12,6 @@ from lvsa_compile.compat.assumptions import (
     suppose,
     symbols_in,
     symbols_of_input,
-    value_now,
     values_of,
 )
 from lvsa_compile.compat.breaks import (
@@ -136,6 +135,7 @@ from lvsa_compile.compat.sizes import (
     specialise,
     statically_true,
     symbol_positions,
+    value_now,
 )
 
 __all__ = [

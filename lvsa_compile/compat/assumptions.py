@@ -13,7 +13,7 @@ from torch._ops import OpOverload as OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from lvsa_compile.compat.graphs import example_value
-from lvsa_compile.compat.sizes import known_only_at_run_time, size_expression
+from lvsa_compile.compat.sizes import as_int, known_only_at_run_time, size_expression, symbol_values
 
 Equality = tuple[Any, Any]
 """Two sizes, ints or expressions, that are equal now."""
@@ -33,18 +33,8 @@ def symbols_in(sizes: Iterable[Any]) -> frozenset[Any]:
 
 def values_of(symbols: Iterable[Any], fake_mode: Any) -> dict[Any, int]:
     """What symbols stand for in this compile, by symbol; adds no guard."""
-    environment = fake_mode.shape_env
-    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # the newer name first
+    known = symbol_values(fake_mode)
     return {symbol: int(known[symbol]) for symbol in sorted(symbols, key=str) if symbol in known}
-
-
-def value_now(size: Any, fake_mode: Any) -> int:
-    """A size as an int, an expression as the value it has in this compile; -1 where only run time knows it.  Adds no guard."""
-    if isinstance(size, int):
-        return size
-    environment = fake_mode.shape_env
-    value = environment.replace(size).subs(values_of(environment.replace(size).free_symbols, fake_mode))
-    return int(value) if value.is_number else -1
 
 
 def suppose(fake_mode: Any, equalities: Iterable[Equality]) -> None:
@@ -76,11 +66,7 @@ def symbols_of_input(value: Any, first_axis: int = 0) -> frozenset[Any]:
 
 def replaced(size: Any, fake_mode: Any) -> Any:
     """A size in the symbols that are left after what is known to be equal."""
-    return size if isinstance(size, int) else _as_int(fake_mode.shape_env.replace(size))
-
-
-def _as_int(size: Any) -> Any:
-    return int(size) if size.is_number else size
+    return size if isinstance(size, int) else as_int(fake_mode.shape_env.replace(size))
 
 
 def shown_by(placeholders: Iterable[fx.Node]) -> dict[Any, tuple[fx.Node, int | None]]:

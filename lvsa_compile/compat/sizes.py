@@ -35,7 +35,11 @@ def size_expression(size: Any) -> Any:
     """An int or an expression as it is, a symbolic size as its sympy expression (hashable, and combinable without guards)."""
     if not isinstance(size, torch.SymInt):
         return size
-    expression = size.node.expr
+    return as_int(size.node.expr)
+
+
+def as_int(expression: Any) -> Any:
+    """An expression as an int where it is a number."""
     return int(expression) if expression.is_number else expression
 
 
@@ -95,12 +99,22 @@ def specialise(size: Any, tensor: Tensor) -> int | None:
 
 def size_now(size: Any, tensor: Tensor) -> int:
     """A size as it is, an expression as the value it has in this compile, or -1 where only run time knows it; adds no guard."""
-    expression, mode = size_expression(size), fake_mode_of(tensor)
-    environment = None if mode is None else mode.shape_env
-    if isinstance(expression, int) or environment is None:
+    return value_now(size_expression(size), fake_mode_of(tensor))
+
+
+def value_now(expression: Any, fake_mode: Any) -> int:
+    """``size_now`` of an int or an expression in the symbols of a fake mode."""
+    if isinstance(expression, int) or fake_mode is None or fake_mode.shape_env is None:
         return expression if isinstance(expression, int) else -1
-    value = expression.subs(getattr(environment, "backed_var_to_val", None) or environment.var_to_val)  # the newer name first
+    value = fake_mode.shape_env.replace(expression).subs(symbol_values(fake_mode))
     return int(value) if value.is_number else -1
+
+
+def symbol_values(fake_mode: Any) -> Mapping[Any, Any]:
+    """What the symbols of a fake mode that inputs show stand for in this compile."""
+    environment = fake_mode.shape_env
+    found: Mapping[Any, Any] = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # the newer name first
+    return found
 
 
 def marked_dynamic(size: Any, tensor: Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,55 +101,63 @@ def _waits(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-class SameValue:
-    """Whether a tensor holds what it should.
+@dataclass(frozen=True)
+class _Last:
+    """The last tensor that was looked at; on another device than the CPU, looking at it again would wait for nothing new.
 
-    On another device than the CPU the last tensor that did is remembered: unless it was written to since, it is not compared again, so
-    that nothing waits for a device.  (Writes that torch does not count, through ``.data``, are seen on the CPU alone.)
+    (Writes that torch does not count, through ``.data``, are seen on the CPU alone.)
     """
+
+    tensor: weakref.ref[Tensor]
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Last:
+        """The tensor as it is now."""
+        return cls(weakref.ref(tensor), compat.version_of(tensor))
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is this one, on another device, and was not written to since."""
+        return _waits(tensor) and self.tensor() is tensor and self.version == compat.version_of(tensor) >= 0
+
+
+class SameValue:
+    """Whether a tensor holds what it should; see ``_Last`` for when it is not compared again."""
 
     def __init__(self, expected: Tensor) -> None:
         self._expected = expected
-        self._last: tuple[weakref.ref[Tensor], int] | None = None
+        self._last: _Last | None = None
 
     def __call__(self, tensor: Tensor) -> bool:
         """Compares, or remembers."""
-        version = compat.version_of(tensor)
-        if _waits(tensor) and self._last is not None and self._last[0]() is tensor and self._last[1] == version >= 0:
+        if self._last is not None and self._last.is_still(tensor):
             return True
         here = tensor.detach().to("cpu")
         if here.shape != self._expected.shape or here.dtype != self._expected.dtype or not bool((here == self._expected).all()):
             return False
-        self._last = (weakref.ref(tensor), version)
+        self._last = _Last.of(tensor)
         return True
 
 
 class SameStructure:
-    """Whether a tensor's values are as expected, given the sizes that symbols stand for in a call.
-
-    On another device than the CPU the values of the last tensor are kept, as in ``SameValue``.
-    """
+    """Whether a tensor's values are as expected, given the sizes that symbols stand for in a call; see ``_Last``."""
 
     def __init__(self, expected: Sequence[Expectation], sizes: Mapping[Any, Any], symbols: Sequence[Any]) -> None:
         self._expected, self._sizes, self._symbols = expected, sizes, symbols
-        self._last: tuple[weakref.ref[Tensor], int, Array] | None = None
+        self._last: tuple[_Last, Array] | None = None
 
     def __call__(self, tensor: Tensor, *numbers: int) -> bool:
         """Compares."""
         known = dict(zip(self._symbols, numbers, strict=True))
-        values = self._values(tensor)
+        if self._last is not None and self._last[0].is_still(tensor):
+            values = self._last[1]
+        else:
+            here = tensor.detach()
+            values = (here.double() if here.is_floating_point() else here).cpu().numpy()
+            self._last = (_Last.of(tensor), values) if _waits(tensor) else None
 
         def number(size: Any) -> int:
             size = self._sizes[size]
             return size if isinstance(size, int) else int(size.subs(known))
 
         return all(each.holds(values, number) for each in self._expected)
-
-    def _values(self, tensor: Tensor) -> Array:
-        version = compat.version_of(tensor)
-        if _waits(tensor) and self._last is not None and self._last[0]() is tensor and self._last[1] == version >= 0:
-            return self._last[2]
-        here = tensor.detach()
-        values: Array = (here.double() if here.is_floating_point() else here).cpu().numpy()
-        self._last = (weakref.ref(tensor), version, values) if _waits(tensor) else None
-        return values

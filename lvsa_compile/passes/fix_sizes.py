@@ -20,29 +20,25 @@ from lvsa_compile.passes.trace_layout import trace_layout
 
 _ROUNDS = 8
 """Traces until no further equality of sizes is noticed."""
-_NOT_OF_SIZES = frozenset(
+_OF_THIS_SIZE = frozenset((reasons.PATTERN_FULL, reasons.PIXEL_FRAMES, reasons.POLICY_REFUSES, reasons.NOT_FASTER))
+"""Reasons that another size of the same video may not have."""
+_NOT_OF_SIZES = _OF_THIS_SIZE | frozenset(
     (
         reasons.TRAINING,
         reasons.SIZE_MARKED_DYNAMIC,
         reasons.DROPOUT,
         reasons.CAUSAL,
-        reasons.PATTERN_FULL,
-        reasons.PIXEL_FRAMES,
         reasons.HORIZON_UNKNOWN,
         reasons.DENSE_LAYER,
         reasons.MAX_SITES,
         reasons.PASS_DISABLED,
-        reasons.NOT_FASTER,
         reasons.NO_LOWERING,
-        reasons.POLICY_REFUSES,
         reasons.FORM_NOT_REWRITTEN,
         reasons.ALREADY_SPARSE,
         reasons.INSIDE_SUBGRAPH,
     )
 )
 """Reasons that are the same for all sizes, or that only a site gets whose video was seen."""
-_OF_THIS_SIZE = frozenset((reasons.PATTERN_FULL, reasons.PIXEL_FRAMES, reasons.POLICY_REFUSES, reasons.NOT_FASTER))
-"""Reasons that another size of the same video may not have."""
 _BESIDE_SPARSE = frozenset((reasons.CROSS_ATTENTION, reasons.NOT_VIDEO))
 """Reasons of the other sites of a graph in which the video was seen."""
 
@@ -124,9 +120,10 @@ def _with_fixed(compilation: Compilation, symbols: frozenset[object]) -> Compila
     assumed: tuple[compat.Equality, ...] = tuple(numbers.items())
     for _ in range(_ROUNDS):
         traced = trace_layout(dataclasses.replace(compilation, assumed=assumed))
-        if not traced.noticed:
+        further = tuple(each for each in traced.noticed if each not in assumed)
+        if not further:
             break
-        assumed += traced.noticed
+        assumed += further
     return decide(dataclasses.replace(traced, specialised=(*compilation.specialised, *_in_words(numbers, compilation))))
 
 

@@ -24,12 +24,12 @@ def guard(compilation: Compilation) -> None:
     if compat.compiling_ahead():
         return
     placeholders = [node for node in compilation.graph_module.graph.nodes if node.op == "placeholder"]
-    for node_name, held in (compilation.reader.relied_on if compilation.reader is not None else {}).items():
-        node = next(node for node in placeholders if node.name == node_name)
-        compat.guard_input(node, SameValue(held), "holds the values that the token layout was read from")
     if compilation.reader is not None:
+        by_name = {node.name: node for node in placeholders}
+        for node_name, held in compilation.reader.relied_on.items():
+            compat.guard_input(by_name[node_name], SameValue(held), "holds the values that the token layout was read from")
         for node_name, expected in compilation.reader.expected.items():
-            _guard_structure(next(node for node in placeholders if node.name == node_name), tuple(expected), placeholders)
+            _guard_structure(by_name[node_name], tuple(expected), placeholders)
     block = compat.argument_scope().get("self")
     if context.parent.get() is not None and isinstance(block, nn.Module):
         hooks = compat.forward_hooks(block)
