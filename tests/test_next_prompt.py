@@ -45,12 +45,12 @@ def added(x, index, new):
 class Packed(nn.Module):
     """Text, sound and video are put where index tensors say; angles come from coordinates, gates from rows of a table of timesteps."""
 
-    def __init__(self, place, take, sound=False, width=16):
+    def __init__(self, place, take, sound=False, width=16, rows=torch.index_select):
         super().__init__()
         self.words, self.sounds, self.patches = nn.Linear(6, width), nn.Linear(6, width), nn.Linear(8, width)
         self.to_q, self.to_k, self.to_v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.gates, self.back = nn.Linear(1, width), nn.Linear(width, 8)
-        self.place, self.take, self.sound, self.width = place, take, sound, width
+        self.place, self.take, self.sound, self.width, self.rows = place, take, sound, width, rows
 
     def forward(self, tokens, text, sound, places, text_at, sound_at, video_at, row, timestep):
         x = tokens.new_zeros(1, places.shape[0], self.width)
@@ -58,7 +58,7 @@ class Packed(nn.Module):
         if self.sound:
             x = self.place(x, sound_at, self.sounds(sound))
         x = self.place(x, video_at, self.patches(tokens))
-        x = x + self.gates(timestep[:, None] / 1000).index_select(0, row)
+        x = x + self.rows(self.gates(timestep[:, None] / 1000), 0, row)
         q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
         turn = torch.cos(places @ torch.tensor([[1.0], [0.7], [0.4]]))[None, None]
         x = x + self.out(F.scaled_dot_product_attention(q * turn, k * turn, v).transpose(1, 2).flatten(2))
@@ -145,6 +145,35 @@ def test_minimax_h3_compiles_twice_for_prompts_of_all_lengths_and_again_for_anot
         for output, answer in zip((video, sound), answers, strict=True):
             assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max())
         assert graphs() <= most
+
+
+def rows_by_indexing(table, dim, row):
+    return table[row]
+
+
+def rows_by_gathering(table, dim, row):
+    return table.gather(dim, row[:, None].expand(-1, table.shape[1]))
+
+
+def rows_by_embedding(table, dim, row):
+    return F.embedding(row, table)
+
+
+def rows_along_the_axis(table, dim, row):
+    return torch.take_along_dim(table, row[:, None], dim)
+
+
+def rows_by_choice(table, dim, row):
+    return torch.where(row[:, None] == 1, table[1:2], table[:1])
+
+
+@pytest.mark.parametrize("rows", [rows_by_indexing, rows_by_gathering, rows_by_embedding, rows_along_the_axis, rows_by_choice])
+def test_rows_of_a_table_run_along_their_index(rows):
+    model = randomise(Packed(index_copied, selected, rows=rows))
+    compiled = torch.compile(model, backend="lvsa", options=OPTIONS)
+    for words in (5, 7):
+        expect(compiled, model, inputs_of(words, "text video sound"), prefix=words)
+    assert "1 of 1 attention sites sparse" in lvsa_compile.reports()[-1].summary
 
 
 def permuted(inputs):
