@@ -88,7 +88,7 @@ def masked(model, inputs, mask):
     return answer
 
 
-def close(found, wanted, tolerance=2e-6):
+def close(found, wanted, tolerance=2e-5):
     return float((found - wanted).abs().max() / wanted.abs().max()) < tolerance
 
 
