@@ -38,7 +38,6 @@ from lvsa_compile.report.publish import publish, warn_of_model, warn_once
 from lvsa_compile.report.recording import report_of
 from lvsa_compile.report.warning import left_dense, warnings_of
 from lvsa_compile.runtime import (
-    eager_block,
     eager_with_requirement,
     finding_models,
     owner_of,
@@ -129,7 +128,7 @@ def _attention(options: Options, call: EagerCall) -> Callable[..., tuple[Tensor,
     run = None
     if compilation.sparse:
         graph_module = with_log_sum_exp(compilation.graph_module, compilation.sparse[0].node)
-        run = with_clock(graph_module.forward, compilation, None, eager_block)
+        run = with_clock(graph_module.forward, compilation, None)
     return eager_with_requirement(run, compile_id) if options.require == "sparse" else run
 
 

@@ -19,7 +19,7 @@ from lvsa_compile.errors import OptionError, OptionsVariableError, UnknownOption
 from lvsa_compile.option_checks import Check
 from lvsa_compile.policies.contract import Policy
 from lvsa_compile.policies.given import given_policy, policy_as_dict
-from lvsa_compile.policies.lvsa.policy import LVSA
+from lvsa_compile.policies.lvsa.policy import LVSA, wrong_rotation
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,12 @@ class Options:
         checks.optional(checks.whole(0)),
     )
     expand_window: bool = _option(True, "Whether the window grows until it holds 2 * window + 1 frames that are not anchors.", checks.flag)
-    rotate: bool = _option(True, "Whether the anchor grid moves by one frame with each denoising step.", checks.flag)
+    rotate: bool | str = _option(
+        True,
+        "What the anchor grid moves by one frame with: 'step', each denoising step; 'layer', each layer of the model; 'both', for "
+        "schedules of few steps; True is 'step', and False keeps it where it is.",
+        wrong_rotation,
+    )
     policy: Any = _option(  # noqa: RUF009 - as all options
         "lvsa",
         "How blocks are chosen: a policy's name, a policy such as `LVSA(window=2)`, or a dict of its name and fields.  `window`, "

@@ -85,23 +85,17 @@ def eager_with_requirement(run: Callable[..., Any] | None, compile_id: str) -> C
     return checked
 
 
-def eager_block() -> Hashable:
-    """What tells calls of attention in eager code apart: the module that makes them, and how often it did before in this forward."""
-    around, number = context.parent.get(), context.number_of(compat.innermost_module())
-    return number, 0 if around is None else around.time(("eager", number))
-
-
-def with_clock(
-    compiled: Callable[..., Any], compilation: Compilation, owner: Owner | None, block_in_progress: Callable[[], Hashable] | None = None
-) -> Callable[..., Any]:
+def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Owner | None) -> Callable[..., Any]:
     """Wraps a compiled graph so that each call gets the appended inputs, moves the clock and is counted.
 
     The clock belongs to the model that holds the parameter ``owner``, since Dynamo runs one graph for all models of a class; to the
     model itself where its blocks are compiled one by one or a graph has no parameters; and to the graph itself where there is no model.
-    ``block_in_progress`` tells the blocks apart that share the graph, where its inputs do not.
+    ``owner`` also tells the blocks apart that share the graph; where there is none, the module whose call is in progress does.
     """
+    eager = compilation.in_eager_code
     extra_inputs, timestep = compilation.extra_inputs, compilation.timestep
     keeps_state = any(extra.state is not None for extra in extra_inputs)
+    by_layer = any(extra.rows is not None and extra.rows.by_layer for extra in extra_inputs)
     turning = any(extra.rows is not None and extra.rows.moves for extra in extra_inputs) or keeps_state or compilation.position.leads_on
     ticks = turning and timestep is not None
     begins = not compilation.position.continues
@@ -109,7 +103,8 @@ def with_clock(
     if not extra_inputs and not ticks and (not compilation.sites or compat.compiling_ahead()):
         return compiled
     steps = 1 + max((extra.step for extra in extra_inputs), default=0)
-    own_clock, calls, code = Clock(), calls_of(compilation.compile_id), compilation.compile_id.split("/")[0]
+    own_clock, calls = Clock(), calls_of(compilation.compile_id)
+    code = compat.source_line(compilation.sites[0].node) if eager else compilation.compile_id.split("/")[0]
     of_plan = next(((d.plan.call.query.frames, d.plan.call.query.tokens_per_frame) for d in compilation.sparse if d.plan is not None), None)
     tensors = [(position, value) for position, value in enumerate(compilation.example_inputs) if isinstance(value, Tensor)]
     latents = [position for position, value in tensors if value.dim() == 5 and not isinstance(value, nn.Parameter)]
@@ -122,14 +117,16 @@ def with_clock(
         parameter = args[owner.position]
         return clock_of(parameter, lambda: context.root_module() or context.model_holding(parameter, owner.source))
 
-    def appended(clock: Clock, step: int, block: Hashable) -> dict[str, Tensor]:
-        """The appended inputs of one of the graph's denoising steps, the clock standing there; ``block`` tells blocks of a class apart."""
+    def appended(clock: Clock, step: int, block: Hashable, layer: int) -> dict[str, Tensor]:
+        """The appended inputs of one of the graph's denoising steps, the clock standing there; ``block`` tells blocks of a class apart,
+        and ``layer`` is the number of the first layer of the graph.
+        """
 
         def value(extra: ExtraInput) -> Tensor:
             if extra.rows is not None:
-                around = context.parent.get()
-                unconfirmed = around is not None and around.unconfirmed and extra.rows.dense_row is not None
-                return clock.phase(_dense(extra.rows) if unconfirmed else extra.rows, extra.device, step)
+                around, rows = context.parent.get(), extra.rows.later(layer)
+                unconfirmed = around is not None and around.unconfirmed and rows.dense_row is not None
+                return clock.phase(_dense(rows) if unconfirmed else rows, extra.device, step)
             if extra.state is not None:
                 return clock.state((code, block, extra.site), extra.state, extra.device)
             return clock.branch(extra.device, step) if extra.is_branch else extra.value
@@ -137,12 +134,17 @@ def with_clock(
         return {extra.name: value(extra) for extra in extra_inputs if extra.step == step}
 
     def block_of(args: Sequence[Any]) -> Hashable:
-        """What tells the blocks apart that share the graph."""
-        if block_in_progress is not None:
-            return block_in_progress()
-        block = 0 if owner is None else context.module_number(args[owner.position], owner.source)
+        """What tells the blocks apart that share the graph, and their calls in a forward."""
         around = context.parent.get()
-        return block if around is None or not around.ticks else (block, around.time((code, block)))
+        if owner is not None:
+            block = context.module_number(args[owner.position], owner.source)
+        else:
+            block = context.number_of(compat.innermost_module()) if around is not None else 0
+        return block if around is None or not (around.ticks or eager) else (block, around.time((code, block)))
+
+    def first_layer(clock: Clock, block: Hashable) -> int:
+        around = context.parent.get()
+        return clock.layers.first_of((code, block), compilation.layers, None if around is None else around.token)
 
     def run(*args: Any) -> Any:
         if first is not None and compat.is_fake(args[first]):  # as where Dynamo's DDP optimizer asks for shapes
@@ -153,11 +155,12 @@ def with_clock(
             return compiled(*args)
         clock = clock_for(args)
         calls.clocks.add(clock)
-        block = block_of(args) if keeps_state else 0
+        block = block_of(args) if keeps_state or by_layer else 0
+        layer = first_layer(clock, block) if by_layer else 0
         more: dict[str, Tensor] = {}
         around = context.parent.get()
         timesteps = _timesteps(timestep, args) if ticks and (around is None or not around.ticked) else []
-        if block_in_progress is not None and around is not None and around.timestep and not (around.ticks or around.ticked):
+        if eager and around is not None and around.timestep and not (around.ticks or around.ticked):
             timesteps = [around.timestep[1]]  # no graph of this forward has moved the clock
         if around is not None and timesteps:
             around.ticked = True
@@ -167,7 +170,7 @@ def with_clock(
         for step in range(steps):
             if step < len(timesteps):
                 clock.tick(timesteps[step], size)
-            more |= appended(clock, step, block)
+            more |= appended(clock, step, block, layer)
         dense = next((more[extra.name] == row for extra in extra_inputs if (row := _dense_row(extra)) is not None), None)
         calls.note(device, dense)
         return compiled(*args, *(more[extra.name] for extra in extra_inputs))

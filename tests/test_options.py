@@ -26,7 +26,7 @@ from lvsa_compile.options import Options, option_fields, parse_options
             "option reference_frames=0: not a whole number of at least 1. All lengths are in latent frames; give 1 or more.",
         ),
         (dict(sparsity_scale=0.0), "option sparsity_scale=0.0: not a positive number. Use 1.0 for the published budget."),
-        (dict(rotate=1), "option rotate=1: not True or False. Give True or False."),
+        (dict(rotate=1), "option rotate=1: not a known choice. Choose one of: 'step', 'layer', 'both', True (which is 'step'), False."),
         (
             dict(lowering="tritn"),
             "option lowering='tritn': not a known choice. Choose one of: auto, cpu, dense_merge, triton, flashinfer, flex, "

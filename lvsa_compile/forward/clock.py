@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.forward.doubts import Doubts
 from lvsa_compile.forward.explicit_step import explicit_step
+from lvsa_compile.forward.layers import Layers
 from lvsa_compile.forward.state import CALLERS, States
 from lvsa_compile.policies.contract import State
 from lvsa_compile.policies.rows import Rows, Turn
@@ -58,6 +59,7 @@ class Clock:
         self._last_of_thread: dict[int, tuple[int, Hashable]] = {}  # row and size of the last call
         self._steps: dict[int, Tensor] = {}  # by thread
         self._states = States()
+        self.layers = Layers()
         self._call: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by thread: video, whether it begins, number of the call in its step
         self._entered: dict[int, tuple[int, Tensor]] = {}  # by thread: the entry of the state of its last call
         self._untimed: dict[Caller, int] = {}  # how often models without a timestep were called
@@ -227,6 +229,11 @@ class ClockSaw:
     least: float = 0.0
     most: float = 0.0
     explicit: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of a video, as a mean over the videos begun; 0 before any."""
+        return self.moves // max(self.videos, 1) + 1 if self.calls else 0
 
     def __str__(self) -> str:
         if not self.calls:

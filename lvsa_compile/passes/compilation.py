@@ -62,7 +62,7 @@ class Decision:
     ``mendable`` says that attention over the generated video is dense for a reason that the user can mend.
     A dense site with a ``mask`` is "masked": computed dense by the mask's parts, so that the mask itself need not be made.
     ``segments`` are the kinds, labels and sizes in tokens of the query sequence, as far as they are numbers; ``key_segments`` those of
-    the key sequence where it is another.
+    the key sequence where it is another.  ``layer`` is the number of its layer among those of the graph, for a site over the video.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Decision:
     segments: Segments = ()
     key_segments: Segments = ()
     trail: tuple[TrailStep, ...] = ()
+    layer: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ class Compilation:
         step_of: which of several denoising steps of the graph a site belongs to.
         clock_before: the input that moved the clock before this graph runs.
         decisions: what becomes of each site.
+        layers: how many layers attend over the video in the graph.
         followed: whether attention between the graphs of the model is compiled from its next forward on.
         specialised: symbolic sizes that had to be fixed, in words.
         extra_inputs: inputs appended to the graph.
@@ -218,6 +220,7 @@ class Compilation:
     step_of: dict[fx.Node, int] = field(default_factory=dict)
     clock_before: str = ""
     decisions: tuple[Decision, ...] = ()
+    layers: int = 0
     followed: bool = False
     specialised: tuple[str, ...] = ()
     extra_inputs: tuple[ExtraInput, ...] = ()

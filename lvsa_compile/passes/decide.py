@@ -17,6 +17,7 @@ from lvsa_compile.layout.token_layout import VIDEO, TokenLayout
 from lvsa_compile.ops.attention import check_op
 from lvsa_compile.options import Options
 from lvsa_compile.passes.compilation import Compilation, Decision, Segments, SparsePlan, sizes_of
+from lvsa_compile.passes.number_layers import number_layers
 from lvsa_compile.passes.why_not_video import why_not_video
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.policies.contract import Geometry, Plan, Policy, plan_of, why_not
@@ -40,13 +41,15 @@ def decide(compilation: Compilation) -> Compilation:
         )  # fmt: skip
     decisions: list[Decision] = []
     specialised = list(compilation.specialised)
-    video_sites = sparse_sites = 0
-    for site in compilation.sites:
-        layouts = compilation.layouts.get(site.node)
-        outcome = site.miss if isinstance(site, DenseSite) else _decide(site, layouts, compilation, specialised)
+    outcomes = [_outcome(site, compilation, specialised) for site in compilation.sites]
+    sparse = [site.node for site, outcome in zip(compilation.sites, outcomes, strict=True) if isinstance(outcome, SparsePlan)]
+    layers = number_layers(sparse, compilation)
+    sparse_sites = 0
+    for site, outcome in zip(compilation.sites, outcomes, strict=True):
+        layer = layers.get(site.node, 0)
         if isinstance(outcome, SparsePlan):
-            if video_sites in options.dense_layers:
-                outcome = reasons.DENSE_LAYER.because(f"video site {video_sites} is in dense_layers={list(options.dense_layers)}")
+            if layer in options.dense_layers:
+                outcome = reasons.DENSE_LAYER.because(f"video site {layer} is in dense_layers={list(options.dense_layers)}")
             elif options.dense_layers and compilation.in_eager_code:
                 outcome = reasons.DENSE_LAYER.because(
                     f"attention in eager code has no number in the model's order, and dense_layers={list(options.dense_layers)}",
@@ -56,20 +59,27 @@ def decide(compilation: Compilation) -> Compilation:
                 outcome = reasons.MAX_SITES.because(f"max_sites={options.max_sites}")
             else:
                 sparse_sites += 1
-            video_sites += 1
-        decisions.append(_decision(site, layouts, outcome, compilation))
+        decisions.append(dataclasses.replace(_decision(site, outcome, compilation), layer=layer))
     if any(decision.plan is not None for decision in decisions):  # what is in another form is then most likely not over the video
         decisions = [_not_mendable(each) if each.site is None else each for each in decisions]
-    return dataclasses.replace(compilation, decisions=tuple(decisions), specialised=tuple(dict.fromkeys(specialised)))
+    found = dict.fromkeys(specialised)
+    return dataclasses.replace(
+        compilation, decisions=tuple(decisions), layers=1 + max(layers.values(), default=-1), specialised=tuple(found)
+    )
+
+
+def _outcome(site: AttentionSite | DenseSite, compilation: Compilation, specialised: list[str]) -> SparsePlan | Miss:
+    if isinstance(site, DenseSite):
+        return site.miss
+    return _decide(site, compilation.layouts.get(site.node), compilation, specialised)
 
 
 def _not_mendable(decision: Decision) -> Decision:
     return dataclasses.replace(decision, mendable=False)
 
 
-def _decision(
-    site: AttentionSite | DenseSite, layouts: tuple[TokenLayout, TokenLayout] | None, outcome: SparsePlan | Miss, compilation: Compilation
-) -> Decision:
+def _decision(site: AttentionSite | DenseSite, outcome: SparsePlan | Miss, compilation: Compilation) -> Decision:
+    layouts = compilation.layouts.get(site.node)
     name, shown = context.module_path(site.node) or site.node.name, _shown(layouts)
     attention = site if isinstance(site, AttentionSite) else None
     segments, key_segments = (_segments(layout) for layout in layouts) if layouts else ((), ())

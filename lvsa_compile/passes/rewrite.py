@@ -160,7 +160,7 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
         bounds = inputs.moved(bounds, grown[0], site.query, call.query, node)
         ranges = inputs.moved(ranges, grown[1], site.key, call.key, node)
     step = compilation.step_of.get(site.node, 0)
-    row = inputs.row(plan.rows, where, step)
+    row = inputs.row(plan.rows.later(decision.layer), where, step)
     state = [inputs.state(_name_in_step(decision, compilation), each, call.device) for each in plan.state]
     result = example_value(node)
     with node.graph.inserting_before(node):

@@ -19,12 +19,17 @@ from lvsa_compile.selection.contract import AttentionCall
 from lvsa_compile.selection.measure import seconds_of, seconds_of_dense
 from lvsa_compile.selection.select import lowerings
 
+_STILL = {
+    False: "rotate=False, the anchor grid stands still",
+    "layer": "rotate='layer', the anchor grid moves from layer to layer and not from step to step",
+}
+
 
 def report_of(compilation: Compilation) -> Report:
     """The report of one graph."""
     timestep, options = compilation.timestep, compilation.options
     if not moves(compilation):
-        clock = "all steps are alike" if options.chosen_policy.name != "lvsa" else "rotate=False, the anchor grid stands still"
+        clock = _STILL.get(getattr(options.chosen_policy, "rotate", None), "all steps are alike")
     elif explicit_step() is not None:
         clock = "lvsa_compile.step(i), as given when this was compiled"
     elif timestep is not None:
@@ -54,7 +59,8 @@ def report_of(compilation: Compilation) -> Report:
 def moves(compilation: Compilation) -> bool:
     """Whether any sparse site depends on the denoising step; as far as nothing is sparse, whether it would."""
     plans = [decision.plan.call.plan for decision in compilation.sparse if decision.plan is not None]
-    return any(plan.rows.moves or plan.state for plan in plans) if plans else getattr(compilation.options.chosen_policy, "rotate", True)
+    rotate = getattr(compilation.options.chosen_policy, "rotate", True)
+    return any(plan.rows.moves or plan.state for plan in plans) if plans else rotate not in _STILL
 
 
 def _horizon(compilation: Compilation) -> str:

@@ -98,7 +98,8 @@ class GraphReport:
     """One graph of a forward: Dynamo makes several where the model ``breaks``.  ``flops`` are all of it, dense; 0 where not known.
 
     ``passes`` are the passes that ran, each with what it changed and its seconds.
-    ``clock_saw`` holds the timesteps that its models' clocks saw; ``calls`` counts its calls where it was compiled.
+    ``clock_saw`` holds the timesteps that its models' clocks saw, ``short`` says which frames so few denoising steps leave never an anchor;
+    ``calls`` counts its calls where it was compiled.
     """
 
     compile_id: str
@@ -108,6 +109,7 @@ class GraphReport:
     breaks: bool = False
     flops: float = 0.0
     clock_saw: tuple[str, ...] = ()
+    short: tuple[str, ...] = ()
     passes: tuple[PassRun, ...] = field(default=(), compare=False)
     calls: Calls | None = field(default=None, repr=False, compare=False)
 

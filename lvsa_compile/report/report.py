@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from lvsa_compile.forward.calls import calls_of
+from lvsa_compile.forward.clock import Clock
 from lvsa_compile.ops import verified as verification
 from lvsa_compile.policies.contract import Plan
 from lvsa_compile.policies.given import policy_as_dict
+from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
 from lvsa_compile.reasons import HORIZON_UNKNOWN, NO_GRID, PATTERN_FULL, REASONS
 from lvsa_compile.report.names import together
 from lvsa_compile.report.page import write_page
@@ -136,6 +138,7 @@ class Report:
         turning = [graph for graph in self.graphs if any(site.decision == SPARSE for site in graph.sites)]
         clocks = dict.fromkeys("; ".join((graph.clock, *graph.clock_saw)) for graph in turning)
         lines += [f"  denoising step: {clock}" for clock in clocks]
+        lines += [f"  anchors: {short}" for short in dict.fromkeys(short for graph in turning for short in graph.short)]
         lines += [f"  option: {name}={self.options.get(name)!r}, from {source}" for name, source in self.option_sources.items()]
         lines += [f"  specialised: {what}" for what in dict.fromkeys(what for graph in self.graphs for what in graph.specialised)]
         return lines
@@ -213,7 +216,22 @@ def with_what_ran(report: Report) -> Report:
 def _with_calls(graph: GraphReport) -> GraphReport:
     calls = calls_of(graph.compile_id)
     saw = tuple(dict.fromkeys(text for clock in calls.clocks if (text := str(clock.saw()))))
-    return dataclasses.replace(graph, calls=calls, clock_saw=saw)
+    short = tuple(dict.fromkeys(text for clock in calls.clocks for site in graph.sites if (text := _short(site.plan, clock))))
+    return dataclasses.replace(graph, calls=calls, clock_saw=saw, short=short)
+
+
+def _short(plan: Plan | None, clock: Clock) -> str:
+    """Which frames were never an anchor in the videos that a clock saw, and what helps; "" where all were one, or none moves."""
+    steps = clock.saw().steps
+    if plan is None or not isinstance(plan.frames, FramePattern) or not plan.rows.moves or steps < 2:
+        return ""
+    layers = max(1, clock.layers.count)
+    share = plan.frames.coverage(steps, layers)
+    if share == 1:
+        return ""
+    remedy = "" if plan.rows.by_layer else ". options={'rotate': 'both'} moves the anchors from layer to layer, too"
+    short = f"in {steps} denoising steps {share:.0%} of the {plan.frames.frames} latent frames were one at least once"
+    return f"{short}; all are after {plan.frames.phases - layers + 1}{remedy}"
 
 
 def _with_sites(report: Report, changed: Callable[[SiteReport, str], SiteReport]) -> Report:

@@ -28,7 +28,8 @@ class LVSA:
         sparsity_scale: multiplies the budget of attended frames that the training horizon sets.
         key_frame_interval: distance of the periodic anchors; None chooses it from the horizon, 0 means none.
         expand_window: the window grows until it holds ``2 * window + 1`` frames that are not anchors.
-        rotate: the anchor grid moves by one frame with each denoising step.
+        rotate: what the anchor grid moves by one frame with: "step", each denoising step, as published; "layer", each layer of the model;
+            "both"; True is "step", and False keeps it where it is.
 
     Raises:
         OptionError: a value outside its range, named with its remedy.
@@ -45,13 +46,14 @@ class LVSA:
     sparsity_scale: float = 1.0
     key_frame_interval: int | None = None
     expand_window: bool = True
-    rotate: bool = True
+    rotate: bool | str = True
 
     def __post_init__(self) -> None:
         self.pattern(1, 1)  # which checks the numbers
-        for name in ("expand_window", "rotate"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(name, getattr(self, name), "not True or False", "Give True or False.")
+        if not isinstance(self.expand_window, bool):
+            raise OptionError("expand_window", self.expand_window, "not True or False", "Give True or False.")
+        if problem := wrong_rotation(self.rotate):
+            raise OptionError("rotate", self.rotate, *problem)
 
     def pattern(self, frames: int, horizon: int) -> FramePattern:
         """The frame pattern of a video of ``frames`` latent frames, for a model that was trained on ``horizon`` of them."""
@@ -78,16 +80,22 @@ class LVSA:
         """A query block per latent frame, a row per phase of the rotation."""
         assert facts.horizon is not None
         pattern = self.pattern(geometry.total_frames, facts.horizon.frames)
-        table = frame_table(pattern, geometry.query, geometry.key, self.rotate, geometry.first_frame)
-        return Plan(
-            self, geometry, facts, table, Turn(table.rows), density=pattern.density, frames=pattern, parts=2 * (pattern.interval or 1)
-        )
+        table = frame_table(pattern, geometry.query, geometry.key, bool(self.rotate), geometry.first_frame)
+        rows = Turn(table.rows, by_step=self.rotate in (True, "step", "both"), by_layer=self.rotate in ("layer", "both"))
+        return Plan(self, geometry, facts, table, rows, density=pattern.density, frames=pattern, parts=2 * (pattern.interval or 1))
 
 
 POLICY = LVSA
 
 
-def plan_with(pattern: FramePattern, query: VideoSpan, key: VideoSpan, *, rotate: bool = True, heads: int = 1) -> Plan:
+def wrong_rotation(value: object) -> tuple[str, str] | None:
+    """What is wrong with a value of ``rotate``, and the remedy; None where nothing is."""
+    if isinstance(value, bool) or (isinstance(value, str) and value in ("step", "layer", "both")):
+        return None
+    return "not a known choice", "Choose one of: 'step', 'layer', 'both', True (which is 'step'), False."
+
+
+def plan_with(pattern: FramePattern, query: VideoSpan, key: VideoSpan, *, rotate: bool | str = True, heads: int = 1) -> Plan:
     """The plan of a frame pattern for a video at ``query`` in the query and at ``key`` in the key sequence."""
     settings = (pattern.window, pattern.first_frames, pattern.sparsity_scale, pattern.key_frame_interval, pattern.expand_window)
     return plan_of(LVSA(*settings, rotate), Geometry.of(query, key, heads=heads), Facts(Horizon(pattern.reference_frames)))
