@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import oracle
@@ -122,6 +123,16 @@ def test_a_few_graphs_serve_prompts_of_all_lengths(place, take, order, sound):
     assert "1 of 1 attention sites sparse" in lvsa_compile.reports()[-1].summary
 
 
+def one_by_one(model, options):
+    for blocks in (model.transformer_blocks, model.token_refiner.refiner_blocks):
+        for block in blocks:
+            block.compile(backend="lvsa", options=options)
+
+
+def eagerly(model, options):
+    lvsa_compile.enable(model, **options)
+
+
 def test_minimax_h3_compiles_twice_for_prompts_of_all_lengths_and_again_for_another_size():
     torch._dynamo.utils.counters.clear()
     model = randomise(minimax_h3())
@@ -145,6 +156,26 @@ def test_minimax_h3_compiles_twice_for_prompts_of_all_lengths_and_again_for_anot
         for output, answer in zip((video, sound), answers, strict=True):
             assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max())
         assert graphs() <= most
+
+
+@pytest.mark.parametrize(("way", "dense"), [(lvsa_compile.compile_repeated_blocks, 1), (one_by_one, 2), (eagerly, 1)])
+def test_minimax_h3_by_blocks_and_in_eager_code(way, dense):
+    torch._dynamo.utils.counters.clear()
+    alone, model = randomise(minimax_h3()), randomise(minimax_h3())
+    way(model, options=OPTIONS)
+    for words in (7, 7, 11, 5, 30):
+        lvsa_compile.reset()
+        for step, timestep in enumerate((0.9, 0.7, 0.5)):
+            inputs, before = packed(words, GRID, timestep), words + GRID[1] * GRID[2] + SOUND_OF_H3
+            dense -= 1
+            with torch.no_grad():
+                found = model(**inputs)
+                mask = oracle.token_mask(GRID[0], GRID[1] * GRID[2], step, reference=4, window=1, prefix=before)
+                with oracle.MaskedAttention(mask) if dense < 0 else contextlib.nullcontext():
+                    answers = alone(**inputs)
+            for output, answer in zip(found, answers, strict=True):
+                assert float((output - answer).abs().max()) < 2e-5 * float(answer.abs().max()), (words, step)
+    assert graphs() <= 5 + 4, "two of the first forwards, two of the text, and one for each length"
 
 
 def rows_by_indexing(table, dim, row):

@@ -80,6 +80,18 @@ def _carried_axis(axis: Axis, position: int, generated: Container[str], lost_at:
     return tuple(done) if not axis or any(d.source.node_name != _OTHER for f in leaves(tuple(done)) for d in f.digits) else (whole,)
 
 
+def without_coordinates(axis: Axis, position: int) -> Axis:
+    """The axis at a position where the video on it is known: coordinates that the tokens were met with then say nothing more."""
+
+    def bare(factor: Factor | Concat) -> Factor | Concat:
+        if isinstance(factor, Concat):
+            return Concat(tuple(tuple(map(bare, part)) for part in factor.parts))
+        digits = frozenset(digit for digit in factor.digits if not digit.source.node_name.startswith(_COORDINATES))
+        return Factor(factor.size, digits or frozenset({_other(position, factor.size)}))
+
+    return tuple(map(bare, axis))
+
+
 def _other(position: int, size: Size) -> Digit:
     return Digit(Source(INPUT, "other tokens", position, size, _OTHER, 3), size)
 

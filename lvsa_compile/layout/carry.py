@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lvsa_compile.axes.algebra import Axis, Digit, Factor, Source, axis_size, origins
+from lvsa_compile.axes.algebra import CREATED, Axis, Digit, Factor, Source, axis_of, axis_size, origins
 from lvsa_compile.axes.call import Axes
-from lvsa_compile.axes.carried import carried
+from lvsa_compile.axes.carried import carried, without_coordinates
 from lvsa_compile.axes.opaque import opaque_source
+from lvsa_compile.axes.overwriting import holds_tokens, informed
 from lvsa_compile.layout.token_layout import UNKNOWN, VIDEO, Targets, token_layout
 
 
@@ -20,9 +21,19 @@ def outgoing_annotation(axes: Axes, targets: Targets, lost_at: Callable[[Source]
     if annotations is None:
         return None
     return tuple(
-        _as_opaque(annotation) if _holds_video(axis, targets) and origins([annotation]) else annotation
-        for axis, annotation in zip(axes, annotations, strict=True)
+        _as_opaque(without_coordinates(annotation, position)) if _holds_video(axis, targets) and origins([annotation]) else annotation
+        for position, (axis, annotation) in enumerate(zip(axes, annotations, strict=True))
     )
+
+
+def table_annotation(axes: Axes) -> Axes | None:
+    """What the next graph should know of a table ``[rows, channels]`` of numbers, as of timesteps: that its rows are no tokens.
+
+    None for other tensors.
+    """
+    if len(axes) != 2 or any(map(holds_tokens, axes)) or not informed(axes[0]):
+        return None
+    return tuple(axis_of(Source(CREATED, "table", position, axis_size(axis))) for position, axis in enumerate(axes))
 
 
 def _holds_video(axis: Axis, targets: Targets) -> bool:

@@ -30,7 +30,7 @@ from lvsa_compile.forward import clock, context
 from lvsa_compile.forward.explicit_step import explicit_step
 from lvsa_compile.forward.labels import begin_forward, watched_forward
 from lvsa_compile.forward.timestep_names import timestep_among
-from lvsa_compile.layout.carry import outgoing_annotation
+from lvsa_compile.layout.carry import outgoing_annotation, table_annotation
 from lvsa_compile.layout.denoiser import why_no_denoiser
 from lvsa_compile.layout.evidence import LayoutEvidence, collect_evidence
 from lvsa_compile.layout.guarded_values import Reader, SameValue
@@ -205,6 +205,8 @@ class Forward:
         axes = self.tracker.known_axes(tensor)
         if axes is None or (self._size.problem and self._watch.ticks):
             return None
+        if len(axes) == 2 and (table := table_annotation(axes)) is not None:
+            return self._watch.memory.annotation(table, axes)
         if len(axes) >= 3:
             self._asked[id(axes[-2])] = axes[-2]
         known = self._size.annotations
@@ -298,7 +300,7 @@ class Forward:
             return
         size.checked = checked
         with compat.no_modes():
-            shown = collect_evidence(list(tokens.values()), axes, self._reader)
+            shown = collect_evidence(list(tokens.values()), axes, Reader({}, elsewhere=self))
         why = why_no_denoiser(shown.targets, [*map(expanded, tokens.values())], returned, timed, self.tracker.convolved)
         self._settle(shown, why)
 
@@ -336,7 +338,7 @@ class Forward:
         size = self._size
         if size.targets is None:
             candidates = self._candidates() if size.shown is None else self._inputs.latents()
-            if self._watch.targets and self._watch.targets.keys() <= set(candidates):
+            if self._watch.targets and self._watch.targets.keys() <= {*self._inputs.latents(), *self._inputs.packed()}:
                 size.targets, size.confirmed = self._watch.targets, True
             elif candidates and self._timed:
                 size.targets = dict.fromkeys(candidates, frozenset[int]())
