@@ -409,8 +409,8 @@ class RandomDiT(nn.Module):
         return {"BCFHW": lambda t: t, "BFCHW": lambda t: t.transpose(1, 2), "BFHWC": lambda t: t.permute(0, 2, 3, 4, 1)}[r.latent](x)
 
 
-def inputs_of(recipe: Recipe) -> tuple:
-    """Inputs of a model, the grid last."""
+def inputs_of(recipe: Recipe, words: int = 5) -> tuple:
+    """Inputs of a model, with so many text tokens; the grid last."""
     generator = torch.Generator().manual_seed(recipe.seed)
     frames, rows, columns = recipe.grid
     latent_frames = 2 * frames if recipe.patch == "conv3d temporal" and not recipe.packed else frames
@@ -428,6 +428,6 @@ def inputs_of(recipe: Recipe) -> tuple:
         latents = latents.contiguous()
     length = frames * rows * columns
     ids = torch.stack(torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij"), -1).flatten(0, 2)
-    valid = (torch.arange(5) < 3).expand(recipe.batch, -1).contiguous()
-    text, condition, table = randn(recipe.batch, 5, 8), randn(recipe.batch, 7, 16), randn(length, 6)
+    valid = (torch.arange(words) < 3).expand(recipe.batch, -1).contiguous()
+    text, condition, table = randn(recipe.batch, words, 8), randn(recipe.batch, 7, 16), randn(length, 6)
     return latents, torch.full((recipe.batch,), 700.0), text, valid, condition, table, ids, recipe.grid

@@ -12,6 +12,7 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from random_dits import PATTERN, RandomDiT, Recipe, inputs_of, recipes
 from test_watching import by_forward, in_place
 from tiny_models import randomise
@@ -48,41 +49,75 @@ def flat(output) -> torch.Tensor:
 
 
 def check(recipe: Recipe) -> None:
+    model, compiled, others = started(recipe)
+    inputs = inputs_of(recipe)
+    for step in range(2):
+        forward = (inputs[0], inputs[1] - 50 * step, *inputs[2:])
+        with surroundings(recipe):
+            for _ in range(2 if others and not step else 0):  # what only the outputs show is known from the third forward on
+                compiled(*inputs)
+            if not step:
+                lvsa_compile.reset()
+            output = flat(compiled(*forward))
+            assert others or len(lvsa_compile.reports()) == 1
+            compare(recipe, model, forward, step, output, lvsa_compile.reports()[-1].sites)
+
+
+def check_sizes(recipe: Recipe, dynamic: bool | None) -> None:
+    """Three sizes of the video and two lengths of the text, one after the other, with one compiled model."""
+    recipe = recipe if recipe.graphs == "whole" else dataclasses.replace(recipe, blocks=1)  # all attention is in one graph
+    model, compiled, others = started(recipe, dynamic=dynamic)
+    frames, rows, columns = recipe.grid
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for grid, words in ((recipe.grid, 5), ((frames + 1, rows + 1, columns), 5), ((frames, columns + 1, rows), 8), (recipe.grid, 8)):
+            inputs = inputs_of(dataclasses.replace(recipe, grid=grid), words)
+            with surroundings(recipe):
+                for _ in range(2 if others else 0):
+                    compiled(*inputs)
+                lvsa_compile.reset()
+                for report in lvsa_compile.reports():
+                    report.receipt(clear=True)
+                output = flat(compiled(*inputs))
+                graphs = [graph for report in lvsa_compile.reports() for graph in report.graphs if graph.sites]
+                (ran,) = [graph for graph in graphs if graph.calls.read()[0]]
+                compare(recipe, model, inputs, 0, output, ran.sites, f"{grid}, {words} words, dynamic={dynamic}")
+
+
+def started(recipe: Recipe, **settings):
+    """A model of a recipe, the same compiled, and whether by blocks that something else compiled."""
     torch._dynamo.reset()
-    model, inputs = randomise(RandomDiT(recipe), recipe.seed), inputs_of(recipe)
-    options = {**PATTERN, "inner": "eager"}
+    model, options = randomise(RandomDiT(recipe), recipe.seed), {**PATTERN, "inner": "eager"}
     by_others = {"in place": in_place, "by forward": by_forward}.get(recipe.graphs.partition(",")[0])
     if recipe.graphs == "regional" and recipe.blocks > 1:
-        compiled = lvsa_compile.compile_repeated_blocks(model, options=options)
+        compiled = lvsa_compile.compile_repeated_blocks(model, options=options, **settings)
     elif by_others is not None:
-        compiled = by_others(model, backend="lvsa", options=options)
+        compiled = by_others(model, backend="lvsa", options=options, **settings)
     else:  # what comes across a break without following the code there, which test_watching has
-        compiled = torch.compile(lvsa_compile.undo(model), backend="lvsa", options=options)
-    with torch.inference_mode() if "inference" in recipe.graphs else torch.no_grad():
-        for _ in range(2 if by_others is not None else 0):  # what only the outputs show is known from the third forward on
-            compiled(*inputs)
-        lvsa_compile.reset()
-        for step in range(2):
-            arguments = (inputs[0], inputs[1] - 50 * step, *inputs[2:])
-            output = flat(compiled(*arguments))
-            report = lvsa_compile.reports()[-1]
-            assert by_others is not None or len(lvsa_compile.reports()) == 1
-            sites = report.sites
-            model.sparse, model.step = [site.decision == "sparse" for site in sites], step
-            with torch.compiler.set_stance("force_eager"):
-                answer = flat(model(*arguments))
-            truths, model.sparse = model.calls, None
-            assert len(truths) == len(sites), (len(truths), sites)
-            for truth, site in zip(truths, sites, strict=True):
-                assert truth.layout is not None or site.decision != "sparse", f"rewritten though no video: {site}"
-                if truth.layout is not None and site.decision != "sparse":
-                    seen[f"dense: {site.reason}"] += 1
-                    why = SPARSE_OR_WHY.get(site.reason, lambda r: False)
-                    assert why(recipe), f"left dense for no true reason: {site}"
-                else:
-                    seen[site.decision if truth.layout else f"decoy: {site.reason}"] += 1
-            error = float((output - answer).abs().max()) / float(answer.abs().max())
-            assert error < 3e-4, f"wrong at step {step}: {error:.1e} {[str(site) for site in sites]}"
+        compiled = torch.compile(lvsa_compile.undo(model), backend="lvsa", options=options, **settings)
+    return model, compiled, by_others is not None
+
+
+def surroundings(recipe: Recipe):
+    return torch.inference_mode() if "inference" in recipe.graphs else torch.no_grad()
+
+
+def compare(recipe: Recipe, model: RandomDiT, inputs: tuple, step: int, output: torch.Tensor, sites, where: str = "") -> None:
+    """Compares an output with that of the masked model, and every decision with the truth."""
+    model.sparse, model.step = [site.decision == "sparse" for site in sites], step
+    with torch.compiler.set_stance("force_eager"):
+        answer = flat(model(*inputs))
+    truths, model.sparse = model.calls, None
+    assert len(truths) == len(sites), (len(truths), sites)
+    for truth, site in zip(truths, sites, strict=True):
+        assert truth.layout is not None or site.decision != "sparse", f"rewritten though no video: {site} {where}"
+        if truth.layout is not None and site.decision != "sparse":
+            seen[f"dense: {site.reason}"] += 1
+            why = SPARSE_OR_WHY.get(site.reason, lambda r: False)
+            assert why(recipe), f"left dense for no true reason: {site} {where}"
+        else:
+            seen[site.decision if truth.layout else f"decoy: {site.reason}"] += 1
+    error = float((output - answer).abs().max()) / float(answer.abs().max())
+    assert error < 3e-4, f"wrong at step {step}: {error:.1e} {[str(site) for site in sites]} {where}"
 
 
 IN_EAGER_CODE = {
@@ -162,11 +197,24 @@ def test_random_models_in_eager_code(recipe):
     check_enabled(recipe)
 
 
+@settings(max_examples=6, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(recipes, st.sampled_from([None, True]))
+def test_a_sample_of_random_models_of_several_sizes(recipe, dynamic):
+    check_sizes(recipe, dynamic)
+
+
 @pytest.mark.skipif(not MODELS, reason="make fuzz runs it")
 @settings(max_examples=max(MODELS, 1), deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(recipes)
 def test_random_models(recipe):
     check(recipe)
+
+
+@pytest.mark.skipif(not MODELS, reason="make fuzz runs it")
+@settings(max_examples=max(MODELS, 1), deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(recipes, st.sampled_from([None, True]))
+def test_random_models_of_several_sizes(recipe, dynamic):
+    check_sizes(recipe, dynamic)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -40,8 +40,9 @@ def by_folding(x):
 class Patched(nn.Module):
     """Whole patches by the usual padding, tokens in one of the spellings, text beside them."""
 
-    def __init__(self, spell, pad=False):
+    def __init__(self, spell, pad=False, attend=F.scaled_dot_product_attention):
         super().__init__()
+        self.attend = attend
         self.inside, self.words = nn.Linear(16, 16), nn.Linear(16, 16)
         self.to_q, self.to_k, self.to_v, self.out = (nn.Linear(16, 16) for _ in range(4))
         self.back, self.spell, self.pad = nn.Linear(16, 16), spell, pad
@@ -54,7 +55,7 @@ class Patched(nn.Module):
         x = self.inside(self.spell(latents)) * (1 + timestep[:, None, None] / 1000)
         joint = torch.cat([x, self.words(text)], 1)
         q, k, v = (g(joint).unflatten(-1, (2, -1)).transpose(1, 2) for g in (self.to_q, self.to_k, self.to_v))
-        joint = joint + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        joint = joint + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         x = self.back(joint[:, : x.shape[1]]).view(b, f, rows // 2, columns // 2, c, 2, 2)
         return x.permute(0, 4, 1, 2, 5, 3, 6).reshape(b, c, f, rows, columns)[..., :h, :w]
 
@@ -99,6 +100,43 @@ def test_text_and_batch_stay_free(pad):
             expect_sparse(compiled, model, dit_inputs(*grid, text=text, batch=batch), grid)
         assert graphs() == 1
     assert any("= 12" in what for graph in lvsa_compile.reports()[-1].graphs for what in graph.specialised)
+
+
+def by_products(q, k, v):
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def by_products_of_merged_heads(q, k, v):
+    lead, scale = q.shape[:2], q.shape[-1] ** -0.5
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    scores = (torch.bmm(q, k.transpose(1, 2)) * scale).unflatten(0, lead).softmax(-1)
+    return torch.bmm(scores.flatten(0, 1), v).unflatten(0, lead)
+
+
+def by_sums(q, k, v):
+    weights = (torch.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bqhd", weights, v).transpose(1, 2)
+
+
+def by_a_multihead_module(q, k, v):
+    q, k, v = (t.transpose(1, 2).flatten(2).transpose(0, 1) for t in (q, k, v))
+    one, none = torch.eye(q.shape[-1]), torch.zeros(3 * q.shape[-1])
+    weights = one.repeat(3, 1)
+    attended = F.multi_head_attention_forward(
+        q, k, v, q.shape[-1], 2, weights, none, None, None, False, 0.0, one, none[: q.shape[-1]], training=False, need_weights=False
+    )
+    return attended[0].transpose(0, 1).unflatten(-1, (2, -1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("attend", [by_products, by_products_of_merged_heads, by_sums, by_a_multihead_module])
+def test_attention_written_out_is_sparse_at_each_size_and_text_and_batch_stay_free(attend):
+    model, alone = randomise(Patched(by_view, True, attend)), randomise(Patched(by_view, True))
+    compiled = torch.compile(model, backend="lvsa", options=OPTIONS, dynamic=True)
+    for grid in GRIDS[:2]:
+        torch._dynamo.utils.counters.clear()
+        for text, batch in ((7, 2), (11, 2), (5, 3)):
+            expect_sparse(compiled, alone, dit_inputs(*grid, text=text, batch=batch), grid)
+        assert graphs() == 1
 
 
 def expect_dense(compiled, model, inputs, reason):

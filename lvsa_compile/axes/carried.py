@@ -80,13 +80,19 @@ def _carried_axis(axis: Axis, position: int, generated: Container[str], lost_at:
     return tuple(done) if not axis or any(d.source.node_name != _OTHER for f in leaves(tuple(done)) for d in f.digits) else (whole,)
 
 
-def without_coordinates(axis: Axis, position: int) -> Axis:
-    """The axis at a position where the video on it is known: coordinates that the tokens were met with then say nothing more."""
+def without_coordinates(axis: Axis, position: int, generated: Container[str]) -> Axis:
+    """The axis at a position where the video on it is known: coordinates that the tokens were met with then say nothing more.
+
+    Only an input's shape says that it may hold coordinates; one that is ``generated`` holds none.
+    """
+
+    def tells(name: str) -> bool:
+        return name in generated or not name.startswith(_COORDINATES)
 
     def bare(factor: Factor | Concat) -> Factor | Concat:
         if isinstance(factor, Concat):
             return Concat(tuple(tuple(map(bare, part)) for part in factor.parts))
-        digits = frozenset(digit for digit in factor.digits if not digit.source.node_name.startswith(_COORDINATES))
+        digits = frozenset(digit for digit in factor.digits if tells(digit.source.node_name))
         return Factor(factor.size, digits or frozenset({_other(position, factor.size)}))
 
     return tuple(map(bare, axis))

@@ -20,10 +20,12 @@ def outgoing_annotation(axes: Axes, targets: Targets, lost_at: Callable[[Source]
     annotations = carried(axes, targets, lost_at)
     if annotations is None:
         return None
-    return tuple(
-        _as_opaque(without_coordinates(annotation, position)) if _holds_video(axis, targets) and origins([annotation]) else annotation
-        for position, (axis, annotation) in enumerate(zip(axes, annotations, strict=True))
-    )
+
+    def told(axis: Axis, annotation: Axis, position: int) -> Axis:
+        whole = _holds_video(axis, targets) and origins([annotation])
+        return _as_opaque(without_coordinates(annotation, position, targets)) if whole else annotation
+
+    return tuple(told(axis, annotation, position) for position, (axis, annotation) in enumerate(zip(axes, annotations, strict=True)))
 
 
 def table_annotation(axes: Axes) -> Axes | None:

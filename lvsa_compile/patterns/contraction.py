@@ -6,7 +6,6 @@ is batch or heads, one that comes from one operand alone counts queries, and the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from lvsa_compile import compat
-from lvsa_compile.axes.algebra import INPUT, Axis, Digit, Factor, Size, Source, axis_of, leaves, merge_factors, same, split_factor
+from lvsa_compile.axes.algebra import INPUT, Axis, Digit, Factor, Size, Source, axis_of, leaves, merge_factors, quotient, same, split_factor
 from lvsa_compile.axes.call import Axes, sizes_of
 from lvsa_compile.axes.tracker import AxisTracker
 from lvsa_compile.compat import example_value
@@ -63,7 +62,7 @@ def follow(way: list[fx.Node], first: fx.Node, second: fx.Node, value: fx.Node) 
         for axis in axes
         for factor in leaves(axis)
         for digit in factor.digits
-        for edge in (_int(digit.stride), _int(digit.stride) * _int(digit.size))
+        for edge in (digit.stride, digit.stride * digit.size)
     }
     return {node: tuple(_cut(axis, cuts) for axis in axes) for node, axes in found.items()}
 
@@ -74,7 +73,7 @@ def _labelled(tracker: AxisTracker, node: fx.Node, name: str) -> Tensor:
     return alias
 
 
-def _cut(axis: Axis, cuts: set[tuple[Source, int]]) -> Axis:
+def _cut(axis: Axis, cuts: set[tuple[Source, Size]]) -> Axis:
     """An axis with every factor split where any axis has a boundary."""
     done: list[Any] = []
     waiting = list(axis)
@@ -82,18 +81,21 @@ def _cut(axis: Axis, cuts: set[tuple[Source, int]]) -> Axis:
         factor = waiting.pop(0)
         if not isinstance(factor, Factor):
             raise NotThisForm("the scores are joined with something")
-        edges = [
-            edge // _int(digit.stride)
-            for digit in factor.digits
-            for source, edge in cuts
-            if source == digit.source and _int(digit.stride) < edge < _int(digit.stride) * _int(digit.size)
-        ]
-        split = split_factor(factor, _int(factor.size) // max(edges)) if edges else None
+        outers = (_outside(digit, source, edge) for digit in factor.digits for source, edge in cuts)
+        outer = next((found for found in outers if found is not None), None)
+        split = None if outer is None else split_factor(factor, outer)
         if split is None:
             done.append(factor)
         else:
             waiting = [*split[0], *split[1], *waiting]
     return tuple(done)
+
+
+def _outside(digit: Digit, source: Source, edge: Size) -> Size | None:
+    """How many times a stretch of ``edge`` elements of a source comes again in a digit; None where it is not a part of it."""
+    inner = quotient(edge, digit.stride) if source == digit.source else None
+    outer = None if inner is None else quotient(digit.size, inner)
+    return None if inner is None or outer is None or same(inner, 1) or same(outer, 1) else outer
 
 
 def roles(scores: Axes, key_dim: int) -> Roles:
@@ -156,14 +158,14 @@ def _contracted(node: fx.Node, name: str, remaining: Sequence[Factor]) -> Factor
     return Factor(size, frozenset((Digit(Source(INPUT, name, dim, size), size),)))
 
 
-def lead_sizes(leading: Sequence[Axis], found: Roles) -> list[int]:
-    """Sizes of batch and heads: the two leading axes of the scores; where they are not two, all is batch."""
+def lead_factors(leading: Sequence[Axis], found: Roles) -> tuple[int, int]:
+    """How many of the batch factors are batch and how many heads: the two leading axes of the scores; else all are batch."""
     if len(leading) == 2 and tuple(factor for axis in leading for factor in axis) == found.batch:
-        return [math.prod(_int(factor.size) for factor in axis) for axis in leading]
-    return [math.prod(_int(factor.size) for factor in found.batch), 1]
+        return len(leading[0]), len(leading[1])
+    return len(found.batch), 0
 
 
-def brought(canonical: CanonicalForm, node: fx.Node, name: str, atoms: Sequence[Factor], lead: list[int]) -> fx.Node:
+def brought(canonical: CanonicalForm, node: fx.Node, name: str, atoms: Sequence[Factor], lead: tuple[int, int]) -> fx.Node:
     """An operand as ``[batch, heads, tokens, head_dim]``: split into its atoms, put in order, batch and heads joined as ``lead``."""
     digits = []
     for atom in atoms:
@@ -171,35 +173,71 @@ def brought(canonical: CanonicalForm, node: fx.Node, name: str, atoms: Sequence[
         if len(own) != 1:
             raise NotThisForm("an operand is broadcast")
         digits.append(own[0])
-    in_memory = sorted(range(len(digits)), key=lambda i: (digits[i].source.axis, -_int(digits[i].stride)))
-    for dim, size in enumerate(sizes_of(example_value(node))):
-        here = tuple(Factor(digits[i].size, frozenset((digits[i],))) for i in in_memory if digits[i].source.axis == dim)
-        if merge_factors(here) != axis_of(Source(INPUT, name, dim, size)):
+    sizes = sizes_of(example_value(node))
+    in_memory: list[int] = []
+    pieces: list[list[Size]] = []
+    for dim, size in enumerate(sizes):
+        here = _in_memory([i for i, digit in enumerate(digits) if digit.source.axis == dim], digits)
+        factors = tuple(Factor(digits[i].size, frozenset((digits[i],))) for i in here)
+        if merge_factors(factors) != axis_of(Source(INPUT, name, dim, size)):
             raise NotThisForm("an operand is not used whole")
-    split = canonical.call(torch.reshape, node, [_int(digits[i].size) for i in in_memory])
-    ordered = canonical.call(torch.permute, split, [in_memory.index(i) for i in range(len(digits))])
-    return canonical.call(torch.reshape, ordered, [*lead, *(_int(digit.size) for digit in digits[-2:])])
+        in_memory += here
+        pieces.append([digits[i].size for i in here])
+    ordered = _permuted(canonical, _split(canonical, node, pieces), [in_memory.index(i) for i in range(len(digits))])
+    return _joined(canonical, ordered, [*lead, 1, 1])
 
 
-def laid_out(canonical: CanonicalForm, node: fx.Node, atoms: Sequence[Factor], out: Axes, like: Tensor) -> fx.Node:
-    """``[batch, heads, queries, value_dim]`` laid out as the product with the value was."""
+def laid_out(canonical: CanonicalForm, node: fx.Node, atoms: Sequence[Factor], out: Axes, lead: tuple[int, int]) -> fx.Node:
+    """``[batch, heads, queries, value_dim]``, batch and heads joined as ``lead``, laid out as the product with the value was."""
     order: list[int] = []
-    for factor in (factor for axis in out for factor in axis):
-        assert isinstance(factor, Factor)
-        order.extend(i for i, atom in enumerate(atoms) if atom.digits <= factor.digits)
+    joined: list[int] = []
+    for axis in out:
+        here = [i for factor in axis for i, atom in enumerate(atoms) if isinstance(factor, Factor) and atom.digits <= factor.digits]
+        order += here
+        joined.append(len(here))
     if sorted(order) != list(range(len(atoms))):
         raise NotThisForm("the output does not have batch, heads, queries and value_dim once each")
-    split = canonical.call(torch.reshape, node, [_int(atom.size) for atom in atoms])
-    permuted = canonical.call(torch.permute, split, order)
-    return canonical.call(torch.reshape, permuted, [_int(size) for size in sizes_of(like)])
+    sizes = [atom.size for atom in atoms]
+    pieces = [sizes[: lead[0]], sizes[lead[0] : lead[0] + lead[1]], *([size] for size in sizes[lead[0] + lead[1] :])]
+    return _joined(canonical, _permuted(canonical, _split(canonical, node, pieces), order), joined)
+
+
+def _in_memory(chosen: list[int], digits: Sequence[Digit]) -> list[int]:
+    """The digits of one axis from the one with the largest stride on."""
+
+    def is_outside(i: int, j: int) -> bool:
+        return quotient(digits[i].stride, digits[j].stride * digits[j].size) is not None
+
+    return sorted(chosen, key=lambda i: sum(is_outside(j, i) for j in chosen if j != i))
+
+
+def _split(canonical: CanonicalForm, node: fx.Node, pieces: Sequence[Sequence[Size]]) -> fx.Node:
+    """Splits each axis into axes of the given sizes, of which one may be a symbol; axes of one element without a size go."""
+    for dim in reversed(range(len(pieces))):
+        sizes = [size if isinstance(size, int) else -1 for size in pieces[dim]]
+        if sizes.count(-1) > 1 and len(sizes) > 1:
+            raise NotThisForm("more than one size of an axis that is split is a symbol")
+        if not sizes:
+            node = canonical.call(torch.squeeze, node, dim)
+        elif len(sizes) > 1:
+            node = canonical.call(torch.unflatten, node, dim, sizes)
+    return node
+
+
+def _permuted(canonical: CanonicalForm, node: fx.Node, order: list[int]) -> fx.Node:
+    return node if order == sorted(order) else canonical.call(torch.permute, node, order)
+
+
+def _joined(canonical: CanonicalForm, node: fx.Node, counts: Sequence[int]) -> fx.Node:
+    """Joins as many axes as ``counts`` say, one after the other; none become an axis of one element."""
+    for dim, count in enumerate(counts):
+        if count == 0:
+            node = canonical.call(torch.unsqueeze, node, dim)
+        elif count > 1:
+            node = canonical.call(torch.flatten, node, dim, dim + count - 1)
+    return node
 
 
 def without(axes: Axes, found: Roles) -> list[Axis]:
     """The axes that are neither queries nor keys."""
     return [axis for axis in axes if axis not in ((found.query,), (found.key,))]
-
-
-def _int(size: Size) -> int:
-    if not isinstance(size, int):
-        raise NotThisForm("a size is known only while the model runs")
-    return size

@@ -31,8 +31,8 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"nn.MultiheadAttention: {problem}"))
     if arguments["training"] and arguments["dropout_p"] != 0.0:
         return DenseSite(node, DROPOUT.because(f"dropout_p={arguments['dropout_p']}"))
-    if example_value(arguments["query"]).dim() != 3 or not all(isinstance(n, int) for n in example_value(arguments["query"]).shape):
-        return DenseSite(node, SHAPE_NOT_SUPPORTED.because("nn.MultiheadAttention without a batch axis, or of unknown size"))
+    if example_value(arguments["query"]).dim() != 3:
+        return DenseSite(node, SHAPE_NOT_SUPPORTED.because("nn.MultiheadAttention without a batch axis"))
     outputs = [user for user in node.users if user.args[1:] == (0,)]
     canonical = CanonicalForm(outputs[0])
     return _site(node, arguments, outputs[0], canonical)

@@ -27,7 +27,7 @@ from lvsa_compile.patterns.contraction import (
     follow,
     key_atoms,
     laid_out,
-    lead_sizes,
+    lead_factors,
     query_atoms,
     roles,
     value_atoms,
@@ -137,7 +137,7 @@ def _site(softmax: fx.Node, before: list[fx.Node], after: list[fx.Node], canonic
     axes = follow(way, first, second, value)
     scores = _scores(before, axes)
     found = roles(axes[softmax], _softmax_dim(softmax, len(axes[softmax])))
-    lead = lead_sizes(without(scores.axes if scores.mask is not None else axes[softmax], found), found)
+    lead = lead_factors(without(scores.axes if scores.mask is not None else axes[softmax], found), found)
     query, key = (first, second) if found.query_name == FIRST else (second, first)
     values = value_atoms(value, found, axes[result])
 
@@ -149,7 +149,7 @@ def _site(softmax: fx.Node, before: list[fx.Node], after: list[fx.Node], canonic
         mask=mask,
         scale=scores.scale,
     )
-    answer = laid_out(canonical, attention, [*found.batch, found.query, values[-1]], axes[result], example_value(result))
+    answer = laid_out(canonical, attention, [*found.batch, found.query, values[-1]], axes[result], lead)
     if example_value(answer).dtype != example_value(result).dtype:
         answer = canonical.call("to", answer, example_value(result).dtype)
     return canonical.site(attention, answer, result, tuple(way))
