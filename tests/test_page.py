@@ -81,6 +81,9 @@ def test_the_data_of_the_slider_are_the_pattern():
     span = VideoSpan(0, 25, 24, 7)
     (still,) = data_of(page(report_of(sparse_site(plan=plan(pattern, span, span, rotate=False)))))
     assert len(still["phases"]) == 1
+    for rotate, turns in ((True, "step"), ("layer", "layer"), ("both", "step + layer")):
+        (view,) = data_of(page(report_of(sparse_site(plan=plan(pattern, span, span, rotate=rotate)))))
+        assert (view["turns"], len(view["phases"])) == (turns, pattern.phases)
 
 
 def test_a_model_at_its_horizon_says_what_to_do():

@@ -20,7 +20,7 @@ class View:
 
 @dataclass(frozen=True)
 class Picture:
-    """The views of a plan, by ``turns``: denoising steps, heads where these differ, or step by step all heads.
+    """The views of a plan, by ``turns``: denoising steps, layers or the sum of both, heads where these differ, or step by step all heads.
 
     Rows are query blocks; ``columns`` are latent frames (``of_frames``), or equal parts of the key sequence.
     """
@@ -34,7 +34,8 @@ class Picture:
 def picture_of(plan: Plan) -> Picture:
     """The picture of a plan, without the row of its dense steps; of a table with more rows and heads the first 64 views."""
     if plan.frames is not None:
-        return Picture(plan.frames.frames, True, "step", tuple(_of_frames(plan.frames, row) for row in range(plan.sparse_rows)))
+        turns_with = {(False, True): "layer", (True, True): "step + layer"}.get((plan.rows.moves, plan.rows.by_layer), "step")
+        return Picture(plan.frames.frames, True, turns_with, tuple(_of_frames(plan.frames, row) for row in range(plan.sparse_rows)))
     rows, heads = plan.sparse_rows, plan.table.heads
     turns = [(row, head) for row in range(rows) for head in range(heads)][:_VIEWS]
     keys = plan.geometry.key.length

@@ -82,11 +82,8 @@ def _pattern(plan: Plan, sites: Sequence[SiteReport]) -> dict[str, Any]:
     of = f"{picture.columns} latent frames" if picture.of_frames else f"policy {plan.policy.name!r}"
     turning = f"; anchors every {interval or '–'} frames" if picture.of_frames else ""
     count = len(picture.views)
-    phases = {
-        "step": f"{count} {'phase' if count == 1 else 'phases'} of the rotation",
-        "head": f"{count} heads",
-        "step × head": f"{count} views, step by step all heads",
-    }[picture.turns]
+    of_heads = {"head": f"{count} heads", "step × head": f"{count} views, step by step all heads"}
+    phases = of_heads.get(picture.turns, f"{count} {'phase' if count == 1 else 'phases'} of the rotation")
     return {
         "title": f"{'Frame pattern' if picture.of_frames else 'Pattern'} of {len(sites)} {'site' if len(sites) == 1 else 'sites'}",
         "text": f"{of}; density {plan.density:.3f}{turning}, {phases}.",
