@@ -139,6 +139,25 @@ def test_attention_written_out_is_sparse_at_each_size_and_text_and_batch_stay_fr
         assert graphs() == 1
 
 
+def by_frames(x):
+    frames = [x[:, :, f].unfold(2, 2, 2).unfold(3, 2, 2).flatten(2, 3) for f in range(x.shape[2])]
+    return torch.cat([frame.permute(0, 2, 1, 3, 4).flatten(2) for frame in frames], 1)
+
+
+@pytest.mark.parametrize("spell", [by_einops, by_frames])
+def test_a_graph_that_holds_no_attention_fixes_sizes_for_the_next_one(spell):
+    def broken(x):
+        x = spell(x)
+        torch._dynamo.graph_break()
+        return x
+
+    model = randomise(Patched(broken))
+    compiled = torch.compile(lvsa_compile.undo(model), backend="lvsa", options=OPTIONS)
+    for grid in GRIDS:
+        with torch.no_grad():
+            expect_sparse(compiled, model, dit_inputs(*grid), grid)
+
+
 def expect_dense(compiled, model, inputs, reason):
     lvsa_compile.reset()
     with torch.no_grad():

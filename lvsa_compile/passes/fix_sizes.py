@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, fx
 
 from lvsa_compile import compat, reasons
-from lvsa_compile.axes.algebra import INPUT
+from lvsa_compile.axes.algebra import INPUT, LOST, leaves
 from lvsa_compile.layout.graph_trace import input_kind
 from lvsa_compile.passes.compilation import Compilation, Decision
 from lvsa_compile.passes.decide import decide
@@ -49,7 +49,8 @@ def fix_sizes(compilation: Compilation) -> Compilation:
     symbols = frozenset[object]().union(*(compat.symbols_of_input(compat.example_value(node)) for node in placeholders))
     if not symbols:
         return compilation
-    if not any(_may_be_hidden(decision, compilation) for decision in compilation.decisions):
+    hidden_from_next = compilation.position.leads_on and compilation.output_lost
+    if not (hidden_from_next or any(_may_be_hidden(decision, compilation) for decision in compilation.decisions)):
         return _with_structure(compilation)
     found = _with_fixed(compilation, symbols)
     if _seen(found) <= _seen(compilation):
@@ -68,8 +69,9 @@ def fix_sizes(compilation: Compilation) -> Compilation:
 
 
 def _seen(compilation: Compilation) -> int:
-    """How many sites are sparse, or dense for the size of a video that was seen."""
-    return sum(each.plan is not None or (each.miss is not None and each.miss.reason in _OF_THIS_SIZE) for each in compilation.decisions)
+    """How many sites are sparse, or dense for the size of a video that was seen, and of how many outputs the next graph is told all."""
+    sites = sum(each.plan is not None or (each.miss is not None and each.miss.reason in _OF_THIS_SIZE) for each in compilation.decisions)
+    return sites + sum(all(LOST not in factor.kinds for axis in axes for factor in leaves(axis)) for _, axes in compilation.outgoing)
 
 
 def _may_be_hidden(decision: Decision, compilation: Compilation) -> bool:
