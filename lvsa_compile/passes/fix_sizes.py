@@ -69,9 +69,9 @@ def fix_sizes(compilation: Compilation) -> Compilation:
 
 
 def _seen(compilation: Compilation) -> int:
-    """How many sites are sparse, or dense for the size of a video that was seen, and of how many outputs the next graph is told all."""
+    """How many sites are sparse, or dense for the size of a video that was seen, and of how many axes the next graph is told."""
     sites = sum(each.plan is not None or (each.miss is not None and each.miss.reason in _OF_THIS_SIZE) for each in compilation.decisions)
-    return sites + sum(all(LOST not in factor.kinds for axis in axes for factor in leaves(axis)) for _, axes in compilation.outgoing)
+    return sites + sum(all(LOST not in factor.kinds for factor in leaves(axis)) for _, axes in compilation.outgoing for axis in axes)
 
 
 def _may_be_hidden(decision: Decision, compilation: Compilation) -> bool:
@@ -171,8 +171,9 @@ def _first_axis(node: fx.Node) -> int:
 
 
 def _is_given(node: fx.Node) -> bool:
-    """Whether a number was passed by itself, rather than being the size of a tensor."""
-    return "size()" not in (compat.placeholder_source(node) or "")
+    """Whether a number was passed by itself, rather than being a size of a tensor, or telling where it lies in memory."""
+    source = compat.placeholder_source(node) or ""
+    return not any(of_tensor in source for of_tensor in ("size()", "stride()", "storage_offset()"))
 
 
 def _marked(found: Compilation) -> str:
