@@ -42,6 +42,7 @@ class Memory:
         self._axes: dict[Axes, Axes] = {}
         self._held: dict[tuple[int, ...], Axes] = {}
         self._annotated: dict[Axes, Axes] = {}
+        self._tables: dict[int, tuple[Axes, Axes | None]] = {}
         self._of_graphs: dict[tuple[int, ...], tuple[Axes, Axes]] = {}
 
     def one(self, axes: Axes) -> Axes:
@@ -60,6 +61,13 @@ class Memory:
         annotation = self.one(annotation)
         self._annotated.setdefault(annotation, axes)
         return annotation
+
+    def table(self, axes: Axes, annotation: Callable[[Axes], Axes | None]) -> Axes | None:
+        """What ``annotation`` says of a tensor with these axes, which are one object here; asked once."""
+        if id(axes) not in self._tables:
+            found = annotation(axes)
+            self._tables[id(axes)] = axes, None if found is None else self.annotation(found, axes)
+        return self._tables[id(axes)][1]
 
     def annotated(self, annotation: Axes) -> Axes | None:
         """The axes of a tensor that was annotated so; None where none was."""

@@ -205,8 +205,8 @@ class Forward:
         axes = self.tracker.known_axes(tensor)
         if axes is None or (self._size.problem and self._watch.ticks):
             return None
-        if len(axes) == 2 and (table := table_annotation(axes)) is not None:
-            return self._watch.memory.annotation(table, axes)
+        if len(axes) == 2 and (table := self._watch.memory.table(axes, table_annotation)) is not None:
+            return table
         if len(axes) >= 3:
             self._asked[id(axes[-2])] = axes[-2]
         known = self._size.annotations
