@@ -134,7 +134,7 @@ def test_attention_written_out_is_sparse_at_each_size_and_text_and_batch_stay_fr
     compiled = torch.compile(model, backend="lvsa", options=OPTIONS, dynamic=True)
     for grid in GRIDS[:2]:
         torch._dynamo.utils.counters.clear()
-        for text, batch in ((7, 2), (11, 2), (5, 3)):
+        for text, batch in ((7, 2), (5, 3)):
             expect_sparse(compiled, alone, dit_inputs(*grid, text=text, batch=batch), grid)
         assert graphs() == 1
 
