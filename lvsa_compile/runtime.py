@@ -102,6 +102,7 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
     untimed = timestep is None and begins and (keeps_state or (compilation.position.leads_on and bool(extra_inputs)))
     if not extra_inputs and not ticks and (not compilation.sites or compat.compiling_ahead()):
         return compiled
+    layers = compilation.layers
     steps = 1 + max((extra.step for extra in extra_inputs), default=0)
     own_clock, calls = Clock(), calls_of(compilation.compile_id)
     code = compat.source_line(compilation.sites[0].node) if eager else compilation.compile_id.split("/")[0]
@@ -142,10 +143,6 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
             block = context.number_of(compat.innermost_module()) if around is not None else 0
         return block if around is None or not (around.ticks or eager) else (block, around.time((code, block)))
 
-    def first_layer(clock: Clock, block: Hashable) -> int:
-        around = context.parent.get()
-        return clock.layers.first_of((code, block), compilation.layers, None if around is None else around.token)
-
     def run(*args: Any) -> Any:
         if first is not None and compat.is_fake(args[first]):  # as where Dynamo's DDP optimizer asks for shapes
             mode = compat.fake_mode_of(args[first])
@@ -156,9 +153,9 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
         clock = clock_for(args)
         calls.clocks.add(clock)
         block = block_of(args) if keeps_state or by_layer else 0
-        layer = first_layer(clock, block) if by_layer else 0
-        more: dict[str, Tensor] = {}
         around = context.parent.get()
+        layer = clock.layers.first_of((code, block), layers, None if around is None else around.token) if by_layer else 0
+        more: dict[str, Tensor] = {}
         timesteps = _timesteps(timestep, args) if ticks and (around is None or not around.ticked) else []
         if eager and around is not None and around.timestep and not (around.ticks or around.ticked):
             timesteps = [around.timestep[1]]  # no graph of this forward has moved the clock

@@ -24,15 +24,15 @@ INTERVAL = oracle.interval(FRAMES, 1, 1, 4)
 class ByLayer(TorchFunctionMode):
     """Inside it, the n-th eager SDPA over the whole video gets the mask of the phase that ``phase_of(n)`` says."""
 
-    def __init__(self, phase_of, prefix: int = 0) -> None:
+    def __init__(self, phase_of) -> None:
         super().__init__()
-        self.phase_of, self.prefix, self.layer = phase_of, prefix, 0
+        self.phase_of, self.layer = phase_of, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             call = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            if call["query"].shape[-2] == call["key"].shape[-2] == self.prefix + FRAMES * TOKENS:
-                mask = oracle.token_mask(FRAMES, TOKENS, self.phase_of(self.layer), prefix=self.prefix, reference=4, window=1)
+            if call["query"].shape[-2] == call["key"].shape[-2] == FRAMES * TOKENS:
+                mask = oracle.token_mask(FRAMES, TOKENS, self.phase_of(self.layer), reference=4, window=1)
                 self.layer += 1
                 return func(**{**call, "attn_mask": mask})
         return func(*args, **(kwargs or {}))
@@ -50,8 +50,8 @@ PHASES = {
 }
 
 
-def by_layer(model, inputs, phase_of, **around):
-    with ByLayer(phase_of, **around):
+def by_layer(model, inputs, phase_of):
+    with ByLayer(phase_of):
         return model(*inputs)
 
 
@@ -59,12 +59,6 @@ def by_layer(model, inputs, phase_of, **around):
 def no_gradients():
     with torch.no_grad():
         yield
-
-
-class Eager(Block):
-    def forward(self, tokens, text=None):
-        torch._dynamo.graph_break()
-        return super().forward(tokens, text)
 
 
 def whole(model, **settings):
@@ -160,7 +154,23 @@ def test_two_kinds_of_blocks_and_blocks_that_hold_no_video_attention():
         assert step == 0 or close(output, answer), step
 
 
-def test_guidance_and_two_steps_in_one_graph_number_the_layers_of_the_model_once():
+def test_two_steps_in_one_graph_number_the_layers_of_the_model_once():
+    alone, model = randomise(Stack(count=5)), randomise(Stack(count=5))
+
+    def two_steps(latents, times, text):
+        first, second = times.unbind()
+        return model(latents, first[None], text), model(latents, second[None], text)
+
+    compiled = torch.compile(two_steps, backend="lvsa", options={**EXACT, "rotate": "both"})
+    latents, _, text = dit_inputs()
+    for first in (0, 2):
+        times = torch.tensor(timesteps(4)[first : first + 2])
+        for number, output in enumerate(compiled(latents, times, text)):
+            answer = by_layer(alone, (latents, times[number][None], text), PHASES["both"](first + number))
+            assert close(output, answer), first + number
+
+
+def test_guidance_in_one_graph_numbers_the_layers_of_the_model_once():
     alone, model = randomise(Stack(count=5)), randomise(Stack(count=5))
 
     def guided(latents, timestep, text):

@@ -182,7 +182,6 @@ class Compilation:
         step_of: which of several denoising steps of the graph a site belongs to.
         clock_before: the input that moved the clock before this graph runs.
         decisions: what becomes of each site.
-        layers: how many layers attend over the video in the graph.
         followed: whether attention between the graphs of the model is compiled from its next forward on.
         specialised: symbolic sizes that had to be fixed, in words.
         extra_inputs: inputs appended to the graph.
@@ -220,7 +219,6 @@ class Compilation:
     step_of: dict[fx.Node, int] = field(default_factory=dict)
     clock_before: str = ""
     decisions: tuple[Decision, ...] = ()
-    layers: int = 0
     followed: bool = False
     specialised: tuple[str, ...] = ()
     extra_inputs: tuple[ExtraInput, ...] = ()
@@ -244,6 +242,11 @@ class Compilation:
     def facts(self) -> Facts:
         """What policies are told beside the geometry of a site."""
         return Facts(self.horizon, self.horizon_missing)
+
+    @property
+    def layers(self) -> int:
+        """How many layers attend over the video in the graph; at least 1."""
+        return 1 + max((decision.layer for decision in self.decisions), default=0)
 
     @property
     def masked(self) -> tuple[Decision, ...]:

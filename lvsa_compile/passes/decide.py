@@ -62,10 +62,7 @@ def decide(compilation: Compilation) -> Compilation:
         decisions.append(dataclasses.replace(_decision(site, outcome, compilation), layer=layer))
     if any(decision.plan is not None for decision in decisions):  # what is in another form is then most likely not over the video
         decisions = [_not_mendable(each) if each.site is None else each for each in decisions]
-    found = dict.fromkeys(specialised)
-    return dataclasses.replace(
-        compilation, decisions=tuple(decisions), layers=1 + max(layers.values(), default=-1), specialised=tuple(found)
-    )
+    return dataclasses.replace(compilation, decisions=tuple(decisions), specialised=tuple(dict.fromkeys(specialised)))
 
 
 def _outcome(site: AttentionSite | DenseSite, compilation: Compilation, specialised: list[str]) -> SparsePlan | Miss:

@@ -215,7 +215,7 @@ def _split(canonical: CanonicalForm, node: fx.Node, pieces: Sequence[Sequence[Si
     """Splits each axis into axes of the given sizes, of which one may be a symbol; axes of one element without a size go."""
     for dim in reversed(range(len(pieces))):
         sizes = [size if isinstance(size, int) else -1 for size in pieces[dim]]
-        if sizes.count(-1) > 1 and len(sizes) > 1:
+        if sizes.count(-1) > 1:
             raise NotThisForm("more than one size of an axis that is split is a symbol")
         if not sizes:
             node = canonical.call(torch.squeeze, node, dim)

@@ -29,7 +29,8 @@ def report_of(compilation: Compilation) -> Report:
     """The report of one graph."""
     timestep, options = compilation.timestep, compilation.options
     if not moves(compilation):
-        clock = _STILL.get(getattr(options.chosen_policy, "rotate", None), "all steps are alike")
+        rotate = getattr(options.chosen_policy, "rotate", True) if options.chosen_policy.name == "lvsa" else True
+        clock = _STILL.get(rotate, "all steps are alike")
     elif explicit_step() is not None:
         clock = "lvsa_compile.step(i), as given when this was compiled"
     elif timestep is not None:
@@ -60,7 +61,7 @@ def moves(compilation: Compilation) -> bool:
     """Whether any sparse site depends on the denoising step; as far as nothing is sparse, whether it would."""
     plans = [decision.plan.call.plan for decision in compilation.sparse if decision.plan is not None]
     rotate = getattr(compilation.options.chosen_policy, "rotate", True)
-    return any(plan.rows.moves or plan.state for plan in plans) if plans else rotate not in _STILL
+    return any(plan.rows.moves or plan.state for plan in plans) if plans else rotate not in tuple(_STILL)
 
 
 def _horizon(compilation: Compilation) -> str:

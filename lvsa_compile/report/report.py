@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from lvsa_compile.forward.calls import calls_of
-from lvsa_compile.forward.clock import Clock
 from lvsa_compile.ops import verified as verification
-from lvsa_compile.policies.contract import Plan
+from lvsa_compile.policies.contract import Frames, Plan
 from lvsa_compile.policies.given import policy_as_dict
 from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
 from lvsa_compile.reasons import HORIZON_UNKNOWN, NO_GRID, PATTERN_FULL, REASONS
@@ -215,23 +214,21 @@ def with_what_ran(report: Report) -> Report:
 
 def _with_calls(graph: GraphReport) -> GraphReport:
     calls = calls_of(graph.compile_id)
-    saw = tuple(dict.fromkeys(text for clock in calls.clocks if (text := str(clock.saw()))))
-    short = tuple(dict.fromkeys(text for clock in calls.clocks for site in graph.sites if (text := _short(site.plan, clock))))
-    return dataclasses.replace(graph, calls=calls, clock_saw=saw, short=short)
+    saw = [(clock, clock.saw()) for clock in calls.clocks]
+    turning = {(plan.frames, plan.rows.by_layer) for site in graph.sites if (plan := site.plan) is not None and plan.rows.moves}
+    short = dict.fromkeys(_short(*each, seen.steps, clock.layers.count) for clock, seen in saw for each in turning)
+    texts = dict.fromkeys(str(seen) for _, seen in saw)
+    return dataclasses.replace(graph, calls=calls, clock_saw=tuple(filter(None, texts)), short=tuple(filter(None, short)))
 
 
-def _short(plan: Plan | None, clock: Clock) -> str:
-    """Which frames were never an anchor in the videos that a clock saw, and what helps; "" where all were one, or none moves."""
-    steps = clock.saw().steps
-    if plan is None or not isinstance(plan.frames, FramePattern) or not plan.rows.moves or steps < 2:
+def _short(pattern: Frames | None, by_layer: bool, steps: int, layers: int) -> str:
+    """Which frames were never an anchor in videos of so many steps, and what helps; "" where all were one."""
+    layers = max(1, layers) if by_layer else 1
+    if not isinstance(pattern, FramePattern) or steps < 2 or (share := pattern.coverage(steps, layers)) == 1.0:
         return ""
-    layers = max(1, clock.layers.count)
-    share = plan.frames.coverage(steps, layers)
-    if share == 1:
-        return ""
-    remedy = "" if plan.rows.by_layer else ". options={'rotate': 'both'} moves the anchors from layer to layer, too"
-    short = f"in {steps} denoising steps {share:.0%} of the {plan.frames.frames} latent frames were one at least once"
-    return f"{short}; all are after {plan.frames.phases - layers + 1}{remedy}"
+    remedy = "" if by_layer else ". options={'rotate': 'both'} moves the anchors from layer to layer, too"
+    short = f"in {steps} denoising steps {share:.0%} of the {pattern.frames} latent frames were one at least once"
+    return f"{short}; all are after {pattern.phases - layers + 1}{remedy}"
 
 
 def _with_sites(report: Report, changed: Callable[[SiteReport, str], SiteReport]) -> Report:

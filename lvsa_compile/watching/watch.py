@@ -299,7 +299,7 @@ class Forward:
         if checked == size.checked:
             return
         size.checked = checked
-        with compat.no_modes():
+        with compat.no_modes():  # names are those of annotations, which ``peek`` knows
             shown = collect_evidence(list(tokens.values()), axes, Reader({}, elsewhere=self))
         why = why_no_denoiser(shown.targets, [*map(expanded, tokens.values())], returned, timed, self.tracker.convolved)
         self._settle(shown, why)
