@@ -55,7 +55,7 @@ docs: $(VENV)/docs
 # Random video DiTs against ground truth, as many as FUZZ says.
 FUZZ ?= 500
 fuzz: $(VENV)/test
-	FUZZ=$(FUZZ) $(BIN)/python -m pytest -s tests/test_fuzz.py tests/test_masks.py -k "random or written_to"
+	FUZZ=$(FUZZ) $(BIN)/python -m pytest -s tests/test_fuzz.py tests/test_masks.py tests/test_second_size.py -k "random or written_to or twenty_four"
 
 # How fast it is here, beside its peers; half an hour on a quiet machine of two cores.
 bench: $(VENV)/test

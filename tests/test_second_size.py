@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+
 import einops
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from test_graph_breaks import close, masked
+from test_regional import Stack
+from test_watching import in_place
 from tiny_models import EXACT, VideoDiT, dit_inputs, randomise
 from torch import nn
 
@@ -221,3 +227,27 @@ def test_a_mask_of_rows_and_columns_at_each_size(dynamic):
     compiled = torch.compile(model, backend="lvsa", options=OPTIONS, dynamic=dynamic)
     for grid in GRIDS[:3]:
         expect_sparse(compiled, model, dit_inputs(*grid), grid, counted=5)
+
+
+def whole(model, **settings):
+    return torch.compile(model, **settings)
+
+
+def dynamically(model, **settings):
+    return torch.compile(model, dynamic=True, **settings)
+
+
+def regionally(model, backend, options):
+    return lvsa_compile.compile_repeated_blocks(model, options=options)
+
+
+@pytest.mark.skipif(not int(os.environ.get("FUZZ", "0")), reason="make fuzz runs it")
+@pytest.mark.parametrize("way", [whole, dynamically, regionally, in_place])
+def test_each_of_twenty_four_sizes_is_sparse_twice(way):
+    alone, model = randomise(Stack()), way(randomise(Stack()), backend="lvsa", options=OPTIONS)
+    grids = list(itertools.product((9, 10, 11, 12), (2, 3), (2, 3, 4)))
+    with torch.no_grad():
+        model(*dit_inputs(*grids[0]))  # by blocks, the very first forward is dense
+        for grid in (*grids, *grids):
+            lvsa_compile.reset()
+            assert close(model(*dit_inputs(*grid)), masked(alone, dit_inputs(*grid), 0, grid[0], grid[1] * grid[2])), grid
