@@ -31,7 +31,8 @@ def measure(device: torch.device, rounds: int, frames: int = 3) -> list[Row]:
 
 def _row(name: str, pair: Callable[[nn.Module, nn.Module], None], device: torch.device, rounds: int, frames: int) -> Row:
     torch.compiler.reset()
-    plain, followed = (_model().to(device) for _ in range(2))
+    plain = _model().to(device)
+    followed = copy.deepcopy(plain, {id(each): each for each in plain.parameters()})  # the same memory: where weights lie decides more
     pair(plain, followed)
     inputs = inputs_of(frames, device)
     runs = {name: functools.partial(one_step, model, inputs) for name, model in (("plain", plain), ("followed", followed))}

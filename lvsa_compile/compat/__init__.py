@@ -75,13 +75,14 @@ from lvsa_compile.compat.inductor import (
 from lvsa_compile.compat.modes import (
     KeepsDynamoAwayItself,
     decomposed,
+    dynamo_away,
+    dynamo_back,
     in_compiled_graph,
     is_composite,
     mode_away,
     mode_on,
     modes_on_stack,
     skip_by_dynamo,
-    switch_dynamo,
 )
 from lvsa_compile.compat.modules import (
     compiled_call,
@@ -174,6 +175,8 @@ __all__ = [
     "cuda_graphs_by_default",
     "cudnn_attention_enabled",
     "decomposed",
+    "dynamo_away",
+    "dynamo_back",
     "ends_in_break",
     "example_value",
     "fake_like",
@@ -245,7 +248,6 @@ __all__ = [
     "static_fake_mode",
     "statically_true",
     "suppose",
-    "switch_dynamo",
     "symbol_positions",
     "symbols_in",
     "symbols_of_input",

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback, set_eval_frame
 from torch._ops import OpOverload as OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
@@ -93,14 +94,21 @@ def skip_by_dynamo(code: types.CodeType) -> None:
     skip_code(code)
 
 
-def switch_dynamo(callback: Any) -> Any:
-    """Has Dynamo look at what this thread calls as ``callback`` says, at nothing where that is None; returns what it did before.
+def dynamo_away() -> Any:
+    """Has Dynamo look at nothing that this thread calls; returns what ``dynamo_back`` needs, None where it looked at nothing.
 
     The cheapest way, for what runs at each op.
     """
-    from torch._C._dynamo.eval_frame import set_eval_frame
+    before = get_eval_frame_callback()
+    if before is not None:
+        set_eval_frame(None)
+    return before
 
-    return set_eval_frame(callback)
+
+def dynamo_back(before: Any) -> None:
+    """Has Dynamo look again at what this thread calls."""
+    if before is not None:
+        set_eval_frame(before)
 
 
 _MOST_CODES = 4096

@@ -22,7 +22,7 @@ from lvsa_compile.axes.values import Array, KnownValues, Later
 from lvsa_compile.layout.guarded_values import SameValue, can_be_read
 from lvsa_compile.patterns import library_ops
 from lvsa_compile.watching.formula import Formula
-from lvsa_compile.watching.memory import MOST, Found, Memory, is_counted_by, key_of
+from lvsa_compile.watching.memory import AS_THEY_ARE, MOST, Found, Memory, is_counted_by, key_of
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +53,13 @@ class EagerTracker(compat.KeepsDynamoAwayItself, AxisTracker):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs the op, then notes the axes of what it returned or wrote."""
-        before = compat.switch_dynamo(None)
+        before = compat.dynamo_away()
         try:
             if not isinstance(func, compat.OpOverload) or compat.in_compiled_graph(self._end):
                 return func(*args, **(kwargs or _NONE))
             return self._run(func, args, kwargs or _NONE)
         finally:
-            compat.switch_dynamo(before)
+            compat.dynamo_back(before)
 
     def _run(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = _ops.get(id(func)) or _known(func)
@@ -116,18 +116,19 @@ class EagerTracker(compat.KeepsDynamoAwayItself, AxisTracker):
         outputs: tuple[Tensor, ...] = (result,) if type(result) is Tensor else tuple(result)
         if len(outputs) != len(remembered):
             return False
-        for tensor, (shape, _) in zip(outputs, remembered, strict=True):
+        for tensor, (shape, _) in zip(outputs, remembered):  # noqa: B905 - lengths are equal, and this runs at each op
             if type(tensor) is not Tensor or tensor.shape != shape:
                 return False
-        base = compat.version_of(args[0]) if known.view else None
-        for tensor, (_, axes) in zip(outputs, remembered, strict=True):
-            version = compat.version_of(tensor)
-            self._held[id(tensor)] = (weakref.ref(tensor), axes, version, version if base is None else base)
+        held, references = self._held, []
+        base = compat.version_of(args[0]) if known.view else -2
+        for tensor, (_, axes) in zip(outputs, remembered):  # noqa: B905
+            version, reference = compat.version_of(tensor), weakref.ref(tensor)
+            held[id(tensor)] = reference, axes, version, base if known.view else version
+            references.append(reference)
         if known.view and type(args[0]) is not Parameter:  # nobody writes to a weight within a forward
-            held = self._held
-            parent, references = held.get(id(args[0])), tuple([held[id(tensor)][0] for tensor in outputs])
-            reference = weakref.ref(args[0]) if parent is None or parent[0]() is not args[0] else parent[0]
-            self.keep_view(id(args[0]), ViewCall(known.func, known.name, reference, args[1:], kwargs, references, ""), outputs)
+            parent = held.get(id(args[0]))
+            whole = weakref.ref(args[0]) if parent is None or parent[0]() is not args[0] else parent[0]
+            self.keep_view(id(args[0]), ViewCall(known.func, known.name, whole, args[1:], kwargs, tuple(references), ""), outputs)
         return True
 
     def _note_write(self, known: _Known, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -204,6 +205,8 @@ class EagerTracker(compat.KeepsDynamoAwayItself, AxisTracker):
     def _key_of(self, value: Any) -> Hashable:
         """``key_of``, quickly for what is most: tensors that are known, and weights, of which the shape tells all."""
         kind = type(value)
+        if kind in AS_THEY_ARE:
+            return value  # type: ignore[no-any-return]
         if isinstance(value, Tensor) and (kind is Tensor or kind is Parameter):
             held = self._held.get(id(value))
             if held is not None and held[0]() is value:

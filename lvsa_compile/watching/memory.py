@@ -113,13 +113,13 @@ def is_counted_by(axes: list[Axes], node_name: str) -> bool:
     )
 
 
-_AS_THEY_ARE = frozenset((type(None), int, bool, str, torch.dtype, torch.device))
+AS_THEY_ARE = frozenset((type(None), int, bool, str, torch.dtype, torch.device))
 
 
 def key_of(value: Any, axes_of: Callable[[Tensor], Axes]) -> Hashable:
     """What of an argument decides what a rule gives: of a tensor its axes and dtype, of a float only that it is one."""
     kind = type(value)
-    if kind in _AS_THEY_ARE:
+    if kind in AS_THEY_ARE:
         key: Hashable = value
     elif kind is Tensor or isinstance(value, Tensor):
         key = (id(axes_of(value)), value.dtype)
