@@ -157,7 +157,7 @@ def with_clock(compiled: Callable[..., Any], compilation: Compilation, owner: Ow
         layer = clock.layers.first_of((code, block), layers, None if around is None else around.token) if by_layer else 0
         more: dict[str, Tensor] = {}
         timesteps = _timesteps(timestep, args) if ticks and (around is None or not around.ticked) else []
-        if eager and around is not None and around.timestep and not (around.ticks or around.ticked):
+        if timestep is None and around is not None and around.timestep and not (around.ticks or around.ticked):
             timesteps = [around.timestep[1]]  # no graph of this forward has moved the clock
         if around is not None and timesteps:
             around.ticked = True

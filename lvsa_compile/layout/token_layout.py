@@ -108,7 +108,11 @@ def token_layout(tokens: Axis, batch: Axis, targets: Targets, contradictions: Ma
     """
     taken = {d.source for f in leaves(tokens) if same(f.size, 1) for d in f.digits if not same(d.source.size, 1)}
     outside = [d.source for f in leaves(batch) for d in f.digits if d.source.kind == INPUT and d.source.axis > 0]
-    along_video = any(source.rank >= 5 or (source.rank == 4 and source.node_name in targets) for source in outside)
+    packed = _packed_sources(tokens)
+    along_video = any(
+        (source.rank >= 5 or (source.rank == 4 and source.node_name in targets)) and packed.get(source.node_name, source) == source
+        for source in outside
+    )
     along = sorted(origins([tokens]) & targets.keys())
     if all(in_order(tokens, node_name) for node_name in along):
         seen = [_segments(narrowed(tokens, node_name), {node_name: targets[node_name]}, contradictions) for node_name in along]
@@ -117,6 +121,15 @@ def token_layout(tokens: Axis, batch: Axis, targets: Targets, contradictions: Ma
             sources = frozenset[Source]().union(*(s.grid.frame_sources for some in videos for s in some if s.grid and s.kind == VIDEO))
             return TokenLayout(tuple(_running_along(segment, sources, taken) for segment in videos[0]), along_video)
     return TokenLayout(tuple(_segments(tokens, targets, contradictions)), along_video)
+
+
+def _packed_sources(tokens: Axis) -> dict[str, Source]:
+    """The axis of each input that alone holds the grid of the tokens: its other axes, as of heads, count none of it."""
+    strides: dict[Source, set[Size]] = {}
+    for digit in (digit for factor in leaves(tokens) for digit in factor.digits):
+        strides.setdefault(digit.source, set()).add(digit.stride)
+    names = [source.node_name for source in strides]
+    return {source.node_name: source for source, found in strides.items() if len(found) >= 2 and names.count(source.node_name) == 1}
 
 
 def _running_along(segment: Segment, sources: frozenset[Source], taken: set[Source]) -> Segment:

@@ -37,7 +37,8 @@ def find_timestep(compilation: Compilation) -> Compilation:
 
     An input is a tensor or a number; a number that Dynamo made a constant, which it guards, is known by the name of its argument.
 
-    Of several graphs of one forward the first that sees a timestep moves the clock: what the others get may be made of it.
+    Of several graphs of one forward the first that sees a timestep moves the clock: what the others get may be made of it.  Where none
+    does, as where the model's own function runs in eager code, it is the model's own input.
     """
     root, code, around = context.root_module(), compilation.compile_id.split("/")[0], context.parent.get()
     if (compilation.position.continues or (around is not None and around.ticks)) and clock_input_before(root, code):
@@ -52,6 +53,8 @@ def find_timestep(compilation: Compilation) -> Compilation:
     ]
     ranked = sorted((_rank(node, name), position, name) for position, node, name in candidates)
     if not ranked or ranked[0][0] >= _UNLIKELY:
+        if around is not None and around.timestep is not None:
+            return dataclasses.replace(compilation, clock_before=around.timestep[0])
         return compilation if compilation.position.continues else dataclasses.replace(compilation, timestep=_constant())
     best, position, name = ranked[0]
     alike = [position for rank, position, _ in ranked if rank == best]

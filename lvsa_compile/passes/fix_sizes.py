@@ -71,7 +71,8 @@ def fix_sizes(compilation: Compilation) -> Compilation:
 def _seen(compilation: Compilation) -> int:
     """How many sites are sparse, or dense for the size of a video that was seen, and of how many axes the next graph is told."""
     sites = sum(each.plan is not None or (each.miss is not None and each.miss.reason in _OF_THIS_SIZE) for each in compilation.decisions)
-    return sites + sum(all(LOST not in factor.kinds for factor in leaves(axis)) for _, axes in compilation.outgoing for axis in axes)
+    outputs = (axis for _, axes in (*compilation.outgoing, *compilation.passed_on) for axis in axes)
+    return sites + sum(all(LOST not in factor.kinds for factor in leaves(axis)) for axis in outputs)
 
 
 def _may_be_hidden(decision: Decision, compilation: Compilation) -> bool:

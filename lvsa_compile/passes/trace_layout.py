@@ -52,9 +52,9 @@ def trace_layout(compilation: Compilation) -> Compilation:
     now = None if relations is None else relations.now
     seen, unannotated = collect_evidence(tokens, traced.output_axes, traced.reader, now), _not_annotated(compilation, brought)
     if context.parent.get() is not None and compilation.position.continues:  # then every input that may show the video is annotated
-        guessed = frozenset(seen.targets.keys() - _names_in(brought))
+        guessed, untold = frozenset(seen.targets.keys() - _names_in(brought)), frozenset[str]()
     else:
-        guessed = unannotated - _shown_elsewhere([*tokens, *(axis for axes in seen.outputs.values() for axis in axes)])
+        guessed = untold = unannotated - _shown_elsewhere([*tokens, *(axis for axes in seen.outputs.values() for axis in axes)])
     seen = dataclasses.replace(seen, targets={node_name: axes for node_name, axes in seen.targets.items() if node_name not in guessed})
     outputs = None if compilation.position.breaks else _outputs(compilation.graph_module.graph)
     not_denoiser = why_no_denoiser(seen.targets, [*map(expanded, tokens)], outputs, _has_time(compilation), traced.tracker.convolved)
@@ -68,7 +68,8 @@ def trace_layout(compilation: Compilation) -> Compilation:
         for node, (query, key) in ((node, (seen.refine(query), seen.refine(key))) for node, (query, key) in pairs.items())
     }
     masks = {site.node: _mask_form(site, site.mask, traced) for site in sites if site.mask is not None}
-    outgoing = _outgoing(seen, compilation.graph_module.graph, brought) if compilation.position.leads_on else ()
+    told = {position: axes for position, axes in seen.outputs.items() if not (untold & origins(axes))}
+    outgoing = _outgoing(dataclasses.replace(seen, outputs=told), compilation, brought)
     return dataclasses.replace(
         compilation,
         layouts=layouts,
@@ -104,14 +105,12 @@ def _names_in(brought: Mapping[str, Axes]) -> frozenset[str]:
 
 
 def _shown_elsewhere(axes: Iterable[Axis]) -> frozenset[str]:
-    """Names of inputs along which a grid of three counts, as a rope table's, or a grid that an earlier graph told of runs, too."""
+    """Names of inputs along which a grid that an earlier graph told of runs, too."""
     others: dict[str, set[Source]] = {}
     for sources in ({digit.source for digit in factor.digits} for axis in axes for factor in leaves(axis)):
         for source in sources:
             others.setdefault(source.node_name, set()).update(other for other in sources if other.node_name != source.node_name)
-    return frozenset(
-        node_name for node_name, found in others.items() if len(found) >= 3 or any(is_known_video(other.node_name) for other in found)
-    )
+    return frozenset(node_name for node_name, found in others.items() if any(is_known_video(other.node_name) for other in found))
 
 
 def _not_annotated(compilation: Compilation, brought: Collection[str]) -> frozenset[str]:
@@ -171,12 +170,15 @@ def _brought(compilation: Compilation) -> dict[str, Axes]:
     return found
 
 
-def _outgoing(seen: LayoutEvidence, graph: fx.Graph, brought: Mapping[str, Axes]) -> tuple[tuple[int, Axes], ...]:
+def _outgoing(seen: LayoutEvidence, compilation: Compilation, brought: Mapping[str, Axes]) -> tuple[tuple[int, Axes], ...]:
     """What is to be said of the outputs, by position.
 
     An output that is as an input was is said to be what was said of that, so that all blocks of a kind get the same.  Of several videos
     that may be generated it is not known here which one is, unless they run along one axis, as items of a batch do.
     """
+    if not compilation.position.leads_on:
+        return ()
+    graph = compilation.graph_module.graph
     factors = [factor for axes in seen.outputs.values() for axis in axes for factor in leaves(axis)]
     together = any(seen.targets.keys() <= {digit.source.node_name for digit in factor.digits} for factor in factors)
     generated = seen.targets if together else {}

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lvsa_compile import compat
 from lvsa_compile.errors import RegionError
 from lvsa_compile.forward import context
-from lvsa_compile.forward.clock import size_of_video
+from lvsa_compile.forward.clock import clock_input_before, size_of_video
 from lvsa_compile.forward.labels import watched_forward
 from lvsa_compile.forward.timestep_names import timestep_among
 from lvsa_compile.watching.inputs import ForwardInputs
@@ -121,6 +121,11 @@ def follow_broken(attend: Attend | None, unseen: str, only_looking: bool) -> boo
     found = next((call for call in calls if _is(call.module, own)), None)
     if found is None or context.parent.get() is not None or left_alone(found.module):
         return False
+    model = compat.uncompiled(found.module)
+    before = watch_of(found.module)
+    begins = (before is None or before.looking) and not only_looking
+    if begins and found.inputs.timed and not clock_input_before(model, ""):
+        tick(model, timestep_of(found.inputs), size_of_video(found.inputs.leaves))  # as no graph has in this forward
     present = watch(found.module, ticks=False, attend=attend, looking=_LOOKING if only_looking else 0)
     present.unseen = present.unseen or unseen
     return True
