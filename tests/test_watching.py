@@ -699,3 +699,20 @@ def test_eager_code_is_followed_as_a_graph_is(names, inference):
             with compat.mode_on(tracker):
                 output = run(x)
             assert shown(tracker.axes_of(output)) == expected
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_tensor_that_an_op_returns_as_it_came_is_no_view_of_itself(inference):
+    def run():
+        memory = Memory()
+        for _ in range(2):  # found out, and remembered
+            tracker = EagerTracker(memory, run.__code__)
+            with compat.mode_on(tracker):
+                mask = torch.zeros(2, 3, 4)
+                assert mask.to(mask.dtype) is mask
+                assert tracker.made_of(mask)[0] is None
+                assert tracker.made_of(mask[:, :2])[0] is mask
+                mask.index_fill_(-1, torch.tensor([1, 2]), 1.0)
+
+    with torch.inference_mode(inference):
+        run()

@@ -8,8 +8,8 @@ from lvsa_compile.axes.algebra import BROADCAST
 from lvsa_compile.axes.call import Axes, Call, axis_index
 
 
-def npu_attention(call: Call) -> Sequence[Axes]:
-    """torch_npu's fused attention in any layout: the result has the query's axes, the last of them the value's."""
+def library_attention(call: Call) -> Sequence[Axes]:
+    """Attention of torch_npu, flash-attn, xformers in any layout: the result has the query's axes, the last of them the value's."""
     return [(*call.input(0)[:-1], call.input(2)[-1]), *(call.new_axes(output) for output in call.outputs[1:])]
 
 

@@ -29,7 +29,7 @@ from lvsa_compile.axes.algebra import (
     slice_axis,
 )
 from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, with_axis
-from lvsa_compile.axes.device_rules import geglu, npu_attention, repeat_interleave
+from lvsa_compile.axes.device_rules import geglu, library_attention, repeat_interleave
 from lvsa_compile.axes.overwriting import holds_tokens, informed, lost_axes, overwritten
 from lvsa_compile.axes.patch_rules import columns_to_image, convolution, image_to_columns, pad, pixel_shuffle, pool, unfold
 from lvsa_compile.axes.pointwise_rules import broadcast_axes, pointwise
@@ -378,7 +378,12 @@ RULES: dict[str, Rule] = _table(
         " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"
         " _scaled_dot_product_attention_math attention",
     ),
-    (npu_attention, "npu_fusion_attention npu_fusion_attention_v2 npu_fusion_attention_v3 npu_prompt_flash_attention"),
+    (
+        library_attention,
+        "npu_fusion_attention npu_fusion_attention_v2 npu_fusion_attention_v3 npu_prompt_flash_attention flash_fwd"
+        " memory_efficient_attention _flash_attention_forward _varlen_attn flash_attn_func flash_attn_varlen_func _flash_attn_forward"
+        " _flash_attn_varlen_forward",
+    ),
     (repeat_interleave, "repeat_interleave"),
     (geglu, "npu_geglu"),
     (all_to_all, "all_to_all_single"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lvsa_compile.axes.algebra import BROADCAST, INPUT, Factor, Size, axis_size, regroup, same, slice_axis
+from lvsa_compile.axes.algebra import BROADCAST, INPUT, Axis, Concat, Factor, Size, axis_size, leaves, regroup, same, slice_axis
 from lvsa_compile.axes.call import Axes, Call, axis_index, sizes_of, with_axis
 from lvsa_compile.axes.opaque import cut_axis
 from lvsa_compile.compat import settle_slice, size_expression
@@ -13,10 +13,28 @@ from lvsa_compile.compat import settle_slice, size_expression
 
 def view(call: Call) -> Sequence[Axes] | None:
     """Reshape, squeeze, unsqueeze: the same factors under other boundaries."""
-    grouped = regroup(call.input(), sizes_of(call.outputs[0]))
-    if grouped is not None:
-        return [grouped]
-    return [_regroup_where_possible(call)]
+    sizes = sizes_of(call.outputs[0])
+    grouped = regroup(call.input(), sizes)
+    if grouped is None:
+        grouped = regroup(tuple(_one_above_the_other(axis, i, call) for i, axis in enumerate(call.input())), sizes)
+    return [_regroup_where_possible(call) if grouped is None else grouped]
+
+
+def _one_above_the_other(axis: Axis, position: int, call: Call) -> Axis:
+    """A concatenation of one axis several times, as of the tokens of samples, as an axis that counts the samples, and that axis."""
+    parts = [_without_sample(part) for part in axis[0].parts] if len(axis) == 1 and isinstance(axis[0], Concat) else []
+    alike = bool(parts) and all(part == parts[0] for part in parts)
+    return (*call.new_axis(len(parts), axis=position), *parts[0]) if alike else axis
+
+
+def _without_sample(axis: Axis) -> Axis:
+    """An axis without the one position of a first axis, that of the batch, which it lies at."""
+
+    def is_sample(factor: Factor | Concat) -> bool:
+        whole = isinstance(factor, Factor) and same(factor.size, 1)
+        return whole and all(d.source.axis == 0 and not d.source.stands_for_axis for f in leaves((factor,)) for d in f.digits)
+
+    return tuple(factor for factor in axis if not is_sample(factor))
 
 
 def _regroup_where_possible(call: Call) -> Axes:

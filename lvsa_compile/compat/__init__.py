@@ -126,6 +126,7 @@ from lvsa_compile.compat.ops import (
     written_by,
 )
 from lvsa_compile.compat.sizes import (
+    holds_here,
     known_only_at_run_time,
     marked_dynamic,
     number_of,
@@ -189,6 +190,7 @@ __all__ = [
     "guard_input",
     "guard_self",
     "guard_together",
+    "holds_here",
     "holds_parameter",
     "in_compiled_graph",
     "inductor_has_option",

@@ -31,6 +31,13 @@ def statically_true(condition: Any) -> bool:
     return bool(statically_known_true(condition))
 
 
+def holds_here(condition: Any) -> bool:
+    """Whether a condition on symbolic sizes holds in this compile, which is guarded; False where only run time shows it."""
+    if isinstance(condition, torch.SymBool) and condition.node.hint is None:
+        return statically_true(condition)
+    return bool(condition)
+
+
 def size_expression(size: Any) -> Any:
     """An int or an expression as it is, a symbolic size as its sympy expression (hashable, and combinable without guards)."""
     if not isinstance(size, torch.SymInt):

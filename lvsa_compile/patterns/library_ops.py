@@ -1,7 +1,7 @@
 """Attention ops of other libraries that stand in the graph as one node: flash-attn, xformers, diffusers' wrapped kernels, ATen's own.
 
 ``LAYOUTS`` says for each how its tensors are laid out; its other arguments are read from its own signature, and each must have the
-value that makes it plain attention.
+value that makes it plain attention.  Ops of sequences of any lengths, told by where each ends, are plain where there is one per sample.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +26,17 @@ BSHD, BHSD = "BSHD", "BHSD"
 LAYOUTS = {
     "flash_attn.flash_attn_func": BSHD,
     "flash_attn._flash_attn_forward": BSHD,
+    "flash_attn.flash_attn_varlen_func": BSHD,
+    "flash_attn._flash_attn_varlen_forward": BSHD,
     "flash_attn_interface.flash_attn_func": BSHD,
+    "flash_attn_interface.flash_attn_varlen_func": BSHD,
     "flash_attn_3._flash_attn_forward": BSHD,
     "flash_attn_3.fwd": BSHD,
     "_diffusers_flash_attn_3._flash_attn_forward": BSHD,
     "xformers.memory_efficient_attention": BSHD,
     "xformers_flash.flash_fwd": BSHD,
+    "torch_attn._varlen_attn": BSHD,
+    "aten._flash_attention_forward": BSHD,
     "aten._scaled_dot_product_flash_attention": BHSD,
     "aten._scaled_dot_product_flash_attention_for_cpu": BHSD,
     "aten._scaled_dot_product_efficient_attention": BHSD,
@@ -38,17 +44,23 @@ LAYOUTS = {
     "aten._scaled_dot_product_fused_attention_overrideable": BHSD,
     "npu.npu_fusion_attention": "",
 }
-"""Library and name of an op, and the order of axes of its query, key and value; "" where its ``input_layout`` says it."""
+"""Library and name of an op, and the order of axes of its query, key and value; "" where its ``input_layout`` says it.
+
+BSHD stands for ``[samples * tokens, heads, head_dim]``, too, where the op is told the ends of sequences.
+"""
 
 _NAMED_LAYOUTS = {"BSND": BSHD, "BNSD": BHSD}
 
 _ROLES = {
     "q": "query", "k": "key", "v": "value", "attn_bias": "attn_mask",
     "softmax_scale": "scale", "causal": "is_causal", "p": "dropout_p", "dropout": "dropout_p",
+    "cu_seqlens_q": "query_ends", "cum_seq_q": "query_ends", "cu_seq_q": "query_ends",
+    "cu_seqlens_k": "key_ends", "cum_seq_k": "key_ends", "cu_seq_k": "key_ends",
+    "max_seqlen_q": "most_queries", "max_q": "most_queries", "max_seqlen_k": "most_keys", "max_k": "most_keys",
 }  # fmt: skip
 _NO_MATTER = frozenset(
     "return_softmax return_attn_probs return_debug_mask deterministic num_splits pack_gqa sm_margin compute_lse compute_log_sumexp op"
-    " output_dtype max_q max_k max_seqlen_q max_seqlen_k return_lse"
+    " output_dtype return_lse enable_gqa zero_tensors"
     " head_num input_layout pre_tockens next_tockens inner_precise gen_mask_parallel sync softmax_layout seed offset".split()
 )
 _PLAIN: tuple[Any, ...] = (None, 0, -1, False, (-1, -1), [-1, -1], (None, None))
@@ -65,14 +77,18 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
         if not layout:
             return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with input_layout={arguments.get('input_layout')}"))
     query, key, value = (arguments.pop(name, None) for name in ("query", "key", "value"))
-    if not (is_tensor(query) and is_tensor(key) and is_tensor(value) and example_value(query).dim() == 4):
+    sequences = _Sequences(*(arguments.pop(name, None) for name in ("query_ends", "most_queries", "key_ends", "most_keys")))
+    rank = 4 if sequences.query_ends is None else 3
+    if not (is_tensor(query) and is_tensor(key) and is_tensor(value) and example_value(query).dim() == rank):
         return DenseSite(node, SHAPE_NOT_SUPPORTED.because(f"{_library_name(node)} without batch and heads"))
+    if rank == 3 and not sequences.are_samples(query, key):
+        return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with sequences whose lengths may differ"))
     scale, causal, dropout = arguments.pop("scale", None), bool(arguments.pop("is_causal", False)), arguments.pop("dropout_p", 0.0)
     dropout = dropout or 1.0 - arguments.pop("keep_prob", 1.0)
     mask = arguments.pop("attn_mask") if is_tensor(arguments.get("attn_mask")) else None
     if dropout != 0.0:
         return DenseSite(node, DROPOUT.because(f"dropout_p={dropout}"))
-    if not (scale is None or isinstance(scale, (int, float))):
+    if is_tensor(scale):
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with a scale that is computed"))
     for name, given in arguments.items():
         if name not in _NO_MATTER and not any(type(given) is type(plain) and given == plain for plain in (*_PLAIN, 0.0)):
@@ -81,12 +97,51 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
     if replaces is None:
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"more than the output of {_library_name(node)} is used"))
     canonical = CanonicalForm(replaces)
-    turned = [node if layout == BHSD else canonical.call(torch.transpose, node, 1, 2) for node in (query, key, value)]
+    whole = (query, key, value) if rank == 4 else sequences.apart((query, key, value), canonical)
+    turned = [node if layout == BHSD else canonical.call(torch.transpose, node, 1, 2) for node in whole]
     attention = canonical.attention(*turned, mask=mask, scale=scale, causal=causal)
     result = attention if layout == BHSD else canonical.call(torch.transpose, attention, 1, 2)
+    if rank == 3:
+        result = canonical.call("flatten", result, 0, 1)
     if example_value(result).dtype != example_value(replaces).dtype:
         result = canonical.call("to", result, example_value(replaces).dtype)
     return canonical.site(attention, result, replaces, (node,) if replaces is node else (node, replaces))
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """Where the sequences of a call end, ``[sequences + 1]`` from 0 on, and how long the longest is, as the call has it."""
+
+    query_ends: Any
+    most_queries: Any
+    key_ends: Any
+    most_keys: Any
+
+    def are_samples(self, query: fx.Node, key: fx.Node) -> bool:
+        """Whether all are of one length: so many are as long as all together only if each is as long as the longest."""
+        key_ends, most_keys = (self.key_ends, self.most_keys) if self.key_ends is not None else (self.query_ends, self.most_queries)
+        if not (is_tensor(self.query_ends) and is_tensor(key_ends)):
+            return False
+        samples = example_value(self.query_ends).shape[0] - 1
+        pairs = (
+            (example_value(key_ends).shape[0] - 1, samples),
+            (_number(self.most_queries) * samples, example_value(query).shape[0]),
+            (_number(most_keys) * samples, example_value(key).shape[0]),
+        )
+        return all(compat.holds_here(one == other) for one, other in pairs)
+
+    def apart(self, tensors: Sequence[fx.Node], canonical: CanonicalForm) -> list[fx.Node]:
+        """Tensors ``[samples * tokens, heads, head_dim]`` as ``[samples, tokens, heads, head_dim]``."""
+        samples = example_value(self.query_ends).shape[0] - 1
+        if not isinstance(samples, int):
+            samples = canonical.call(operator.sub, canonical.call("size", self.query_ends, 0), 1)
+        return [canonical.call("unflatten", tensor, 0, (samples, -1)) for tensor in tensors]
+
+
+def _number(value: Any) -> Any:
+    """A number of a call, symbolic or not; 0 where it is none."""
+    found = example_value(value) if isinstance(value, fx.Node) else value
+    return found if isinstance(found, (int, torch.SymInt)) else 0
 
 
 def _output(node: fx.Node) -> fx.Node | None:

@@ -85,12 +85,14 @@ def asks_for_more(arguments: Mapping[str, Any]) -> bool:
 
 
 def results(func: compat.OpOverload, query: Tensor, output: Tensor, log_sum_exp: Tensor) -> Any:
-    """What an op returns for an output ``[B, heads, Sq, value_dim]`` or ``[B, Sq, heads, value_dim]``, and its log-sum-exp
-    ``[B, heads, Sq]``; what only gradients need is empty.
+    """What an op returns for an output ``[B, heads, Sq, value_dim]``, ``[B, Sq, heads, value_dim]`` or, of sequences one after the other,
+    ``[B * Sq, heads, value_dim]``, and its log-sum-exp ``[B, heads, Sq]``; what only gradients need is empty.
     """
     returned = compat.schema_of(func).returns
     if len(returned) == 1:
         return output
+    if output.dim() == 3:
+        log_sum_exp = log_sum_exp.transpose(0, 1).flatten(1)
     found: list[Any] = []
     for position, each in enumerate(returned):
         if position == 0:
