@@ -92,6 +92,7 @@ def models_page() -> str:
     """Which models were tried, from the rows that the tests hold."""
     sys.path.insert(0, str(FOLDER.parent / "tests"))
     from test_models import COLUMNS, FRAMES, MODELS, ROWS, built
+    from test_originals import FORMS, STRUCTURES
 
     rows = []
     for name, facts in MODELS.items():
@@ -106,7 +107,7 @@ def models_page() -> str:
         [
             "# Models",
             "",
-            "Written by `python docs/write_reference.py` from `tests/test_models.py`.",
+            "Written by `python docs/write_reference.py` from `tests/test_models.py` and `tests/test_originals.py`.",
             "",
             "Nothing here is a list of what is supported: the layout is inferred from the graph, so that a model that is not listed is",
             "tried like any other, and `lvsa explain` says what became of it. Each row is a test with diffusers' own class and small",
@@ -121,6 +122,18 @@ def models_page() -> str:
             "| model | class | attention over the video sees | horizon | sparse and exact when compiled |",
             "|---|---|---|---|---|",
             *rows,
+            "",
+            "## Structures",
+            "",
+            "How original repositories write their models, each tried as a tiny model of the tests' own: as a whole, with `dynamic=True`,",
+            "by blocks and in eager code, two sizes and two videos of three denoising steps, each output against the explicit mask of its",
+            "step. In brackets: how many forwards are dense before the first sparse one, in these four ways. Attention of other libraries",
+            "runs by stand-ins with the packages' schemas; the packages themselves need a GPU.",
+            "",
+            "| structure | seen in | result |",
+            "|---|---|---|",
+            *(f"| {each.what} | {each.seen} | sparse ({', '.join(map(str, each.dense_first))}) |" for each in STRUCTURES),
+            *(f"| {what} | {seen} | {result} |" for what, seen, result in FORMS),
             "",
         ]
     )

@@ -115,7 +115,8 @@ LAYOUT_CONTRADICTED: Final = Reason(
 FRAMES_NOT_CONTIGUOUS: Final = Reason(
     "frames_not_contiguous",
     "The tokens of a latent frame do not lie together, or frames are missing or out of order.",
-    "Of ring attention each process sees a part of the video; Ulysses shows it the whole: ContextParallelConfig(ulysses_degree=...).",
+    "Where a model attends among some of its frames, nothing. Of ring attention each process sees a part of the video; Ulysses shows it "
+    "the whole: ContextParallelConfig(ulysses_degree=...).",
 )
 SEVERAL_VIDEOS: Final = Reason("several_videos", "The sequence holds more than one stretch of the generated video.")
 TRAINING: Final = Reason(

@@ -299,16 +299,21 @@ def test_flash_attention_that_is_more_than_attention_is_left_alone(flash_attn, c
     left_alone(VideoDiT(block_of(through_flash(flash_attn, **changes))), reason, detail)
 
 
-def test_flash_attention_with_a_computed_scale_is_left_alone(flash_attn):
-    def weigh(q, k, v):
+def test_flash_attention_with_a_scale_of_symbolic_sizes_is_sparse(flash_attn):
+    def by_flash(q, k, v):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return flash_attn(q, k, v, 0.0, q.shape[1] ** -0.5, False, -1, -1, 0.0, None, False)[0].transpose(1, 2)
 
-    model, inputs = randomise(VideoDiT(block_of(weigh))), dit_inputs()
+    def by_sdpa(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, scale=q.shape[2] ** -0.5)
+
+    model, twin, inputs = randomise(VideoDiT(block_of(by_flash))), randomise(VideoDiT(block_of(by_sdpa))), dit_inputs()
     with torch.no_grad():
-        torch.compile(model, backend="lvsa", options={**EXACT, "inner": "eager"}, dynamic=True)(*inputs)
-    (site,) = lvsa_compile.reports()[-1].sites
-    assert (site.reason, site.detail) == ("form_not_rewritten", "flash_attn._flash_attn_forward with a scale that is computed")
+        output = torch.compile(model, backend="lvsa", options={**EXACT, "inner": "eager"}, dynamic=True)(*inputs)
+        with oracle.MaskedAttention(oracle.token_mask(9, 12, 0, reference=4, window=1)):
+            answer = twin(*inputs)
+    assert lvsa_compile.reports()[-1].sites[0].decision == "sparse"
+    torch.testing.assert_close(output, answer)
 
 
 # --- written-out softmax that must not be rewritten ---------------------------------------------------------------------------

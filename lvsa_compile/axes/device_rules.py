@@ -1,4 +1,4 @@
-"""Rules for ops that some devices keep whole where others take them apart, and for those that only one kind of device has."""
+"""Rules for attention, for ops that some devices keep whole where others take them apart, and for those that only one device has."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from collections.abc import Sequence
 
 from lvsa_compile.axes.algebra import BROADCAST
 from lvsa_compile.axes.call import Axes, Call, axis_index
+
+
+def attention(call: Call) -> Sequence[Axes]:
+    """``scaled_dot_product_attention`` in any of its kernels, and this package's own op."""
+    query, value = call.input(0), call.input(2)
+    results = [(*query[:-1], value[-1])]
+    for output in call.outputs[1:]:
+        results.append(query[:-1] if output.dim() == len(query) - 1 else call.new_axes(output))
+    return results
 
 
 def library_attention(call: Call) -> Sequence[Axes]:

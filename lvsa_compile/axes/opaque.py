@@ -15,7 +15,6 @@ from lvsa_compile.axes.algebra import (
     Size,
     Source,
     axis_size,
-    combine,
     concat,
     leaves,
     merge_factors,
@@ -25,6 +24,7 @@ from lvsa_compile.axes.algebra import (
     slice_axis,
     split_axis,
 )
+from lvsa_compile.axes.combining import combine
 from lvsa_compile.axes.digits import with_digits
 
 

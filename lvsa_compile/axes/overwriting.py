@@ -13,10 +13,8 @@ from lvsa_compile.axes.algebra import (
     Factor,
     Size,
     Source,
-    align,
     axis_of,
     axis_size,
-    combine,
     concat,
     leaves,
     merge_factors,
@@ -26,6 +24,7 @@ from lvsa_compile.axes.algebra import (
     slice_axis,
 )
 from lvsa_compile.axes.call import Axes
+from lvsa_compile.axes.combining import align, combine
 from lvsa_compile.axes.positions import Run
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lvsa_compile.axes.algebra import Axis, Size, axis_size, combine, same
+from lvsa_compile.axes.algebra import Axis, Size, axis_size, same
 from lvsa_compile.axes.call import Axes, Call, sizes_of, tensors_in
+from lvsa_compile.axes.combining import combine
 
 
 def broadcast_axes(all_axes: Sequence[Axes], rank: int) -> Axes:

@@ -21,7 +21,6 @@ from lvsa_compile.axes.algebra import (
     Source,
     axis_of,
     axis_size,
-    combine,
     concat,
     quotient,
     repeats,
@@ -29,7 +28,8 @@ from lvsa_compile.axes.algebra import (
     slice_axis,
 )
 from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, with_axis
-from lvsa_compile.axes.device_rules import geglu, library_attention, repeat_interleave
+from lvsa_compile.axes.combining import combine
+from lvsa_compile.axes.device_rules import attention, geglu, library_attention, repeat_interleave
 from lvsa_compile.axes.overwriting import holds_tokens, informed, lost_axes, overwritten
 from lvsa_compile.axes.patch_rules import columns_to_image, convolution, image_to_columns, pad, pixel_shuffle, pool, unfold
 from lvsa_compile.axes.pointwise_rules import broadcast_axes, pointwise
@@ -132,15 +132,6 @@ def matmul(call: Call) -> Sequence[Axes] | None:
         return None
     rank = call.outputs[0].dim()
     return [(*broadcast_axes([a[:-2], b[:-2]], rank - 2), a[-2], b[-1])]
-
-
-def attention(call: Call) -> Sequence[Axes]:
-    """``scaled_dot_product_attention`` in any of its kernels, and this package's own op."""
-    query, value = call.input(0), call.input(2)
-    results = [(*query[:-1], value[-1])]
-    for output in call.outputs[1:]:
-        results.append(query[:-1] if output.dim() == len(query) - 1 else call.new_axes(output))
-    return results
 
 
 # --- joining and indexing ------------------------------------------------------------------------------------------------------

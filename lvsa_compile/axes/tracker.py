@@ -157,8 +157,8 @@ class AxisTracker(compat.TorchDispatchMode):
         self.keep_view(id(args[0]), ViewCall(func, op, self._reference(args[0]), args[1:], kwargs, references, self.node_name), outputs)
 
     def keep_view(self, parent: int, view: ViewCall, outputs: tuple[Tensor, ...]) -> None:
-        """Keeps the call that made views ``outputs`` of the tensor of that identity; a tensor is no view of itself, as ``to`` may return it."""
-        if any(id(output) == parent for output in outputs):
+        """Keeps the call that made views ``outputs`` of the tensor of that identity."""
+        if any(id(output) == parent for output in outputs):  # as ``to`` may return its argument
             return
         self._views_of.setdefault(parent, []).append(view)
         for position, output in enumerate(outputs):

@@ -241,19 +241,27 @@ def _grid_of(factors: list[Factor], node_name: str) -> Grid | None:
 
 
 def _latent_grid(factors: list[Factor], own: list[Digit]) -> Grid | None:
-    """A latent input with axes for frames, height and width, in that order in every layout (BCFHW, BFCHW, BFHWC, lists).
+    """A latent input with axes for frames, height and width, in that order in nearly every layout (BCFHW, BFCHW, BFHWC, lists; BCHWF).
 
     The frame axis comes first in the sequence, whole and in order; inside a frame any order of positions will do.
     """
     axes = sorted({digit.source.axis for digit in own})
     frame = own[0]
-    alone = sum(digit.source.axis == axes[0] for digit in own) == 1
+    alone = sum(digit.source.axis == frame.source.axis for digit in own) == 1
     item_of_a_list = frame.source.name.endswith("]")  # four axes are [C, F, H, W] in a list; by themselves they are [B, C, H, W]
     if frame.source.rank < 5 and not item_of_a_list:
         return None
-    if not (_side_by_side(axes) and frame.source.axis == axes[0] and alone and frame.is_whole):
+    if not (_side_by_side(axes) and alone and frame.is_whole):
         return None
-    return _grid(factors)
+    return _grid(factors) if frame.source.axis == axes[0] or _frames_come_last(own, axes) else None
+
+
+def _frames_come_last(own: list[Digit], axes: list[int]) -> bool:
+    """Whether a latent is ``[B, C, H, W, F]``: of its last axis each place is a frame, while patches are cut from the two before it."""
+    frame, places = own[0], [digit for digit in own[1:] if digit.source.axis in axes[:2]]
+    patch = {digit.stride for digit in places}
+    ordered = [digit.source.axis for digit in places] == axes[:2]
+    return frame.source.axis == axes[2] and same(frame.stride, 1) and ordered and len(patch) == 1 and not same(min(patch), 1)
 
 
 def _packed_grid(factors: list[Factor], own: list[Digit]) -> Grid | None:

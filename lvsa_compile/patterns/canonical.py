@@ -36,7 +36,7 @@ class CanonicalForm:
         return node
 
     def attention(
-        self, query: fx.Node, key: fx.Node, value: fx.Node, *, mask: fx.Node | None = None, scale: float | None = None, causal: bool = False
+        self, query: fx.Node, key: fx.Node, value: fx.Node, *, mask: fx.Node | None = None, scale: Any = None, causal: bool = False
     ) -> fx.Node:
         """The attention node itself, in the widest dtype of its inputs."""
         dtypes = [example_value(node).dtype for node in (query, key, value)]

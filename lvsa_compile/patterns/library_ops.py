@@ -88,8 +88,6 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
     mask = arguments.pop("attn_mask") if is_tensor(arguments.get("attn_mask")) else None
     if dropout != 0.0:
         return DenseSite(node, DROPOUT.because(f"dropout_p={dropout}"))
-    if is_tensor(scale):
-        return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with a scale that is computed"))
     for name, given in arguments.items():
         if name not in _NO_MATTER and not any(type(given) is type(plain) and given == plain for plain in (*_PLAIN, 0.0)):
             return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with {name}={given}"))
