@@ -181,7 +181,9 @@ def test_every_way_takes_the_same_step_for_a_model_whose_own_function_runs_in_ea
     model, twin = randomise(ListOfLatents()), randomise(ListOfLatents())
     compiled = whole(model)
     grid = GRIDS[0]
-    assert [told(compiled(*in_a_list(grid, time)), twin, in_a_list(grid, time), grid, 0) for time in TIMES] == ["dense", 1, 2]
+    with pytest.warns(lvsa_compile.LvsaWarning, match="graph_break.* Call the model again: the next forward is followed"):
+        assert told(compiled(*in_a_list(grid, TIMES[0])), twin, in_a_list(grid, TIMES[0]), grid, 0) == "dense"
+    assert [told(compiled(*in_a_list(grid, time)), twin, in_a_list(grid, time), grid, 0) for time in TIMES[1:]] == [1, 2]
     assert lvsa_compile.reports()[-1].sparse_sites
 
 

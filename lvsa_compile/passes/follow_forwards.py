@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from lvsa_compile import compat, reasons
-from lvsa_compile.passes.compilation import Compilation, Outside
+from lvsa_compile.passes.compilation import Compilation, Decision, Outside
 from lvsa_compile.passes.decide import may_be_sparse
 from lvsa_compile.watching.find_model import follow_broken
 
@@ -21,7 +21,16 @@ def follow_forwards(compilation: Compilation) -> Compilation:
         return compilation
     unseen = next((_left_outside(compilation.model, found) for found in outside if may_be_sparse(compilation)), "")
     followed = follow_broken(compilation.attend, unseen, only_looking=not (broken or outside or last))
-    return dataclasses.replace(compilation, followed=followed and (last or bool(outside)))
+    decisions = tuple(map(_once_more, compilation.decisions)) if followed else compilation.decisions
+    return dataclasses.replace(compilation, decisions=decisions, followed=followed and (last or bool(outside)))
+
+
+def _once_more(decision: Decision) -> Decision:
+    """The decision, with what the next forward may mend by itself where a graph break hid what its tokens are."""
+    if decision.miss is None or decision.miss.reason is not reasons.GRAPH_BREAK:
+        return decision
+    again = "Call the model again: the next forward is followed through the code between its graphs. Where it stays dense: "
+    return dataclasses.replace(decision, miss=dataclasses.replace(decision.miss, remedy=again + decision.miss.remedy))
 
 
 def _left_outside(model: str, found: Outside) -> str:
