@@ -116,7 +116,10 @@ class _Sequences:
     most_keys: Any
 
     def are_samples(self, query: fx.Node, key: fx.Node) -> bool:
-        """Whether all are of one length: so many are as long as all together only if each is as long as the longest."""
+        """Whether all are of one length: so many are as long as all together only if each is as long as the longest.
+
+        All together are as long as the tensors are, as flash-attn's documentation asks for.
+        """
         key_ends, most_keys = (self.key_ends, self.most_keys) if self.key_ends is not None else (self.query_ends, self.most_queries)
         if not (is_tensor(self.query_ends) and is_tensor(key_ends)):
             return False
