@@ -32,6 +32,7 @@ from test_watching import in_place
 from tiny_models import PATTERN, randomise
 
 import lvsa_compile
+from lvsa_compile.patterns import library_ops
 
 OPTIONS = {**PATTERN, "inner": "eager"}
 GRIDS = ((9, 3, 4), (12, 2, 3))
@@ -301,33 +302,25 @@ def test_one_sequence_per_sample_of_other_libraries(library, batch, request):
         expect_sparse(lambda: Given(attend=attend), plain, way, twin=Model, batch=batch)
 
 
-class TwoSequences(Model):
-    """Each sample cut into two sequences: its halves do not see each other."""
+class Sequences(Model):
+    """Each sample is sequences of such ``lengths``, made of its number of tokens; a call names the ``longest``."""
 
-    def __init__(self, attend, **more):
+    def __init__(self, attend, lengths, longest=max, **more):
         super().__init__()
-        self.attend, self.more = attend, more
+        self.attend, self.lengths, self.longest, self.more = attend, lengths, longest, more
 
     def run(self, x, grid):
-        half = x.shape[1] // 2
-        ends = ends_of(torch.full((2 * x.shape[0],), half, dtype=torch.int32))
+        lengths = self.lengths(x.shape[1])
+        ends, most = ends_of(torch.tensor(lengths * x.shape[0], dtype=torch.int32)), self.longest(lengths)
         for block in self.blocks:
             query, key, value = (t.flatten(0, 1) for t in block.heads(x))
-            attended = self.attend(query, key, value, ends, ends, half, half, query.shape[-1] ** -0.5, **self.more)
+            attended = self.attend(query, key, value, ends, ends, most, most, query.shape[-1] ** -0.5, **self.more)
             x = x + block.out(attended.unflatten(0, x.shape[:2]).flatten(2))
         return x
 
 
-class Longest(TwoSequences):
-    """The sequences are of one length; the call says that one may be longer."""
-
-    def run(self, x, grid):
-        ends = ends_of(torch.full((x.shape[0],), x.shape[1], dtype=torch.int32))
-        for block in self.blocks:
-            query, key, value = (t.flatten(0, 1) for t in block.heads(x))
-            attended = self.attend(query, key, value, ends, ends, x.shape[1] + 1, x.shape[1] + 1, query.shape[-1] ** -0.5)
-            x = x + block.out(attended.unflatten(0, x.shape[:2]).flatten(2))
-        return x
+def halves(tokens):
+    return [tokens // 2] * 2
 
 
 def expect_dense(make, way, reason, detail, inputs=plain):
@@ -347,9 +340,36 @@ def expect_dense(make, way, reason, detail, inputs=plain):
 def test_sequences_that_are_not_samples_stay_as_they_are(way, flash_attn):
     lengths = "flash_attn._flash_attn_varlen_forward with sequences whose lengths may differ"
     cut_apart = ("layout_unknown", "after view") if way is whole else ("frames_not_contiguous", "54 tokens")  # in the middle of a frame
-    expect_dense(lambda: TwoSequences(flash_attn), way, *cut_apart)
-    expect_dense(lambda: Longest(flash_attn), way, "form_not_rewritten", lengths)
-    expect_dense(lambda: TwoSequences(flash_attn, softcap=30.0), way, "form_not_rewritten", "with softcap=30.0")
+    expect_dense(lambda: Sequences(flash_attn, halves), way, *cut_apart)
+    expect_dense(lambda: Sequences(flash_attn, lambda n: [n], lambda _: 109), way, "form_not_rewritten", lengths)
+    expect_dense(lambda: Sequences(flash_attn, lambda n: [n - 5, 5], sum), way, "form_not_rewritten", lengths)  # the last 5 are padding
+    expect_dense(lambda: Sequences(flash_attn, halves, softcap=30.0), way, "form_not_rewritten", "with softcap=30.0")
+
+
+@pytest.mark.parametrize(
+    ("keys", "given", "detail"),
+    [
+        ((108, 2, 8), {"cu_seqlens_k": (2,), "max_seqlen_k": 108}, "with sequences whose lengths may differ"),  # under queries by sample
+        ((1, 108, 2, 8), {"softmax_scale": ()}, "with a scale that is computed"),
+    ],
+)
+def test_calls_that_are_not_plain_attention(keys, given, detail):
+    def flash_attn_func(q, k, v, softmax_scale=None, cu_seqlens_k=None, max_seqlen_k=None):
+        raise NotImplementedError
+
+    flash_attn_func.__module__ = "flash_attn_interface"
+    graph = torch.fx.Graph()
+
+    def tensor(name, shape):
+        node = graph.placeholder(name)
+        node.meta["example_value"] = torch.empty(shape)
+        return node
+
+    first = [tensor(name, shape) for name, shape in (("q", (1, 108, 2, 8)), ("k", keys), ("v", keys))]
+    more = {name: tensor(name, each) if isinstance(each, tuple) else each for name, each in given.items()}
+    node = graph.call_function(flash_attn_func, tuple(first), more)
+    node.meta["example_value"] = torch.empty(1, 108, 2, 8)
+    assert library_ops.match(node).miss.detail == f"flash_attn_interface.flash_attn_func {detail}"
 
 
 @pytest.mark.parametrize("way", [whole, eager])

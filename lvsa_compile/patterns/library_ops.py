@@ -78,16 +78,17 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
             return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with input_layout={arguments.get('input_layout')}"))
     query, key, value = (arguments.pop(name, None) for name in ("query", "key", "value"))
     sequences = _Sequences(*(arguments.pop(name, None) for name in ("query_ends", "most_queries", "key_ends", "most_keys")))
-    rank = 4 if sequences.query_ends is None else 3
-    if not (is_tensor(query) and is_tensor(key) and is_tensor(value) and example_value(query).dim() == rank):
+    if not (is_tensor(query) and is_tensor(key) and is_tensor(value)) or not (sequences.told or example_value(query).dim() == 4):
         return DenseSite(node, SHAPE_NOT_SUPPORTED.because(f"{_library_name(node)} without batch and heads"))
-    if rank == 3 and not sequences.are_samples(query, key):
+    if sequences.told and not sequences.are_samples(query, key):
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with sequences whose lengths may differ"))
     scale, causal, dropout = arguments.pop("scale", None), bool(arguments.pop("is_causal", False)), arguments.pop("dropout_p", 0.0)
     dropout = dropout or 1.0 - arguments.pop("keep_prob", 1.0)
     mask = arguments.pop("attn_mask") if is_tensor(arguments.get("attn_mask")) else None
     if dropout != 0.0:
         return DenseSite(node, DROPOUT.because(f"dropout_p={dropout}"))
+    if is_tensor(scale):
+        return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with a scale that is computed"))
     for name, given in arguments.items():
         if name not in _NO_MATTER and not any(type(given) is type(plain) and given == plain for plain in (*_PLAIN, 0.0)):
             return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with {name}={given}"))
@@ -95,11 +96,11 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
     if replaces is None:
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"more than the output of {_library_name(node)} is used"))
     canonical = CanonicalForm(replaces)
-    whole = (query, key, value) if rank == 4 else sequences.apart((query, key, value), canonical)
+    whole = sequences.apart((query, key, value), canonical) if sequences.told else (query, key, value)
     turned = [node if layout == BHSD else canonical.call(torch.transpose, node, 1, 2) for node in whole]
     attention = canonical.attention(*turned, mask=mask, scale=scale, causal=causal)
     result = attention if layout == BHSD else canonical.call(torch.transpose, attention, 1, 2)
-    if rank == 3:
+    if sequences.told:
         result = canonical.call("flatten", result, 0, 1)
     if example_value(result).dtype != example_value(replaces).dtype:
         result = canonical.call("to", result, example_value(replaces).dtype)
@@ -115,13 +116,18 @@ class _Sequences:
     key_ends: Any
     most_keys: Any
 
+    @property
+    def told(self) -> bool:
+        """Whether queries or keys are sequences one after the other."""
+        return self.query_ends is not None or self.key_ends is not None
+
     def are_samples(self, query: fx.Node, key: fx.Node) -> bool:
         """Whether all are of one length: so many are as long as all together only if each is as long as the longest.
 
         All together are as long as the tensors are, as flash-attn's documentation asks for.
         """
         key_ends, most_keys = (self.key_ends, self.most_keys) if self.key_ends is not None else (self.query_ends, self.most_queries)
-        if not (is_tensor(self.query_ends) and is_tensor(key_ends)):
+        if not (is_tensor(self.query_ends) and is_tensor(key_ends) and example_value(query).dim() == example_value(key).dim() == 3):
             return False
         samples = example_value(self.query_ends).shape[0] - 1
         pairs = (

@@ -103,7 +103,7 @@ def find_model(attend: Attend | None) -> Watch | None:
     if found is None or left_alone(found.module):
         return None
     if watch_of(found.module) is None:
-        tick(compat.uncompiled(found.module), timestep_of(found.inputs), size_of_video(found.inputs.leaves))
+        _tick(found)
     return watch(found.module, ticks=True, attend=attend)
 
 
@@ -121,14 +121,18 @@ def follow_broken(attend: Attend | None, unseen: str, only_looking: bool) -> boo
     found = next((call for call in calls if _is(call.module, own)), None)
     if found is None or context.parent.get() is not None or left_alone(found.module):
         return False
-    model = compat.uncompiled(found.module)
     before = watch_of(found.module)
     begins = (before is None or before.looking) and not only_looking
-    if begins and found.inputs.timed and not clock_input_before(model, ""):
-        tick(model, timestep_of(found.inputs), size_of_video(found.inputs.leaves))  # as no graph has in this forward
+    if begins and found.inputs.timed and not clock_input_before(compat.uncompiled(found.module), ""):
+        _tick(found)  # as no graph has in this forward
     present = watch(found.module, ticks=False, attend=attend, looking=_LOOKING if only_looking else 0)
     present.unseen = present.unseen or unseen
     return True
+
+
+def _tick(call: _Call) -> None:
+    """Moves the clock of the model whose call is in progress."""
+    tick(compat.uncompiled(call.module), timestep_of(call.inputs), size_of_video(call.inputs.leaves))
 
 
 def _find() -> _Call | None:
