@@ -47,9 +47,8 @@ from lvsa_compile.runtime import (
     with_watch_away,
 )
 from lvsa_compile.source_stamp import source_stamp
-from lvsa_compile.watching.eager_call import EagerCall, tensors_among, with_log_sum_exp
+from lvsa_compile.watching.eager_call import Attend, EagerCall, tensors_among, with_log_sum_exp
 from lvsa_compile.watching.find_model import model_around, path_in
-from lvsa_compile.watching.watch import Attend
 
 log = logging.getLogger(__name__)
 

@@ -307,6 +307,19 @@ class PlanError(LvsaError, ValueError):
 
 
 @dataclass(eq=False, repr=False)
+class SequencesError(LvsaError, RuntimeError):
+    """Sequences in a call of attention are not those that a site was compiled for, which only their values tell."""
+
+    template = (
+        "attention {self.site}: it is compiled for one sequence in each sample that holds the whole video, and one of padding after it. "
+        "The ends of sequences (cu_seqlens) in this call say otherwise. "
+        "Compile with options={{'lower_padding_masks': False}}, which leaves such attention as it is."
+    )
+
+    site: str
+
+
+@dataclass(eq=False, repr=False)
 class RewriteError(LvsaError, RuntimeError):
     """The rewritten graph broke an invariant; a defect of lvsa-compile, never of the model."""
 

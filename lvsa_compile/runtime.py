@@ -25,8 +25,8 @@ from lvsa_compile.passes.compilation import Compilation, ExtraInput, TimestepInp
 from lvsa_compile.policies.rows import Rows, WithDenseSteps
 from lvsa_compile.report.store import report_with
 from lvsa_compile.report.warning import left_dense
+from lvsa_compile.watching.eager_call import Attend
 from lvsa_compile.watching.find_model import find_model
-from lvsa_compile.watching.watch import Attend
 
 
 @dataclass(frozen=True)

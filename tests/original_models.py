@@ -100,6 +100,51 @@ class TokensFirst(Model):
         return super().run(x.transpose(0, 1).contiguous(), grid).transpose(0, 1)
 
 
+def ends_with_padding(valid, longest):
+    """Two sequences in each sample of ``longest`` tokens: those that are ``valid``, and the padding after them."""
+    ends = torch.zeros(2 * len(valid) + 1, dtype=torch.int32)
+    for sample in range(len(valid)):
+        ends[2 * sample + 1] = sample * longest + valid[sample]
+        ends[2 * sample + 2] = (sample + 1) * longest
+    return ends
+
+
+class VideoAndPaddedText(Model):
+    """The video, then text of which ``text_mask`` counts; returns both.  Without ``attend`` a block makes the mask."""
+
+    class block(Block):
+        def forward(self, x, ends):
+            query, key, value = self.heads(x)
+            key, value = (t[:, :, : self.key_heads] for t in (key, value))
+            batch, longest, scale = *x.shape[:2], query.shape[-1] ** -0.5
+            if self.attend is not None:
+                attended = self.attend(*(t.flatten(0, 1) for t in (query, key, value)), ends, ends, longest, longest, scale)
+                attended = attended.unflatten(0, (batch, longest))
+            else:
+                sequence = torch.repeat_interleave(torch.arange(2 * batch), ends.diff()).view(batch, longest)
+                mask = sequence[:, None, :, None] == sequence[:, None, None]
+                mask = mask if self.pattern is None else mask & self.pattern
+                turned = (t.transpose(1, 2) for t in (query, key, value))
+                attended = F.scaled_dot_product_attention(*turned, mask, enable_gqa=True).transpose(1, 2)
+            x = x + self.out(attended.flatten(2))
+            return x + self.mlp(F.gelu(x))
+
+    def __init__(self, attend=None, ends=ends_with_padding, key_heads=HEADS):
+        super().__init__(attend=attend)
+        self.words, self.ends = nn.Linear(WIDTH, WIDTH), ends
+        for block in self.blocks:
+            block.key_heads, block.pattern = key_heads, None
+
+    def forward(self, latents, timestep, text, text_mask):
+        x, grid = self.tokens(latents, timestep)
+        tokens = x.shape[1]
+        ends = self.ends(text_mask.sum(1) + tokens, tokens + text.shape[1])
+        x = torch.cat([x, self.words(text)], 1)
+        for block in self.blocks:
+            x = block(x, ends)
+        return [self.video(x[:, :tokens], grid), x[:, tokens:]]
+
+
 def joined_with_zeros(x, part):
     return x + torch.cat([torch.zeros_like(x[:, : x.shape[1] - part.shape[1]]), part], 1)
 

@@ -161,13 +161,18 @@ FORMS = (
     ("the same, keys cut by `u[:n]` for each sample", "Wan", "sparse"),
     ("`torch.nn.attention.varlen`, xformers' `flash_fwd`, one sequence per sample", "", "sparse; whole and eager tried"),
     ("`sdpa_kernel([FLASH_ATTENTION])` around the model", "", "sparse; whole and eager tried"),
-    ("sequences whose lengths may differ, as padding by `cu_seqlens`", "HunyuanVideo", "dense: `form_not_rewritten`"),
+    (
+        "the same, text after the video, the rest of each sample a sequence of padding (`cu_seqlens` of a text mask)",
+        "HunyuanVideo",
+        "sparse",
+    ),
+    ("sequences whose lengths may differ, of other kinds", "", "dense: `form_not_rewritten`"),
     ("conditioning frames attend each other, the rest attends all", "LongCat", "dense: `frames_not_contiguous`"),
     ("frames in reverse around the model", "SANA-WM", "dense: `layout_unknown`"),
     ("a product with a matrix that permutes frames", "", "dense: `no_grid`"),
     ("an op without a fake kernel, in eager code", "", "dense: `layout_unknown`, which names the op"),
 )
-"""What else was tried, where it is seen, and the result; each is a test of this file."""
+"""What else was tried, where it is seen, and the result; each is a test of this file or of ``test_padded_sequences.py``."""
 
 
 @pytest.mark.parametrize("way", range(len(WAYS)), ids=[way.__name__ for way in WAYS])
@@ -193,6 +198,7 @@ def test_every_way_takes_the_same_step_for_a_model_whose_own_function_runs_in_ea
 
 def one_after_the_other(query, key, value, query_ends, key_ends, scale):
     """By the definition: each sequence attends its own keys."""
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
     starts = zip(query_ends.tolist(), query_ends.tolist()[1:], key_ends.tolist(), key_ends.tolist()[1:], strict=False)
     parts = []
     for q0, q1, k0, k1 in starts:
@@ -342,7 +348,8 @@ def test_sequences_that_are_not_samples_stay_as_they_are(way, flash_attn):
     cut_apart = ("layout_unknown", "after view") if way is whole else ("frames_not_contiguous", "54 tokens")  # in the middle of a frame
     expect_dense(lambda: Sequences(flash_attn, halves), way, *cut_apart)
     expect_dense(lambda: Sequences(flash_attn, lambda n: [n], lambda _: 109), way, "form_not_rewritten", lengths)
-    expect_dense(lambda: Sequences(flash_attn, lambda n: [n - 5, 5], sum), way, "form_not_rewritten", lengths)  # the last 5 are padding
+    cut = "sequences told by their ends that cut the video of a sample apart or join two samples"
+    expect_dense(lambda: Sequences(flash_attn, lambda n: [n - 5, 5], sum), way, "form_not_rewritten", cut)
     expect_dense(lambda: Sequences(flash_attn, halves, softcap=30.0), way, "form_not_rewritten", "with softcap=30.0")
 
 

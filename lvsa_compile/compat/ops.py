@@ -51,6 +51,11 @@ def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Has the device stop with ``message`` where a bool scalar tensor is false, without waiting for it."""
+    torch._assert_async(condition, message)
+
+
 def returns_views(operator: OpOverload) -> bool:
     """Whether an op's results share memory with an argument that it does not write to."""
     returned = operator._schema.returns

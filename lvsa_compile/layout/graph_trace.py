@@ -23,8 +23,8 @@ from lvsa_compile.layout.guarded_values import Reader
 class LayoutInterpreter(fx.Interpreter):
     """Runs the graph under an ``AxisTracker`` and keeps the axes of the tensors that are asked for.
 
-    ``watched`` maps attention to the argument nodes whose axes are wanted as they are just before it runs, query, key and value first;
-    ``unwritten`` maps it to pairs of nodes, a tensor and the node after which it must not have been written to; attention for which
+    ``watched`` maps nodes to argument nodes of which is wanted what is known just before they run, of attention query, key, value first;
+    ``unwritten`` maps attention to pairs of nodes, a tensor and the node after which it must not have been written to; attention for which
     that does not hold is then in ``written``.  ``brought`` holds the axes of inputs, by placeholder, that another graph of the same
     forward told.
     """
@@ -71,7 +71,7 @@ class LayoutInterpreter(fx.Interpreter):
             self.failed[n] = f"{type(error).__name__}: {error}"
             self._may_have_written(n)
             return n.meta["example_value"]
-        if n in self.watched and isinstance(result, Tensor):
+        if len(self.watched.get(n, ())) >= 3 and isinstance(result, Tensor):
             query, _, value = (self.found[n].get(arg, ()) for arg in self.watched[n][:3])
             self.tracker.set_axes(result, attended(query, value, result, self.tracker.axes_of(result)))
         if isinstance(n.target, compat.HigherOrderOperator):

@@ -1,4 +1,4 @@
-"""What a site's mask says, part by part: which keys count, which queries count, or a constant table of pairs."""
+"""What a site's mask says, part by part: which keys count, which queries count, a constant table of pairs, or sequences."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ class MaskForm:
     """A mask as the conjunction of its parts.
 
     ``keys`` are nodes ``[.., Sq, Sk]`` that are the same for every query, ``queries`` boolean ones that are the same for every key;
-    ``pairs`` is a constant bool ``[Sq, Sk]``, True where a query may attend a key.
+    ``pairs`` is a constant bool ``[Sq, Sk]``, True where a query may attend a key.  ``sequences`` is a node that calls
+    ``lvsa::same_sequence``; then the mask has no other part, and ``ends`` is what its ends of sequences are, where they are constant.
     """
 
     keys: tuple[fx.Node, ...] = ()
     queries: tuple[fx.Node, ...] = ()
     pairs: Array | None = None
+    sequences: fx.Node | None = None
+    ends: Array | None = None
 
 
 def mask_form(parts: Sequence[fx.Node], axes: Sequence[Axes], constant: Callable[[fx.Node], Array | None]) -> MaskForm | None:
-    """The form of the mask made of ``parts``; None where a part has none of the three."""
+    """The form of the mask made of ``parts``; None where a part tells neither keys, queries nor constant pairs."""
     keys, queries = [], []
     pairs: Array | None = None
     for part, part_axes in zip(parts, axes, strict=True):

@@ -22,7 +22,7 @@ from lvsa_compile.policies.rows import Rows
 from lvsa_compile.reasons import Miss
 from lvsa_compile.selection.contract import AttentionCall
 from lvsa_compile.selection.select import Choice
-from lvsa_compile.watching.watch import Attend
+from lvsa_compile.watching.eager_call import Attend
 
 EAGER = "eager"
 """Beginning of the compile id of attention that runs in eager code, which is a graph of one node."""

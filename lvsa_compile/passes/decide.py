@@ -13,6 +13,8 @@ from lvsa_compile.axes.values import Array
 from lvsa_compile.compat import example_value
 from lvsa_compile.errors import LoweringUnavailableError, OptionError
 from lvsa_compile.forward import context
+from lvsa_compile.layout.mask_form import MaskForm
+from lvsa_compile.layout.sequences import VideoInOneSequence
 from lvsa_compile.layout.token_layout import VIDEO, TokenLayout
 from lvsa_compile.ops.attention import check_op
 from lvsa_compile.options import Options
@@ -171,6 +173,10 @@ def _decide(
         return query_span
     if isinstance(key_span, Miss):
         return key_span
+    if form is not None and form.sequences is not None:
+        miss = _why_not_in_one_sequence(form, query_span, key_span, compilation)
+        if miss is not None:
+            return miss
     sizes = [compat.size_hint(size) for size in (*query.shape, key.shape[1], value.shape[3])]
     batch, query_heads, _, head_dim, key_heads, value_dim = sizes
     geometry = Geometry.of(query_span, key_span, *_rows_and_columns(layouts[0]), heads=query_heads)
@@ -199,6 +205,24 @@ def _decide(
     )  # fmt: skip
     outcome = _lowered(call, compilation.options)
     return dataclasses.replace(outcome, mask=form) if isinstance(outcome, SparsePlan) else outcome
+
+
+def _why_not_in_one_sequence(form: MaskForm, query: VideoSpan, key: VideoSpan, compilation: Compilation) -> Miss | None:
+    """Why sequences are not, in each sample, one that holds the video and one of padding; the op looks at ends that are not known here."""
+    assert form.sequences is not None
+    ends, reader = form.sequences.all_input_nodes[0], compilation.reader
+    samples, _, tokens, _ = example_value(form.sequences).shape
+    if query != key or query.free_start:
+        return reasons.MASK_NOT_EXPRESSIBLE.because("sequences told by their ends, with text of any length before the video")
+    now = VideoInOneSequence(compat.size_hint(samples), compat.size_hint(tokens), *query.video)
+    given = reader.look(ends.name) if form.ends is None and reader is not None and reader.later(ends.name) is not None else None
+    fit = all(now.holds(values, int) for values in (form.ends, given) if values is not None)
+    if given is not None and reader is not None:
+        sizes = compat.size_expression(samples), compat.size_expression(tokens)
+        reader.expect(ends.name, VideoInOneSequence(*sizes, *query.video, expected=fit))
+    if not fit:
+        return reasons.FORM_NOT_REWRITTEN.because("sequences told by their ends that cut the video of a sample apart or join two samples")
+    return None
 
 
 def _chosen(compilation: Compilation, geometry: Geometry) -> Policy | Miss:

@@ -18,9 +18,11 @@ from lvsa_compile.forward.state import BRANCHES, VIDEOS
 from lvsa_compile.graph.edit import called, provenance, writes
 from lvsa_compile.layout.mask_form import MaskForm
 from lvsa_compile.ops.attention import accumulation_dtype, meaning_of
+from lvsa_compile.ops.sequences import SEQUENCE_OF_TOKENS
 from lvsa_compile.ops.verified import VERIFIED
-from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput
+from lvsa_compile.passes.compilation import Compilation, Decision, ExtraInput, SparsePlan
 from lvsa_compile.patterns.canonical import discard, substitute
+from lvsa_compile.patterns.site import AttentionSite
 from lvsa_compile.policies.contract import State
 from lvsa_compile.policies.rows import Rows
 from lvsa_compile.policies.tables import KeyRangeTable, VideoSpan
@@ -164,7 +166,8 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
     state = [inputs.state(_name_in_step(decision, compilation), each, call.device) for each in plan.state]
     result = example_value(node)
     with node.graph.inserting_before(node):
-        key_mask = _key_mask(node.graph, sparse.mask)
+        numbers = _sequence_of_tokens(decision, sparse)
+        key_mask = _key_mask(node.graph, sparse.mask) if numbers is None else _of_video(numbers, call.query)
         arguments = (site.query, site.key, site.value, bounds, ranges, row)
         of_state = (inputs.branch(call.device, step), state) if state else ()
         attention = node.graph.call_function(meaning_of(plan.op), (*arguments, *of_state), {"scale": site.scale, "key_mask": key_mask})
@@ -177,10 +180,46 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
             output = node.graph.call_function(VERIFIED, compared)
             output.meta = {**meta, "example_value": result}
         rewritten = _without_masked_queries(node.graph, output, sparse.mask)
+        if numbers is not None:
+            rewritten = _with_other_sequences(site, rewritten, numbers, call.query)
     node.replace_all_uses_with(rewritten)
     substitute(site, rewritten)
     _erase(node)
     return attention
+
+
+def _sequence_of_tokens(decision: Decision, sparse: SparsePlan) -> fx.Node | None:
+    """The number of the sequence of each token, ``[B, S]``, where a mask tells of sequences."""
+    if sparse.mask is None or sparse.mask.sequences is None:
+        return None
+    of_mask = sparse.mask.sequences
+    return called(of_mask.graph, SEQUENCE_OF_TOKENS, *of_mask.args, *sparse.call.query.video, decision.name)
+
+
+def _of_video(numbers: fx.Node, span: VideoSpan) -> fx.Node:
+    """Which keys are in one sequence with the video, ``[B, 1, 1, S]``."""
+    first = span.video[0]
+    of_video = called(numbers.graph, operator.getitem, numbers, (slice(None), slice(first, first + 1)))
+    return called(numbers.graph, operator.getitem, called(numbers.graph, torch.eq, numbers, of_video), (slice(None), None, None))
+
+
+def _with_other_sequences(site: AttentionSite, output: fx.Node, numbers: fx.Node, span: VideoSpan) -> fx.Node:
+    """An attention output ``[B, heads, S, value_dim]`` whose tokens beside the video attend those of their own sequence."""
+    graph, (first, stop) = output.graph, span.video
+    query_heads, key_heads = (example_value(node).shape[1] for node in (site.query, site.key))
+    more = {"scale": site.scale, "enable_gqa": query_heads != key_heads}
+
+    def beside(tokens: slice) -> fx.Node:
+        rows = called(graph, operator.getitem, site.query, (slice(None), slice(None), tokens))
+        own = called(graph, operator.getitem, numbers, (slice(None), tokens, None))
+        mask = called(graph, torch.eq, own, called(graph, operator.getitem, numbers, (slice(None), None)))
+        mask = called(graph, torch.unsqueeze, mask, 1)
+        return called(graph, torch.nn.functional.scaled_dot_product_attention, rows, site.key, site.value, attn_mask=mask, **more)
+
+    parts = [called(graph, operator.getitem, output, (slice(None), slice(None), slice(first, stop)))]
+    parts = [beside(slice(0, first)), *parts] if first else parts
+    parts = [*parts, beside(slice(stop, None))] if span.open_ended or span.suffix else parts
+    return called(graph, torch.cat, parts, 2)
 
 
 def _name_in_step(decision: Decision, compilation: Compilation) -> str:

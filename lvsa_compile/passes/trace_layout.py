@@ -23,6 +23,7 @@ from lvsa_compile.layout.graph_trace import LayoutInterpreter, input_kind, run_o
 from lvsa_compile.layout.lost import after
 from lvsa_compile.layout.mask_form import MaskForm, mask_form
 from lvsa_compile.layout.token_layout import token_layout
+from lvsa_compile.ops.sequences import SAME_SEQUENCE
 from lvsa_compile.passes.compilation import Compilation
 from lvsa_compile.patterns.site import AttentionSite
 
@@ -36,7 +37,11 @@ def trace_layout(compilation: Compilation) -> Compilation:
     if not sites and not compilation.position.leads_on:
         return compilation
     masks_of = {site.node: (*site.mask_parts, site.mask) for site in sites if site.mask is not None}
-    watched = {site.node: (site.query, site.key, site.value, *masks_of.get(site.node, ())) for site in sites}
+    watched: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for site in sites:
+        if site.mask is not None and site.mask.target is SAME_SEQUENCE:
+            watched[site.mask] = (site.mask.all_input_nodes[0],)
+        watched[site.node] = (site.query, site.key, site.value, *masks_of.get(site.node, ()))
     unwritten = {site.node: site.mask_unwritten for site in sites}
     brought = _brought(compilation)
     traced = run_on_fakes(compilation.graph_module, watched, compilation.example_inputs, brought, unwritten, compilation.assumed)
@@ -151,6 +156,8 @@ def _outputs(graph: fx.Graph) -> list[Tensor]:
 
 def _mask_form(site: AttentionSite, mask: fx.Node, traced: LayoutInterpreter) -> MaskForm | None:
     """What a site's mask says: by its parts, or as a whole where one of them, or the mask itself, was written to since."""
+    if mask.target is SAME_SEQUENCE:
+        return MaskForm(sequences=mask, ends=traced.constant(mask, mask.all_input_nodes[0]))
     parts = (mask,) if site.node in traced.written else site.mask_parts
     axes = [traced.found.get(site.node, {}).get(part, ()) for part in parts]
     return mask_form(parts, axes, lambda part: traced.constant(site.node, part))

@@ -1,7 +1,8 @@
 """Attention ops of other libraries that stand in the graph as one node: flash-attn, xformers, diffusers' wrapped kernels, ATen's own.
 
 ``LAYOUTS`` says for each how its tensors are laid out; its other arguments are read from its own signature, and each must have the
-value that makes it plain attention.  Ops of sequences of any lengths, told by where each ends, are plain where there is one per sample.
+value that makes it plain attention.  Ops of sequences of any lengths, told by where each ends, are plain where there is one per sample;
+where there are two, of which the second is padding, a mask says which tokens are of one sequence.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import fx
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
 from lvsa_compile.graph.edit import is_tensor, name_of
+from lvsa_compile.ops.sequences import SAME_SEQUENCE
 from lvsa_compile.patterns.canonical import CanonicalForm
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
 from lvsa_compile.reasons import DROPOUT, FORM_NOT_REWRITTEN, SHAPE_NOT_SUPPORTED
@@ -80,7 +82,8 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
     sequences = _Sequences(*(arguments.pop(name, None) for name in ("query_ends", "most_queries", "key_ends", "most_keys")))
     if not (is_tensor(query) and is_tensor(key) and is_tensor(value)) or not (sequences.told or example_value(query).dim() == 4):
         return DenseSite(node, SHAPE_NOT_SUPPORTED.because(f"{_library_name(node)} without batch and heads"))
-    if sequences.told and not sequences.are_samples(query, key):
+    per_sample = sequences.per_sample(query, key) if sequences.told else 1
+    if not per_sample:
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{_library_name(node)} with sequences whose lengths may differ"))
     scale, causal, dropout = arguments.pop("scale", None), bool(arguments.pop("is_causal", False)), arguments.pop("dropout_p", 0.0)
     dropout = dropout or 1.0 - arguments.pop("keep_prob", 1.0)
@@ -96,7 +99,11 @@ def match(node: fx.Node) -> AttentionSite | DenseSite | None:
     if replaces is None:
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"more than the output of {_library_name(node)} is used"))
     canonical = CanonicalForm(replaces)
-    whole = sequences.apart((query, key, value), canonical) if sequences.told else (query, key, value)
+    whole: Sequence[fx.Node] = (query, key, value)
+    if sequences.told:
+        samples = sequences.samples(per_sample, canonical)
+        whole = [canonical.call("unflatten", tensor, 0, (samples, -1)) for tensor in whole]
+        mask = sequences.mask(samples, whole[0], canonical) if per_sample > 1 else mask
     turned = [node if layout == BHSD else canonical.call(torch.transpose, node, 1, 2) for node in whole]
     attention = canonical.attention(*turned, mask=mask, scale=scale, causal=causal)
     result = attention if layout == BHSD else canonical.call(torch.transpose, attention, 1, 2)
@@ -121,28 +128,38 @@ class _Sequences:
         """Whether queries or keys are sequences one after the other."""
         return self.query_ends is not None or self.key_ends is not None
 
-    def are_samples(self, query: fx.Node, key: fx.Node) -> bool:
-        """Whether all are of one length: so many are as long as all together only if each is as long as the longest.
+    def per_sample(self, query: fx.Node, key: fx.Node) -> int:
+        """How many sequences are in a sample, as long as the longest: 1, 2 where the queries' are the keys', or 0 where that is not known.
 
-        All together are as long as the tensors are, as flash-attn's documentation asks for.
+        All together are as long as the tensors are, as flash-attn's documentation asks for.  So many are as long as all together only if
+        each is as long as the longest.  Half as many are so if a sequence and its padding are as long as the longest, or by chance.
         """
         key_ends, most_keys = (self.key_ends, self.most_keys) if self.key_ends is not None else (self.query_ends, self.most_queries)
         if not (is_tensor(self.query_ends) and is_tensor(key_ends) and example_value(query).dim() == example_value(key).dim() == 3):
-            return False
-        samples = example_value(self.query_ends).shape[0] - 1
-        pairs = (
-            (example_value(key_ends).shape[0] - 1, samples),
-            (_number(self.most_queries) * samples, example_value(query).shape[0]),
-            (_number(most_keys) * samples, example_value(key).shape[0]),
+            return 0
+        sequences = example_value(self.query_ends).shape[0] - 1
+        longest = (
+            (_number(self.most_queries) * sequences, example_value(query).shape[0]),
+            (_number(most_keys) * sequences, example_value(key).shape[0]),
         )
-        return all(compat.holds_here(one == other) for one, other in pairs)
+        if not compat.holds_here(example_value(key_ends).shape[0] - 1 == sequences):
+            return 0
+        counts = (1, 2) if key_ends is self.query_ends else (1,)
+        return next((n for n in counts if all(compat.holds_here(one == n * other) for one, other in longest)), 0)
 
-    def apart(self, tensors: Sequence[fx.Node], canonical: CanonicalForm) -> list[fx.Node]:
-        """Tensors ``[samples * tokens, heads, head_dim]`` as ``[samples, tokens, heads, head_dim]``."""
-        samples = example_value(self.query_ends).shape[0] - 1
-        if not isinstance(samples, int):
-            samples = canonical.call(operator.sub, canonical.call("size", self.query_ends, 0), 1)
-        return [canonical.call("unflatten", tensor, 0, (samples, -1)) for tensor in tensors]
+    def samples(self, per_sample: int, canonical: CanonicalForm) -> Any:
+        """The number of samples, a node where it is symbolic."""
+        found = (example_value(self.query_ends).shape[0] - 1) // per_sample
+        if isinstance(found, int):
+            return found
+        sequences = canonical.call(operator.sub, canonical.call("size", self.query_ends, 0), 1)
+        return canonical.call(operator.floordiv, sequences, per_sample)
+
+    def mask(self, samples: Any, query: fx.Node, canonical: CanonicalForm) -> fx.Node:
+        """Which tokens are of one sequence, ``[samples, 1, tokens, tokens]``."""
+        tokens = example_value(query).shape[1]
+        tokens = tokens if isinstance(tokens, int) else canonical.call("size", query, 1)
+        return canonical.call(SAME_SEQUENCE, self.query_ends, samples, tokens)
 
 
 def _number(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from lvsa_compile import compat
+from lvsa_compile.errors import SequencesError
+
+_MOST_CALLS = 1024
 
 _ASKS_FOR_MORE = ("compute_log_sumexp", "return_softmax", "return_debug_mask", "return_attn_probs", "return_lse")
 """Arguments that ask for more than the output."""
@@ -39,9 +42,11 @@ class EagerCall:
         """The call as a graph on fake tensors: its tensors come in, and its output goes out."""
         graph, mode = fx.Graph(), compat.static_fake_mode()
         arguments: dict[str, Any] = dict(self.arguments)
+        inputs = dict[int, fx.Node]()
         for name, value in tensors_among(arguments).items():
-            fake, arguments[name] = compat.fake_like(value, mode), graph.placeholder(name)
-            arguments[name].meta["example_value"] = fake.requires_grad_(self.needs_gradients and value.requires_grad)
+            fake, node = compat.fake_like(value, mode), graph.placeholder(name)
+            node.meta["example_value"] = fake.requires_grad_(self.needs_gradients and value.requires_grad)
+            arguments[name] = inputs.setdefault(id(value), node)
         node = graph.call_function(self.operator, (), arguments)
         node.meta["stack_trace"] = f"  {self.line}"
         with compat.tracing_on_fakes(mode):
@@ -52,6 +57,57 @@ class EagerCall:
             output.meta = {**node.meta, "example_value": found[0]}
         graph.output((output,))
         return fx.GraphModule({}, graph)
+
+
+Attend = Callable[[EagerCall], "Callable[..., tuple[Tensor, Tensor]] | None"]
+"""Compiles attention that runs in eager code: gives what computes output and log-sum-exp, or None where it stays as it is."""
+
+
+class CompiledCalls:
+    """Calls of attention in eager code as they were compiled, by all that decides it."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, Callable[..., tuple[Tensor, Tensor] | None] | None] = {}
+
+    def run(
+        self, attend: Attend, func: compat.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], axes_of: Callable[[Tensor], Any]
+    ) -> Any:
+        """What a call gives, compiled by ``attend`` where it was not before; None where it runs as it came.
+
+        ``axes_of`` gives what is known of the axes of a tensor, one object as long as it is the same.
+        """
+
+        def deciding(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return id(axes_of(value)), value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+            return type(value), value
+
+        gradients, given = torch.is_grad_enabled(), [id(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        key = (
+            id(func), gradients, tuple(map(given.index, given)), tuple(map(deciding, args)),
+            tuple((name, deciding(value)) for name, value in kwargs.items()),
+        )  # fmt: skip
+        if key not in self._compiled:
+            if len(self._compiled) >= _MOST_CALLS:
+                self._compiled.clear()
+            self._compiled[key] = _compiled(attend, func, arguments_of(func, args, kwargs), gradients)
+        run = self._compiled[key]
+        if run is None:
+            return None
+        tensors = list(tensors_among(arguments_of(func, args, kwargs)).values())
+        try:
+            found = run(*tensors)
+        except SequencesError:  # the ends of sequences are others than those it was compiled for
+            self._compiled[key] = found = None
+        return None if found is None else results(func, tensors[0], *found)
+
+
+def _compiled(attend: Attend, func: compat.OpOverload, arguments: dict[str, Any], gradients: bool) -> Callable[..., Any] | None:
+    if asks_for_more(arguments):
+        return None
+    call = EagerCall(func, arguments, compat.users_line(), compat.innermost_module(), gradients)
+    with compat.no_modes(), torch.inference_mode(False):
+        return attend(call)
 
 
 def with_log_sum_exp(graph_module: fx.GraphModule, attention: fx.Node) -> fx.GraphModule:

@@ -17,8 +17,9 @@ from lvsa_compile.forward import context
 from lvsa_compile.forward.clock import clock_input_before, size_of_video
 from lvsa_compile.forward.labels import watched_forward
 from lvsa_compile.forward.timestep_names import timestep_among
+from lvsa_compile.watching.eager_call import Attend
 from lvsa_compile.watching.inputs import ForwardInputs
-from lvsa_compile.watching.watch import Attend, Watch, left_alone, tick, timestep_of, watch, watch_of
+from lvsa_compile.watching.watch import Watch, left_alone, tick, timestep_of, watch, watch_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,14 +36,13 @@ from lvsa_compile.layout.evidence import LayoutEvidence, collect_evidence
 from lvsa_compile.layout.guarded_values import Reader, SameValue
 from lvsa_compile.layout.token_layout import Targets
 from lvsa_compile.watching.eager_attention import EagerAttention
-from lvsa_compile.watching.eager_call import EagerCall, arguments_of, asks_for_more, results, tensors_among
+from lvsa_compile.watching.eager_call import Attend, CompiledCalls
 from lvsa_compile.watching.eager_tracker import EagerTracker
 from lvsa_compile.watching.inputs import ForwardInputs, axes_of_input
 from lvsa_compile.watching.memory import Memory
 
 _MOST_SIZES = 64
 """Sizes of forwards of which something is remembered."""
-_MOST_CALLS = 1024
 """Calls of attention in eager code that are remembered."""
 
 
@@ -63,10 +62,6 @@ class Size:
     values: dict[str, list[SameValue]] = dataclasses.field(default_factory=dict)
     annotations: dict[int, Axes | None] = dataclasses.field(default_factory=dict)
     checked: tuple[Any, ...] | None = None
-
-
-Attend = Callable[[EagerCall], "Callable[..., tuple[Tensor, Tensor]] | None"]
-"""Compiles attention that runs in eager code: gives what computes output and log-sum-exp, or None where it stays as it is."""
 
 
 class Watch:
@@ -143,7 +138,7 @@ def watch(model: nn.Module, ticks: bool, attend: Attend | None = None, looking: 
 
 _left_alone: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _attention: WeakIdKeyDictionary = dropped_on_reset(WeakIdKeyDictionary())
-"""By watch: what computes attention in eager code, by all that decides it; None where that runs as it came."""
+"""By watch: attention in eager code as it was compiled."""
 
 
 def leave_alone(model: nn.Module) -> None:
@@ -190,7 +185,7 @@ class Forward:
         self.parent = context.Parent(compat.uncompiled(model), problem=self._size.problem, ticks=watch.ticks)
         self._asked: dict[int, Axis] = {}
         self._ran_graphs = False
-        self._attention = _attention.setdefault(watch, {})
+        self._attention = _attention.setdefault(watch, CompiledCalls())
         self.tracker.attend = self._attend
         for name, tensor in self._inputs.tensors.items():
             self.tracker.set_axes(tensor, axes_of_input(name, tensor, self._number_of_value(name, tensor)))
@@ -241,32 +236,9 @@ class Forward:
         """What attention in eager code gives that is sparse; None where it runs as it came."""
         if self._watch.attend is None:
             return None
-        gradients = torch.is_grad_enabled()
-        key = (id(func), gradients, *map(self._key_of, args), *((name, self._key_of(value)) for name, value in kwargs.items()))
-        if key not in self._attention:
-            self._attention[key] = self._compiled(func, arguments_of(func, args, kwargs), gradients)
-        run = self._attention[key]
-        if run is None:
-            return None
-        tensors = list(tensors_among(arguments_of(func, args, kwargs)).values())
-        found = run(*tensors)
-        return None if found is None else results(func, tensors[0], *found)
-
-    def _compiled(self, func: compat.OpOverload, arguments: dict[str, Any], gradients: bool) -> Callable[..., Any] | None:
-        if asks_for_more(arguments) or self._watch.attend is None:
-            return None
-        if len(self._attention) >= _MOST_CALLS:
-            self._attention.clear()
-        call = EagerCall(func, arguments, compat.users_line(), compat.innermost_module(), gradients)
-        with compat.no_modes(), torch.inference_mode(False):
-            return self._watch.attend(call)
-
-    def _key_of(self, value: Any) -> Any:
-        """What of an argument decides how attention is computed."""
-        if isinstance(value, Tensor):
-            known = id(self.annotation_of(value) or self.tracker.axes_of(value))
-            return known, value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-        return type(value), value
+        return self._attention.run(
+            self._watch.attend, func, args, kwargs, lambda tensor: self.annotation_of(tensor) or self.tracker.axes_of(tensor)
+        )
 
     def looking_away(self) -> contextlib.AbstractContextManager[None]:
         """Surroundings in which ops are not followed, those of a graph."""
