@@ -167,6 +167,7 @@ FORMS = (
         "sparse",
     ),
     ("sequences whose lengths may differ, of other kinds", "", "dense: `form_not_rewritten`"),
+    ("SageAttention: query and key in whole numbers", "", "dense: `form_not_rewritten`, which names the op"),
     ("conditioning frames attend each other, the rest attends all", "LongCat", "dense: `frames_not_contiguous`"),
     ("frames in reverse around the model", "SANA-WM", "dense: `layout_unknown`"),
     ("a product with a matrix that permutes frames", "", "dense: `no_grid`"),
@@ -398,8 +399,67 @@ def test_an_op_of_a_host_that_no_fake_tensor_can_run():
         def run(self, x, grid):
             return super().run(torch.ops.host_without_fakes.norm(x), grid)
 
-    expect_dense(Normed, eager, "layout_unknown", "after norm")
+    expect_dense(Normed, eager, "layout_unknown", "after host_without_fakes.norm")
     library._destroy()
+
+
+def test_an_op_of_a_host_with_a_name_of_torch():
+    library = torch.library.Library("host_with_own_meaning", "FRAGMENT")
+    library.define("clone(Tensor x) -> Tensor")
+    library.impl("clone", lambda x: x.flip(1), "CPU")
+    torch.library.register_fake("host_with_own_meaning::clone", torch.empty_like, lib=library)
+
+    class Cloned(Model):
+        def run(self, x, grid):
+            return torch.ops.host_with_own_meaning.clone(super().run(torch.ops.host_with_own_meaning.clone(x), grid))
+
+    for way in (whole, eager):
+        expect_dense(Cloned, way, "layout_unknown", "after host_with_own_meaning.clone")
+    library._destroy()
+
+
+SAGE = (
+    "qk_int8_sv_f16_accum_f16_attn(Tensor query, Tensor key, Tensor value, Tensor(a!) output, Tensor query_scale, Tensor key_scale,"
+    " int tensor_layout, int is_causal, int qk_quant_gran, float sm_scale, int return_lse) -> Tensor"
+)
+
+
+@pytest.fixture
+def sage():
+    """Attention of query and key in whole numbers, each head with its own scale."""
+    library = torch.library.Library("sageattention", "FRAGMENT")
+    library.define(SAGE)
+
+    def body(q, k, v, output, q_scale, k_scale, layout, causal, kind, scale, log_sum_exp):
+        weights = ((q.float() * q_scale) @ (k.float() * k_scale).mT * scale).softmax(-1)
+        output.copy_(weights @ v)
+        return v.new_zeros(0)
+
+    library.impl("qk_int8_sv_f16_accum_f16_attn", body, "CPU")
+    fake = lambda q, *rest: q.new_empty(0, dtype=torch.float32)  # noqa: E731
+    torch.library.register_fake("sageattention::qk_int8_sv_f16_accum_f16_attn", fake, lib=library)
+
+    def attend(query, key, value, lengths):
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        scales = [t.abs().amax((2, 3), keepdim=True) / 127 for t in (query, key)]
+        whole = [(t / scale).round().to(torch.int8) for t, scale in zip((query, key), scales, strict=True)]
+        output = torch.empty_like(query)
+        torch.ops.sageattention.qk_int8_sv_f16_accum_f16_attn(*whole, value, output, *scales, 1, 0, 2, query.shape[-1] ** -0.5, 0)
+        return output.transpose(1, 2)
+
+    yield attend
+    library._destroy()
+
+
+@pytest.mark.parametrize("way", [whole, of_any_size, by_blocks])
+def test_quantised_attention_is_named(way, sage):
+    expect_dense(lambda: Model(attend=sage), way, "form_not_rewritten", "sageattention.qk_int8_sv_f16_accum_f16_attn is used here")
+
+
+def test_quantised_attention_in_eager_code_is_named(sage):
+    model, twin = randomise(Model(attend=sage)), randomise(Model(attend=sage))
+    with pytest.warns(lvsa_compile.LvsaWarning, match=r"Ops of other libraries ran: sageattention.qk_int8_sv_f16_accum_f16_attn\.$"):
+        assert torch.equal(eager(model)(*plain(GRIDS[0], TIMES[0])), twin(*plain(GRIDS[0], TIMES[0])))
 
 
 def test_a_context_that_allows_one_kernel():

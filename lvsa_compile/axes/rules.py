@@ -340,7 +340,7 @@ RULES: dict[str, Rule] = _table(
     (
         unchanged,
         "native_layer_norm native_group_norm native_batch_norm"
-        " _fused_rms_norm rms_norm npu_rms_norm _softmax _log_softmax _safe_softmax cumsum native_dropout triu tril"
+        " _fused_rms_norm rms_norm npu.npu_rms_norm _softmax _log_softmax _safe_softmax cumsum native_dropout triu tril"
         " all_reduce all_reduce_ cumprod renorm bernoulli bucketize index_fill",
     ),
     (
@@ -371,12 +371,12 @@ RULES: dict[str, Rule] = _table(
     ),
     (
         library_attention,
-        "npu_fusion_attention npu_fusion_attention_v2 npu_fusion_attention_v3 npu_prompt_flash_attention flash_fwd"
-        " memory_efficient_attention _flash_attention_forward _varlen_attn flash_attn_func flash_attn_varlen_func _flash_attn_forward"
-        " _flash_attn_varlen_forward",
+        "npu.npu_fusion_attention npu.npu_fusion_attention_v2 npu.npu_fusion_attention_v3 npu.npu_prompt_flash_attention"
+        " flash_attn._flash_attn_forward flash_attn._flash_attn_varlen_forward flash_attn_3.fwd flash_attn_3._flash_attn_forward"
+        " _diffusers_flash_attn_3._flash_attn_forward xformers_flash.flash_fwd torch_attn._varlen_attn _flash_attention_forward",
     ),
     (repeat_interleave, "repeat_interleave"),
-    (geglu, "npu_geglu"),
+    (geglu, "npu.npu_geglu"),
     (all_to_all, "all_to_all_single"),
     (cat, "cat"),
     (stack, "stack"),
@@ -391,4 +391,6 @@ RULES: dict[str, Rule] = _table(
     (gather, "gather"),
     (slice_scatter, "slice_scatter select_scatter"),
 )
-"""Rule by op name.  Ops with torch's ``pointwise`` tag need no entry; the in-place twin of an op needs none either."""
+"""Rule by the name of an op, see ``compat.name_of_op``.
+
+Ops with torch's ``pointwise`` tag need no entry; the in-place twin of an op needs none either."""

@@ -125,7 +125,7 @@ class AxisTracker(compat.TorchDispatchMode):
 
     def note(self, func: compat.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Notes the axes of what a call returned or wrote."""
-        op = compat.schema_of(func).name.split("::")[1]
+        op = compat.name_of_op(func)
         outputs = tuple(t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor))
         if compat.schema_of(func).is_mutable:
             for tensor in compat.written_by(func, args, kwargs):
@@ -168,7 +168,7 @@ class AxisTracker(compat.TorchDispatchMode):
         """Marks what a call writes to beside its first argument: ``out=`` and the ``_foreach`` ops are not followed."""
         counted = [axis for tensor in tensors_in(args, kwargs.values()) for axis in self.axes_of(tensor)]
         for target in compat.written_by(func, args, kwargs):
-            self._write(target, lost_axes(compat.schema_of(func).name.split("::")[1], self.node_name, sizes_of(target), counted))
+            self._write(target, lost_axes(compat.name_of_op(func), self.node_name, sizes_of(target), counted))
             self._set_value(self._root(target)[0], None)
 
     def _output_axes(self, func: compat.OpOverload, call: Call) -> list[Axes]:

@@ -104,7 +104,7 @@ class KnownValues:
     def result(self, func: compat.OpOverload, args: Any, kwargs: Any, position: int | None, like: Tensor) -> Later | None:
         """What a call would return at ``position``; None where an argument is not known, or chance decides."""
 
-        copied = compat.schema_of(func).name.split("::")[1] in _COPIES and isinstance(args[0], Tensor)
+        copied = compat.name_of_op(func) in _COPIES and isinstance(args[0], Tensor)
         if copied and like.dim() == 1 and {args[0].dtype, like.dtype} <= _INDEX_DTYPES:
             return self.later(args[0])  # the same whole numbers
 

@@ -22,6 +22,8 @@ OPAQUE_OP_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 HOST_OP_TAGS = (*OPAQUE_OP_TAGS, torch.Tag.cudagraph_unsafe)
 """An op that reads tensors on the host: a CUDA graph would keep what they held when it was recorded."""
 
+_OF_TORCH = frozenset("aten prim prims c10d _c10d_functional _c10d_functional_autograd quantized inductor lvsa".split())
+
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 """Dispatch key of autocast by device type."""
 
@@ -44,6 +46,12 @@ def register_autocast(library: torch.library.Library, name: str, device: str, op
 def schema_of(operator: Any) -> Any:
     """The schema of an op, of a packet of overloads that of the default one; None of what is no op."""
     return getattr(getattr(operator, "default", operator), "_schema", None)
+
+
+def name_of_op(operator: Any) -> str:
+    """An op of torch or of this package by its name, one of another library by that and its name: ``"permute"``, ``"npu.npu_rms_norm"``."""
+    library, name = schema_of(operator).name.split("::")
+    return str(name if library in _OF_TORCH else f"{library}.{name}")
 
 
 def version_of(tensor: Tensor) -> int:

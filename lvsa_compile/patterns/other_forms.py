@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
 from lvsa_compile.graph.edit import is_tensor, name_of
+from lvsa_compile.patterns.library_ops import is_of_a_library
 from lvsa_compile.patterns.site import DenseSite
 from lvsa_compile.reasons import FORM_NOT_REWRITTEN
 
@@ -23,19 +24,13 @@ def match(node: fx.Node) -> DenseSite | None:
     name = name_of(node)
     if node.op != "call_function":
         return None
+    of_library, operator = is_of_a_library(node.target), str(node.target).removesuffix(".default")
     if _NAMED.search(name):
-        return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{name} is used here"))
-    if _is_of_a_library(node) and _looks_like_attention(node):
-        operator = str(node.target).removesuffix(".default")
+        return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{operator if of_library else name} is used here"))
+    if of_library and _looks_like_attention(node):
         shapes = ", ".join(str(list(example_value(each).shape)) for each in _tensors(node))
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{operator}, which is not known, gets {shapes} and may be attention"))
     return None
-
-
-def _is_of_a_library(node: fx.Node) -> bool:
-    """Whether an operator is neither torch's nor of this package."""
-    namespace = getattr(node.target, "namespace", None) or str(getattr(node.target, "_qualified_op_name", "")).partition("::")[0]
-    return bool(namespace) and namespace not in ("aten", "prim", "prims", "higher_order", "lvsa", "inductor", "quantized")
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

@@ -30,14 +30,16 @@ log = logging.getLogger(__name__)
 class EagerTracker(compat.KeepsDynamoAwayItself, AxisTracker):
     """Knows the axes of the real tensors of one forward, which it does not keep alive; of no op inside a compiled graph.
 
-    ``attended`` holds the token axes of the attention it saw; ``attend`` computes attention in another way, or gives None.  What it finds
-    out is kept in ``memory`` for the next forward.  ``end`` is the code of the function around the forward.
+    ``attended`` holds the token axes of the attention it saw, ``of_libraries`` the ops it saw that are neither torch's nor known to be
+    attention; ``attend`` computes attention in another way, or gives None.  What it finds out is kept in ``memory`` for the next forward.
+    ``end`` is the code of the function around the forward.
     """
 
     def __init__(self, memory: Memory, end: types.CodeType) -> None:
         super().__init__()
         compat.skip_by_dynamo(EagerTracker.__torch_dispatch__.__code__)
         self.attended: dict[int, Axis] = {}
+        self.of_libraries: dict[str, None] = {}
         self.attend: Callable[[compat.OpOverload, tuple[Any, ...], dict[str, Any]], Any] | None = None
         self.values = self._read = _ReadValues()
         self._memory, self._end = memory, end
@@ -67,6 +69,8 @@ class EagerTracker(compat.KeepsDynamoAwayItself, AxisTracker):
             with compat.mode_on(self):
                 return compat.decomposed(func, args, kwargs)
         result = None
+        if known.of_library:
+            self.of_libraries[str(func).removesuffix(".default")] = None
         if known.attention:
             result = self._attention(func, args, kwargs)
         elif self._formula.begun and known.name == "bmm" and self._formula.ends_with(args[0]):
@@ -275,7 +279,7 @@ def _named(call: Call, node_name: str) -> Call:
 
 class _Known(NamedTuple):
     """What is known of an op: whether its calls are ``plain``, which write nothing and give sizes that no value decides, or write to
-    their first argument ``in_place``.
+    their first argument ``in_place``; ``of_library`` that it is neither torch's nor known to be attention.
     """
 
     func: compat.OpOverload
@@ -285,6 +289,7 @@ class _Known(NamedTuple):
     view: bool
     attention: bool
     to_be_decomposed: bool
+    of_library: bool
 
 
 _NONE: dict[str, Any] = {}
@@ -292,12 +297,14 @@ _ops: dict[int, _Known] = {}  # by identity: ops live as long as the process, an
 
 
 def _known(func: compat.OpOverload) -> _Known:
-    name = str(compat.schema_of(func).name.split("::")[1])
+    name = compat.name_of_op(func)
     ruled = name in RULES or torch.Tag.pointwise in func.tags
     plain = not compat.schema_of(func).is_mutable and name not in CONVOLUTIONS
     in_place = name.endswith("_") and not name.endswith("__") and name not in RESHAPED_IN_PLACE and compat.schema_of(func).is_mutable
     composite = compat.is_composite(func) and not ruled
-    _ops[id(func)] = _Known(func, name, plain, in_place, compat.returns_views(func), library_ops.is_known(func), composite)
+    attention = library_ops.is_known(func)
+    of_library = not attention and library_ops.is_of_a_library(func)
+    _ops[id(func)] = _Known(func, name, plain, in_place, compat.returns_views(func), attention, composite, of_library)
     return _ops[id(func)]
 
 

@@ -261,7 +261,8 @@ class Forward:
         """The end of a forward: takes from its outputs which input holds the generated video, and compares."""
         unseen, self._watch.unseen = self._watch.unseen, ""
         if unseen and not self.tracker.attended and not (self._watch.ticks and self._ran_graphs):
-            warnings.warn(unseen, LvsaWarning, stacklevel=4)
+            ran = ", ".join(self.tracker.of_libraries)
+            warnings.warn(f"{unseen} Ops of other libraries ran: {ran}." if ran else unseen, LvsaWarning, stacklevel=4)
         returned = [leaf for leaf in compat.tree_leaves(output) if isinstance(leaf, Tensor)]
         axes = {i: self.tracker.axes_of(leaf) for i, leaf in enumerate(returned)}
         tokens = {**self._asked, **self.tracker.attended}
