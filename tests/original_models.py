@@ -178,19 +178,33 @@ class PartOfTheFrames(Model):
 
 
 class FramesAmongThemselves(Model):
-    """The first two frames attend each other, the rest attends all, as where a video is continued."""
+    """The first two frames attend each other, the rest attends all, as where a video is continued; ``pattern`` masks frames of the rest."""
+
+    pattern = None
 
     class block(Block):
-        def forward(self, x, first):
+        def forward(self, x, first, pattern):
             query, key, value = (t.transpose(1, 2) for t in self.heads(x))
+            if pattern is not None:
+                pattern = F.pad(pattern, (first, 0), value=True)
             given = F.scaled_dot_product_attention(*(t[:, :, :first] for t in (query, key, value)))
-            rest = F.scaled_dot_product_attention(query[:, :, first:], key, value)
+            rest = F.scaled_dot_product_attention(query[:, :, first:], key, value, pattern)
             return x + self.out(torch.cat([given, rest], 2).transpose(1, 2).flatten(2))
 
     def run(self, x, grid):
         for block in self.blocks:
-            x = block(x, 2 * grid[1] * grid[2])
+            x = block(x, 2 * grid[1] * grid[2], self.pattern)
         return x
+
+
+class InTwoParts(Model):
+    """Attention over all frames, computed for some of the queries, then for the others."""
+
+    class block(Block):
+        def forward(self, x):
+            query, key, value = (t.transpose(1, 2) for t in self.heads(x))
+            parts = (F.scaled_dot_product_attention(part, key, value) for part in query.split(x.shape[1] * 2 // 3, 2))
+            return x + self.out(torch.cat(list(parts), 2).transpose(1, 2).flatten(2))
 
 
 class TurnedAround(Model):

@@ -14,6 +14,7 @@ from original_models import (
     FramesAmongThemselves,
     FramesLast,
     IdsColumnByColumn,
+    InTwoParts,
     ListOfLatents,
     Model,
     PartOfTheFrames,
@@ -168,7 +169,8 @@ FORMS = (
     ),
     ("sequences whose lengths may differ, of other kinds", "", "dense: `form_not_rewritten`"),
     ("SageAttention: query and key in whole numbers", "", "dense: `form_not_rewritten`, which names the op"),
-    ("conditioning frames attend each other, the rest attends all", "LongCat", "dense: `frames_not_contiguous`"),
+    ("conditioning frames attend each other, the rest attends all: the pattern over the rest", "LongCat", "sparse (0, 0, 1, 0)"),
+    ("attention over all frames, computed for some of the queries, then for the others", "", "dense: `frames_not_contiguous`"),
     ("frames in reverse around the model", "SANA-WM", "dense: `layout_unknown`"),
     ("a product with a matrix that permutes frames", "", "dense: `no_grid`"),
     ("an op without a fake kernel, in eager code", "", "dense: `layout_unknown`, which names the op"),
@@ -382,8 +384,32 @@ def test_calls_that_are_not_plain_attention(keys, given, detail):
 
 @pytest.mark.parametrize("way", [whole, eager])
 def test_structures_that_stay_dense(way):
-    expect_dense(FramesAmongThemselves, way, "frames_not_contiguous", "tokens of latents are not the video's frames")
+    expect_dense(InTwoParts, way, "frames_not_contiguous", "latent frames of latents, from frame")
     expect_dense(TurnedAround, way, "layout_unknown", "after flip")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_video_that_is_continued(way):
+    """The given frames attend each other, and all of the rest attends them."""
+    model, twin = randomise(FramesAmongThemselves()), randomise(FramesAmongThemselves())
+    compiled = way(model)
+    compiled = model if compiled is None else compiled
+    before = len(lvsa_compile.reports())
+    for grid in GRIDS:
+        found, generated = [], grid[0] - 2
+        for time in TIMES * 2:
+            output, answers = compiled(*plain(grid, time)), {}
+            for step in (None, *range(oracle.interval(generated, 1, 1, 4))):
+                frames = None if step is None else oracle.token_mask(generated, grid[1] * grid[2], step, reference=4, window=1)
+                twin.pattern = frames
+                answers[step] = twin(*plain(grid, time))
+            apart = {step: float((output - answer).abs().max() / answer.abs().max()) for step, answer in answers.items()}
+            found += [step for step, far in apart.items() if far < 1e-4]
+        begins = 1 if way is by_blocks and grid is GRIDS[0] else 0
+        assert found[begins:] == [0, 1, 2, 0, 1, 2][begins:], found
+    dense = {site.detail for report in lvsa_compile.reports()[before:] for site in report.sites if site.reason == "frames_not_contiguous"}
+    assert dense == {"2 latent frames of latents, from frame 0 on, are not all of the video's"}
+    lvsa_compile.undo(model)
 
 
 def test_a_matrix_that_permutes_frames():

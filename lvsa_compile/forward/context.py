@@ -26,7 +26,7 @@ class Parent:
     that it has moved in this forward; ``timestep`` is the name and the value of the input that tells the step, None where none is
     named so, and ``size`` that of the video, None where no input shows it.  ``unconfirmed`` says
     that no output has shown yet which of several videos is generated: attention is dense until one has.  ``times`` counts what is called
-    in this forward.
+    in this forward, ``given`` says which first frames of a video were seen in it to attend only each other.
     """
 
     model: Any
@@ -40,6 +40,7 @@ class Parent:
     timestep: tuple[str, Tensor] | None = None
     size: Hashable = None
     unconfirmed: bool = False
+    given: frozenset[Any] = frozenset()
     times: collections.Counter[Hashable] = dataclasses.field(default_factory=collections.Counter)
 
     def time(self, called: Hashable) -> int:

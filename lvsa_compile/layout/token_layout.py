@@ -27,12 +27,16 @@ Targets = Mapping[str, frozenset[int]]
 
 @dataclass(frozen=True)
 class Grid:
-    """The axes a video segment runs along: where its frames are counted, and its shape in the words of the graph."""
+    """The axes a video segment runs along: where its frames are counted, and its shape in the words of the graph.
+
+    ``first`` is the first of the video's latent frames that it holds.
+    """
 
     frame_sources: frozenset[Source]
     frames: Size
     tokens_per_frame: Size
     shape: tuple[Size, ...]
+    first: Size = 0
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Segment:
     ``origins``, names of inputs, was lost.
 
     CONTRADICTED tokens are packed, and the evidence of their grid disagrees: ``lost_at`` says how.  SCRAMBLED tokens come from a video,
-    but frames are not whole, not in order or not contiguous.
+    but frames are not whole, not in order or not contiguous; where they are a stretch of whole frames, their grid is known.
     """
 
     kind: str
@@ -52,7 +56,7 @@ class Segment:
     origins: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        shape = "×".join(str(n) for n in self.grid.shape) if self.grid else str(self.size)
+        shape = "×".join(str(n) for n in self.grid.shape) if self.grid and self.kind != SCRAMBLED else str(self.size)
         return f"{self.kind if self.kind != OTHER else self.source} {shape}"
 
 
@@ -196,7 +200,8 @@ def _segment(axis: Axis, targets: Targets, contradictions: Mapping[str, str]) ->
         own = [[d for d in factor.digits if d.source.node_name == node_name] for factor in factors if not same(factor.size, 1)]
         source, axes = _source(factors, node_name), {d.source.axis for found in own for d in found}
         if all(own) and source.rank >= (4 if len(axes) >= 3 else 5):
-            return Segment(SCRAMBLED if len(axes) >= 3 else IMAGE, size, source.name)
+            stretch = _grid_of(factors, node_name, stretch=True) if node_name in targets else None
+            return Segment(SCRAMBLED if len(axes) >= 3 else IMAGE, size, source.name, stretch)
     return Segment(OTHER, size, name)
 
 
@@ -231,19 +236,20 @@ def _source(factors: list[Factor], node_name: str) -> Source:
     return next(d.source for factor in factors for d in factor.digits if d.source.node_name == node_name)
 
 
-def _grid_of(factors: list[Factor], node_name: str) -> Grid | None:
-    """The video grid that an input shows along the factors, or None."""
+def _grid_of(factors: list[Factor], node_name: str, stretch: bool = False) -> Grid | None:
+    """The video grid that an input shows along the factors, or that of a ``stretch`` of its frames; None where it shows none."""
     factors = [factor for factor in factors if not same(factor.size, 1)]
     own = [[d for d in factor.digits if d.source.node_name == node_name] for factor in factors]
     if not own or any(len(digits) != 1 for digits in own):  # none, or two axes of one input at once, which is no grid
         return None
-    return _latent_grid(factors, [digits[0] for digits in own]) or _packed_grid(factors, [digits[0] for digits in own])
+    digits = [found[0] for found in own]
+    return _latent_grid(factors, digits, stretch) or (None if stretch else _packed_grid(factors, digits))
 
 
-def _latent_grid(factors: list[Factor], own: list[Digit]) -> Grid | None:
+def _latent_grid(factors: list[Factor], own: list[Digit], stretch: bool) -> Grid | None:
     """A latent input with axes for frames, height and width, in that order in nearly every layout (BCFHW, BFCHW, BFHWC, lists; BCHWF).
 
-    The frame axis comes first in the sequence, whole and in order; inside a frame any order of positions will do.
+    The frame axis comes first in the sequence, whole or a ``stretch`` of it, in order; inside a frame any order of positions will do.
     """
     axes = sorted({digit.source.axis for digit in own})
     frame = own[0]
@@ -251,9 +257,11 @@ def _latent_grid(factors: list[Factor], own: list[Digit]) -> Grid | None:
     item_of_a_list = frame.source.name.endswith("]")  # four axes are [C, F, H, W] in a list; by themselves they are [B, C, H, W]
     if frame.source.rank < 5 and not item_of_a_list:
         return None
-    if not (_side_by_side(axes) and alone and frame.is_whole):
+    if not (_side_by_side(axes) and alone and frame.is_whole is not stretch):
         return None
-    return _grid(factors) if frame.source.axis == axes[0] or _frames_come_last(own, axes) else None
+    if frame.source.axis != axes[0] and not _frames_come_last(own, axes):
+        return None
+    return dataclasses.replace(_grid(factors), frame_sources=frozenset((frame.source,)), first=frame.start)
 
 
 def _frames_come_last(own: list[Digit], axes: list[int]) -> bool:

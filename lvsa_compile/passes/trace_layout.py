@@ -17,6 +17,7 @@ from lvsa_compile.forward.explicit_step import explicit_step
 from lvsa_compile.forward.labels import annotation_of
 from lvsa_compile.forward.timestep_names import says_timestep
 from lvsa_compile.layout.carry import outgoing_annotation
+from lvsa_compile.layout.continuing import continuing, given_frames
 from lvsa_compile.layout.denoiser import why_no_denoiser
 from lvsa_compile.layout.evidence import LayoutEvidence, collect_evidence
 from lvsa_compile.layout.graph_trace import LayoutInterpreter, input_kind, run_on_fakes
@@ -72,6 +73,11 @@ def trace_layout(compilation: Compilation) -> Compilation:
         )
         for node, (query, key) in ((node, (seen.refine(query), seen.refine(key))) for node, (query, key) in pairs.items())
     }
+    around = context.parent.get()
+    given = given_frames(layouts.values()) | (around.given if around is not None else frozenset())
+    if around is not None:
+        around.given = given
+    layouts = {node: continuing(query, key, given) for node, (query, key) in layouts.items()}
     masks = {site.node: _mask_form(site, site.mask, traced) for site in sites if site.mask is not None}
     told = {position: axes for position, axes in seen.outputs.items() if not (untold & origins(axes))}
     outgoing = _outgoing(dataclasses.replace(seen, outputs=told), compilation, brought)

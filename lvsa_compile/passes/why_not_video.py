@@ -57,9 +57,7 @@ def _miss(node: fx.Node, query: TokenLayout, key: TokenLayout, compilation: Comp
         if segment.kind == CONTRADICTED:
             return reasons.LAYOUT_CONTRADICTED.because(segment.lost_at)
         if segment.kind == SCRAMBLED and all(pictured):
-            return reasons.FRAMES_NOT_CONTIGUOUS.because(
-                f"{segment.size} tokens of {segment.source} are not the video's frames, all of them, whole and in order"
-            )
+            return reasons.FRAMES_NOT_CONTIGUOUS.because(_not_all_frames(segment))
     if query.batch_video:
         return reasons.SPATIAL_OR_TEMPORAL.because(f"batch counts frames or places of the video; tokens: {query}")
     if not query_videos or not key_videos:
@@ -94,6 +92,12 @@ def _miss(node: fx.Node, query: TokenLayout, key: TokenLayout, compilation: Comp
     if not (query_grid.frame_sources & key_grid.frame_sources) or not same_size:
         return reasons.OTHER_VIDEO.because(f"query {query} from {query_videos[0].source}, key {key} from {key_videos[0].source}")
     return None
+
+
+def _not_all_frames(segment: Segment) -> str:
+    if segment.grid is None:
+        return f"{segment.size} tokens of {segment.source} are not the video's frames, all of them, whole and in order"
+    return f"{segment.grid.frames} latent frames of {segment.source}, from frame {segment.grid.first} on, are not all of the video's"
 
 
 def _may_be_video(graph: fx.Graph, lost: Segment) -> bool:
