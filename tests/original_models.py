@@ -207,6 +207,21 @@ class InTwoParts(Model):
             return x + self.out(torch.cat(list(parts), 2).transpose(1, 2).flatten(2))
 
 
+class BothDirections(Model):
+    """Before each block a recurrence over the tokens, and one over tokens turned around and back; ``between`` runs in the middle."""
+
+    def __init__(self, between=lambda: None):
+        super().__init__()
+        self.between = between
+
+    def run(self, x, grid):
+        for block in self.blocks:
+            backwards = x.flip(1).cumsum(1).tanh()
+            self.between()
+            x = block(x + x.cumsum(1).tanh() + backwards.flip(1))
+        return x
+
+
 class TurnedAround(Model):
     """Frames in reverse."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from original_models import (
+    BothDirections,
     FramesAmongThemselves,
     FramesLast,
     IdsColumnByColumn,
@@ -155,6 +156,11 @@ STRUCTURES = (
     Structure(
         "`ids[..., i]` column by column, tokens and ids as inputs", "Open-Sora 2", lambda: IdsColumnByColumn(packed=True), packed,
         prefix=5, dense_first=(0, 0, 2, 0),
+    ),
+    Structure("recurrences over tokens, and over tokens turned around and back", "SANA-WM", BothDirections, plain),
+    Structure(
+        "the same, with a graph break where they are turned around", "", lambda: BothDirections(torch._dynamo.graph_break), plain,
+        dense_first=_OWN,
     ),
 )  # fmt: skip
 FORMS = (

@@ -13,8 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lvsa_compile.axes import rules
-from lvsa_compile.axes.algebra import Concat, Factor, Source, axis_of, axis_size, concat, regroup, slice_axis
+from lvsa_compile.axes.algebra import INPUT, LOST, Concat, Factor, Source, axis_of, axis_size, concat, regroup, slice_axis
 from lvsa_compile.axes.combining import combine
+from lvsa_compile.axes.opaque import expanded, substituted
 
 # --- the algebra, against labels that go through the same operations --------------------------------------------------------
 
@@ -255,3 +256,13 @@ def test_every_rule_is_of_an_op_that_there_is():
     for name in rules.RULES:
         known = any(hasattr(getattr(torch.ops, namespace), name) for namespace in ("aten", "lvsa", "_c10d_functional"))
         assert known or name.startswith("npu.") or name in library_ops.LAYOUTS, name
+
+
+def test_an_axis_that_was_turned_around_is_that_of_what_a_graph_was_given():
+    inside = axis_of(Source(INPUT, "x", 1, 12, "a", 3))
+    turned = axis_of(Source(LOST, "flip", 1, 12, "flip", origins=frozenset({"a"}), stands_for_axis=inside))
+    own = axis_of(Source(INPUT, "latents", 2, 12, "b", 5))
+    ((factor,),) = substituted((turned,), {"a": ((), own, ())})
+    (digit,) = factor.digits
+    assert digit.source.origins == {"b"}
+    assert expanded(digit.source.stands_for_axis) == own

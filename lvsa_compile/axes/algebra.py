@@ -28,7 +28,7 @@ class Source:
     came from an input), CREATED (made from nothing, or from weights and counts alone) or BROADCAST (repeats); ``name`` is the
     input's name or the op's; ``node_name`` the graph node it is or was made at; ``rank`` the number of axes of the whole tensor;
     ``origins`` the names of the inputs that a LOST axis may count; ``stands_for_axis`` what the axis was before it was taken for one piece,
-    so that it could be cut anywhere.
+    so that it could be cut anywhere, or before it was turned around, if LOST.
     """
 
     kind: str

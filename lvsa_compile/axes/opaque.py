@@ -74,12 +74,15 @@ def substituted(axes: tuple[Axis, ...], inputs: Mapping[str, tuple[Axis, ...]]) 
     def known(source: Source) -> Source:
         if source.kind == LOST and source.origins:
             named = frozenset[str]().union(*(origins(inputs[name]) if name in inputs else {name} for name in source.origins))
-            return dataclasses.replace(source, origins=named)
+            return dataclasses.replace(source, origins=named, stands_for_axis=with_digits(source.stands_for_axis, of_inputs))
         own = inputs.get(source.node_name) if source.kind == INPUT else None
         fits = own is not None and source.axis < len(own) and same(axis_size(own[source.axis]), source.size)
         return dataclasses.replace(source, stands_for_axis=own[source.axis]) if own is not None and fits else source
 
-    return tuple(expanded(with_digits(axis, lambda digit: dataclasses.replace(digit, source=known(digit.source)))) for axis in axes)
+    def of_inputs(digit: Digit) -> Digit:
+        return dataclasses.replace(digit, source=known(digit.source))
+
+    return tuple(expanded(with_digits(axis, of_inputs)) for axis in axes)
 
 
 def _counted_by(digit: Digit) -> Axis | None:

@@ -30,6 +30,7 @@ from lvsa_compile.axes.algebra import (
 from lvsa_compile.axes.call import Axes, Call, Rule, axis_index, sizes_of, with_axis
 from lvsa_compile.axes.combining import combine
 from lvsa_compile.axes.device_rules import attention, geglu, library_attention, repeat_interleave
+from lvsa_compile.axes.flipping import turned_around
 from lvsa_compile.axes.overwriting import holds_tokens, informed, lost_axes, overwritten
 from lvsa_compile.axes.patch_rules import columns_to_image, convolution, image_to_columns, pad, pixel_shuffle, pool, unfold
 from lvsa_compile.axes.pointwise_rules import broadcast_axes, pointwise
@@ -297,13 +298,13 @@ def _placed(call: Call, dim: int, runs: list[Run] | None, source: Tensor, added:
 
 
 def reordered(call: Call) -> Sequence[Axes]:
-    """``flip``, ``roll``, ``sort`` along some axes: those lose their order, the others keep it."""
+    """``flip``, ``roll``, ``sort`` along some axes: those lose their order, the others keep it; a second ``flip`` restores it."""
     axes = call.input()
     argument = 2 if call.op in ("roll", "topk") else 1
     dims = call.arg(argument, "dims", call.arg(argument, "dim", [] if call.op == "roll" else -1))
     moved = {axis_index(dim, len(axes)) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])} or set(range(len(axes)))
-    sizes = sizes_of(call.outputs[0])
-    return [tuple(call.new_axis(sizes[i], axis=i, of=axis) if i in moved else axis for i, axis in enumerate(axes))] * len(call.outputs)
+    sizes, new = sizes_of(call.outputs[0]), turned_around if call.op == "flip" else Call.new_axis
+    return [tuple(new(call, sizes[i], axis=i, of=axis) if i in moved else axis for i, axis in enumerate(axes))] * len(call.outputs)
 
 
 def gather(call: Call) -> Sequence[Axes]:
