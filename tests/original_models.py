@@ -197,6 +197,35 @@ class FramesAmongThemselves(Model):
         return x
 
 
+class KeptKeys(Model):
+    """Keys and values that earlier calls kept, with this call's after them; ``written`` into the place that was left for them."""
+
+    pattern = None
+
+    class block(Block):
+        def forward(self, x, kept, written, pattern):
+            query, key, value = (t.transpose(1, 2) for t in self.heads(x))
+            if pattern is not None:
+                pattern = F.pad(pattern, (kept[0].shape[2], 0), value=True)
+            if written:
+                kept = [F.pad(t, (0, 0, 0, x.shape[1])) for t in kept]
+                kept[0][:, :, -x.shape[1] :], kept[1][:, :, -x.shape[1] :] = key, value
+                key, value = kept
+            else:
+                key, value = torch.cat([kept[0], key], 2), torch.cat([kept[1], value], 2)
+            return x + self.out(F.scaled_dot_product_attention(query, key, value, pattern).transpose(1, 2).flatten(2))
+
+    def __init__(self, written):
+        super().__init__()
+        self.written = written
+
+    def forward(self, latents, timestep, kept):
+        x, grid = self.tokens(latents, timestep)
+        for block, own in zip(self.blocks, kept, strict=True):
+            x = block(x, own, self.written, self.pattern)
+        return self.video(x, grid)
+
+
 class InTwoParts(Model):
     """Attention over all frames, computed for some of the queries, then for the others."""
 

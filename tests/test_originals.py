@@ -16,6 +16,7 @@ from original_models import (
     FramesLast,
     IdsColumnByColumn,
     InTwoParts,
+    KeptKeys,
     ListOfLatents,
     Model,
     PartOfTheFrames,
@@ -176,11 +177,15 @@ FORMS = (
     ("sequences whose lengths may differ, of other kinds", "", "dense: `form_not_rewritten`"),
     ("SageAttention: query and key in whole numbers", "", "dense: `form_not_rewritten`, which names the op"),
     ("conditioning frames attend each other, the rest attends all: the pattern over the rest", "LongCat", "sparse (0, 0, 1, 0)"),
+    (
+        "keys that earlier calls kept, and after them those of this call's frames (`cat` or written): the former are all attended",
+        "Self-Forcing", "sparse (0, 0, 1, 1)",
+    ),
     ("attention over all frames, computed for some of the queries, then for the others", "", "dense: `frames_not_contiguous`"),
     ("frames in reverse around the model", "SANA-WM", "dense: `layout_unknown`"),
     ("a product with a matrix that permutes frames", "", "dense: `no_grid`"),
     ("an op without a fake kernel, in eager code", "", "dense: `layout_unknown`, which names the op"),
-)
+)  # fmt: skip
 """What else was tried, where it is seen, and the result; each is a test of this file or of ``test_padded_sequences.py``."""
 
 
@@ -394,28 +399,47 @@ def test_structures_that_stay_dense(way):
     expect_dense(TurnedAround, way, "layout_unknown", "after flip")
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_video_that_is_continued(way):
-    """The given frames attend each other, and all of the rest attends them."""
-    model, twin = randomise(FramesAmongThemselves()), randomise(FramesAmongThemselves())
+def expect_sparse_under(way, make, inputs, given=0, dense_first=0):
+    """Sparse by the pattern of all frames but those ``given``, which a model is told by its attribute ``pattern``."""
+    model, twin = randomise(make()), randomise(make())
     compiled = way(model)
     compiled = model if compiled is None else compiled
     before = len(lvsa_compile.reports())
     for grid in GRIDS:
-        found, generated = [], grid[0] - 2
+        found, generated = [], grid[0] - given
         for time in TIMES * 2:
-            output, answers = compiled(*plain(grid, time)), {}
+            output, answers = compiled(*inputs(grid, time)), {}
             for step in (None, *range(oracle.interval(generated, 1, 1, 4))):
                 frames = None if step is None else oracle.token_mask(generated, grid[1] * grid[2], step, reference=4, window=1)
                 twin.pattern = frames
-                answers[step] = twin(*plain(grid, time))
+                answers[step] = twin(*inputs(grid, time))
             apart = {step: float((output - answer).abs().max() / answer.abs().max()) for step, answer in answers.items()}
             found += [step for step, far in apart.items() if far < 1e-4]
-        begins = 1 if way is by_blocks and grid is GRIDS[0] else 0
+        begins = dense_first if grid is GRIDS[0] else 0
         assert found[begins:] == [0, 1, 2, 0, 1, 2][begins:], found
-    dense = {site.detail for report in lvsa_compile.reports()[before:] for site in report.sites if site.reason == "frames_not_contiguous"}
-    assert dense == {"2 latent frames of latents, from frame 0 on, are not all of the video's"}
     lvsa_compile.undo(model)
+    return [site for report in lvsa_compile.reports()[before:] for site in report.sites]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_video_that_is_continued(way):
+    """The given frames attend each other, and all of the rest attends them."""
+    sites = expect_sparse_under(way, FramesAmongThemselves, plain, given=2, dense_first=way is by_blocks)
+    dense = {site.detail for site in sites if site.reason == "frames_not_contiguous"}
+    assert dense == {"2 latent frames of latents, from frame 0 on, are not all of the video's"}
+
+
+def with_kept_keys(grid, time):
+    drawn = torch.Generator().manual_seed(int(time))
+    kept = [[torch.randn(1, 2, 2 * grid[1] * grid[2], 8, generator=drawn) for _ in range(2)] for _ in range(2)]
+    return *plain(grid, time), kept
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("written", [False, True])
+def test_keys_that_earlier_calls_kept(written, way):
+    """All frames of this call attend them."""
+    expect_sparse_under(way, lambda: KeptKeys(written), with_kept_keys, dense_first=way in (by_blocks, eager))
 
 
 def test_a_matrix_that_permutes_frames():
