@@ -53,7 +53,6 @@ from lvsa_compile.compat.fakes import (
     fake_mode_of,
     fake_mode_of_graph,
     is_fake,
-    isolated_run,
     static_fake_mode,
     tracing_fake_mode,
     tracing_on_fakes,
@@ -72,6 +71,7 @@ from lvsa_compile.compat.inductor import (
     reset_cuda_graphs,
     with_cache_stamp,
 )
+from lvsa_compile.compat.isolation import isolated_run
 from lvsa_compile.compat.modes import (
     KeepsDynamoAwayItself,
     decomposed,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,57 +63,6 @@ def tracing_on_fakes(fake_mode: Any) -> Iterator[None]:
     fresh = shape_env.ignore_fresh_unbacked_symbols() if shape_env is not None else contextlib.nullcontext()
     with fake_mode, enable_python_dispatcher(), fresh:
         yield
-
-
-@contextlib.contextmanager
-def isolated_run(fake_mode: Any) -> Iterator[None]:
-    """``tracing_on_fakes`` that leaves nothing behind: guards, replacements, symbols and caches are afterwards what they were.
-
-    That counts for caches too: an answer that Dynamo got ("it cannot be told whether u0 <= 64"), when it is pushed out of a cache and
-    asked for again later, may be another one, at which AOTAutograd fails ("possible memo disaster").
-    """
-    environment = fake_mode.shape_env
-    if environment is None:
-        with tracing_on_fakes(fake_mode):
-            yield
-        return
-    before = {name: _contents(value) for name, value in vars(environment).items()}
-    cached = {name: method for name, method in vars(type(environment)).items() if isinstance(method, functools._lru_cache_wrapper)}
-    for name, method in cached.items():
-        setattr(environment, name, functools.cache(functools.partial(method.__wrapped__, environment)))
-    try:
-        with tracing_on_fakes(fake_mode):
-            yield
-    finally:
-        for name in cached:
-            delattr(environment, name)
-        for name, saved in before.items():
-            _restore(environment, name, saved)
-        environment._update_version_counter()  # for the caches that go by it
-
-
-_ONLY_GROW = ("_version_counter", "_prev_cache_key", "unbacked_symint_counter", "unbacked_symfloat_counter")
-
-_CONTAINERS = (dict, list, set)
-
-
-def _contents(value: Any) -> Any:
-    """A container with the containers in it, copied; anything else as it is."""
-    if isinstance(value, dict):
-        inside = {key: copy.copy(each) if isinstance(each, _CONTAINERS) else each for key, each in value.items()}
-        return value, inside
-    return (value, copy.copy(value)) if isinstance(value, (list, set)) else (value, None)
-
-
-def _restore(environment: Any, name: str, saved: tuple[Any, Any]) -> None:
-    value, contents = saved
-    if name in _ONLY_GROW:
-        return
-    if contents is not None and value != contents:
-        value.clear()
-        (value.extend if isinstance(value, list) else value.update)(contents)
-    if getattr(environment, name) is not value:
-        setattr(environment, name, value)
 
 
 def constant_of(tensor: Tensor) -> Tensor | None:
