@@ -120,8 +120,8 @@ def value_now(expression: Any, fake_mode: Any) -> int:
 def symbol_values(fake_mode: Any) -> Mapping[Any, Any]:
     """What the symbols of a fake mode that inputs show stand for in this compile."""
     environment = fake_mode.shape_env
-    found: Mapping[Any, Any] = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # the newer name first
-    return found
+    found: Mapping[Any, Any] | None = getattr(environment, "backed_var_to_val", None)
+    return environment.var_to_val if found is None else found  # the older name warns where there is the newer
 
 
 def marked_dynamic(size: Any, tensor: Tensor) -> str:
