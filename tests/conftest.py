@@ -3,17 +3,20 @@ from __future__ import annotations
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do: kernels run on the CPU, program by program
+os.environ["TORCH_DYNAMO_RUN_GC_AFTER_COMPILE"] = "0"  # looking for garbage after each compile would take a tenth of the time
 os.environ.pop("LVSA_OPTIONS", None)  # tests state the options they mean
 
 import gc
 
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import settings
 
 from lvsa_compile import registry
 from lvsa_compile.selection.cpu_kind import KINDS, VARIABLE, cpu_kind
 
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # it flushes the CPU's caches at each compile, only to tell a time
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
