@@ -23,11 +23,12 @@ test: $(VENV)/test lint
 
 # What can be tested in a few minutes: no pipelines, no other processes, no lab, no generated code.
 quick: $(VENV)/test
-	$(BIN)/python -m pytest $(TWICE) -m 'not pipeline and not process and not lab and not inductor'
+	$(BIN)/python -m pytest $(TWICE) -m 'not slow and not pipeline and not process and not lab and not inductor'
 
-# The slow gates beside: the Triton kernel for every part, and the GPU benchmark's own code, on the CPU, the quality lab;
-# some ten minutes more.
+# The slow gates beside: slow tests, the Triton kernel for every part, and the GPU benchmark's own code, on the CPU, the quality lab;
+# some fifteen minutes more.
 test-all: test
+	$(BIN)/python -m pytest $(TWICE) -m slow
 	$(BIN)/lvsa kernels
 	$(BIN)/python benchmarks/gpu.py --device cpu --quick --rounds 2 --layers 1
 	$(MAKE) lab

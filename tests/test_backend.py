@@ -64,6 +64,7 @@ def test_two_models_of_one_class_interleaved_keep_their_own_steps():
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_twelve_lengths_are_each_right_or_warned_of():
     model = wan(num_layers=1)
     compiled = torch.compile(model, backend="lvsa", options=EXACT)

@@ -44,6 +44,7 @@ def run(cache: Path, *arguments: str) -> dict:
 
 @pytest.mark.process
 @pytest.mark.inductor
+@pytest.mark.slow
 def test_a_second_process_hits_the_cache_and_another_version_does_not(tmp_path):
     first, second, other = run(tmp_path), run(tmp_path), run(tmp_path, "another version")
     for found in (first, second, other):

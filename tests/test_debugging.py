@@ -136,6 +136,7 @@ def test_what_cannot_be_bisected(more, text):
     assert str(raised.value) == text
 
 
+@pytest.mark.slow
 def test_the_bisect_command(tmp_path):
     file = tmp_path / "model.py"
     file.write_text(MODEL.format(tests=str(Path(__file__).parent)))

@@ -171,7 +171,10 @@ def hunyuan_video_15():
 
 @pytest.mark.parametrize(
     ("make", "part"),
-    [*((hunyuan_video, part) for part in ("decoder", "encoder", "decode")), (hunyuan_video_15, "encoder"), (hunyuan_video_15, "decode")],
+    [
+        *((hunyuan_video, part) for part in ("decoder", "encoder", "decode")),
+        *(pytest.param(hunyuan_video_15, part, marks=pytest.mark.slow) for part in ("encoder", "decode")),
+    ],
 )
 @pytest.mark.pipeline
 def test_autoencoders_of_diffusers(make, part):

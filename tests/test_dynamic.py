@@ -128,7 +128,7 @@ def test_following_axes_leaves_nothing_in_the_compile_in_progress(fails, monkeyp
 
 
 @pytest.mark.parametrize(("axis", "what"), [(2, "frames"), (3, "tokens per frame"), (4, "tokens per frame")])
-@pytest.mark.parametrize("mark", ["mark_dynamic", "maybe_mark_dynamic"])
+@pytest.mark.parametrize("mark", ["mark_dynamic", pytest.param("maybe_mark_dynamic", marks=pytest.mark.slow)])
 def test_a_mark_on_the_video_is_kept(axis, what, mark):
     """The hand-written model computes rows and columns by a division, which a guard can hold without fixing the axis."""
     model = wan()

@@ -199,6 +199,7 @@ def test_random_models_in_eager_code(recipe):
 
 @settings(max_examples=3, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(recipes, st.sampled_from([None, True]))
+@pytest.mark.slow
 def test_a_sample_of_random_models_of_several_sizes(recipe, dynamic):
     check_sizes(recipe, dynamic)
 

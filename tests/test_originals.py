@@ -59,6 +59,7 @@ def eager(model):
 
 
 WAYS = (whole, of_any_size, by_blocks, eager)
+EACH_WAY = [pytest.param(way, marks=[pytest.mark.slow] * (way is of_any_size), id=way.__name__) for way in WAYS]
 
 
 @pytest.fixture(autouse=True)
@@ -189,11 +190,11 @@ FORMS = (
 """What else was tried, where it is seen, and the result; each is a test of this file or of ``test_padded_sequences.py``."""
 
 
-@pytest.mark.parametrize("way", range(len(WAYS)), ids=[way.__name__ for way in WAYS])
+@pytest.mark.parametrize("way", EACH_WAY)
 @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.what)
 def test_structures(structure, way):
-    given = {"prefix": structure.prefix, "batch": structure.batch, "dense_first": structure.dense_first[way]}
-    expect_sparse(structure.make, structure.inputs, WAYS[way], **given)
+    given = {"prefix": structure.prefix, "batch": structure.batch, "dense_first": structure.dense_first[WAYS.index(way)]}
+    expect_sparse(structure.make, structure.inputs, way, **given)
 
 
 def test_every_way_takes_the_same_step_for_a_model_whose_own_function_runs_in_eager_code():
@@ -298,7 +299,7 @@ def of_torch():
     library._destroy()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EACH_WAY)
 @pytest.mark.parametrize("cut_keys", [False, True])
 def test_one_sequence_per_sample(cut_keys, way, flash_attn):
     def make():
@@ -421,7 +422,7 @@ def expect_sparse_under(way, make, inputs, given=0, dense_first=0):
     return [site for report in lvsa_compile.reports()[before:] for site in report.sites]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EACH_WAY)
 def test_a_video_that_is_continued(way):
     """The given frames attend each other, and all of the rest attends them."""
     sites = expect_sparse_under(way, FramesAmongThemselves, plain, given=2, dense_first=way is by_blocks)
@@ -435,7 +436,7 @@ def with_kept_keys(grid, time):
     return *plain(grid, time), kept
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EACH_WAY)
 @pytest.mark.parametrize("written", [False, True])
 def test_keys_that_earlier_calls_kept(written, way):
     """All frames of this call attend them."""

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from original_models import VideoAndPaddedText, ends_with_padding
-from test_originals import GRIDS, OPTIONS, TIMES, WAYS, by_blocks, eager, flash_attn, flat, latents, whole  # noqa: F401
+from test_originals import EACH_WAY, GRIDS, OPTIONS, TIMES, by_blocks, eager, flash_attn, flat, latents, whole  # noqa: F401
 from tiny_models import randomise
 
 import lvsa_compile
@@ -57,7 +57,7 @@ def compiled_by(way, model):
     return model if compiled is None else compiled
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EACH_WAY)
 @pytest.mark.parametrize(("batch", "key_heads"), [(1, 2), (2, 1)])
 def test_padding_by_the_ends_of_sequences(batch, key_heads, way, flash_attn):  # noqa: F811
     model, twin = made(flash_attn, key_heads=key_heads), made(key_heads=key_heads)

@@ -63,7 +63,12 @@ def run_processes(world: int) -> dict[str, dict]:
 
 @pytest.mark.parametrize(
     ("world", "name"),
-    [(world, name) for world, names in NAMES.items() for name in names if not name.startswith("ring") and name != "fully sharded-whole"],
+    [
+        pytest.param(world, name, marks=[pytest.mark.slow] * (world > 2))
+        for world, names in NAMES.items()
+        for name in names
+        if not name.startswith("ring") and name != "fully sharded-whole"
+    ],
 )
 def test_sparse_and_equal_to_one_process(results, world, name):
     result = results(world)[name]

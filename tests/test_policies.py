@@ -474,6 +474,7 @@ def test_two_models_and_two_sizes_have_state_of_their_own_and_a_third_size_begin
             assert close(compiled[which](**inputs)[0], counted(alone[which], inputs, step + 1)), (step, which, other)
 
 
+@pytest.mark.slow
 def test_state_lies_at_fixed_addresses_and_is_told_to_inductor_as_static(counting, monkeypatch):
     """What lets CUDA graphs take a graph that writes to its inputs."""
     import torch._inductor.compile_fx as fx

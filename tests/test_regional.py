@@ -123,6 +123,7 @@ def test_twelve_sizes_block_by_block():
             assert close(model(*inputs), masked(alone, inputs, frames=frames)), frames
 
 
+@pytest.mark.slow
 def test_twelve_sizes_of_a_whole_model_are_exact_and_end_in_one_warning():
     """Symbolic sizes too: frames and places are fixed, since the pattern depends on them."""
     model = randomise(VideoDiT())

@@ -87,7 +87,12 @@ def expect_sparse(compiled, model, inputs, grid, counted=None):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize(
-    ("spell", "pad"), [(by_view, False), (by_view, True), (by_unflatten, False), (by_einops, True), (by_folding, True)]
+    ("spell", "pad"),
+    [
+        (by_view, True),
+        (by_einops, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((by_view, False), (by_unflatten, False), (by_folding, True))),
+    ],
 )  # fmt: skip
 def test_each_size_is_sparse(spell, dynamic, pad):
     model = randomise(Patched(spell, pad))
@@ -134,7 +139,10 @@ def by_a_multihead_module(q, k, v):
     return attended[0].transpose(0, 1).unflatten(-1, (2, -1)).transpose(1, 2)
 
 
-@pytest.mark.parametrize("attend", [by_products, by_products_of_merged_heads, by_sums, by_a_multihead_module])
+@pytest.mark.parametrize(
+    "attend",
+    [by_products, by_a_multihead_module, *(pytest.param(each, marks=pytest.mark.slow) for each in (by_products_of_merged_heads, by_sums))],
+)
 def test_attention_written_out_is_sparse_at_each_size_and_text_and_batch_stay_free(attend):
     model, alone = randomise(Patched(by_view, True, attend)), randomise(Patched(by_view, True))
     compiled = torch.compile(model, backend="lvsa", options=OPTIONS, dynamic=True)

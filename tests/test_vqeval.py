@@ -95,7 +95,7 @@ def test_halos_fall_where_there_are_edges():
     falls([other_scores(other.damaged("halo", frames, strength, "balls")).artefacts for strength in STRENGTHS], 15)
 
 
-@pytest.mark.parametrize(("rows", "columns", "frames"), [(48, 48, 24), (64, 64, 32), (256, 256, 24)])
+@pytest.mark.parametrize(("rows", "columns", "frames"), [(48, 48, 24), (64, 64, 32), pytest.param(256, 256, 24, marks=pytest.mark.slow)])
 def test_small_and_short_healthy_videos_are_healthy(rows, columns, frames):
     slow = [other.crossing(range(frames), rows, columns, whole_pixels=whole) for whole in (False, True)]
     fast = [scene(range(frames), rows, columns, 1.5) for scene in (other.pan, other.plasma)]

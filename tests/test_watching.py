@@ -581,6 +581,7 @@ def test_packed_tokens_whose_grid_the_output_shows():
     assert graphs() == 2
 
 
+@pytest.mark.slow
 def test_nothing_grows_over_a_thousand_forwards():
     model = randomise(Stack(with_text))
     model.block = with_text
