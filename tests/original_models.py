@@ -110,10 +110,12 @@ def ends_with_padding(valid, longest):
 
 
 class VideoAndPaddedText(Model):
-    """The video, then text of which ``text_mask`` counts; returns both.  Without ``attend`` a block makes the mask."""
+    """The video, then text of which ``text_mask`` counts; returns both.  Without ``attend`` blocks mask, by ``pattern`` too."""
+
+    pattern = None
 
     class block(Block):
-        def forward(self, x, ends):
+        def forward(self, x, ends, pattern):
             query, key, value = self.heads(x)
             key, value = (t[:, :, : self.key_heads] for t in (key, value))
             batch, longest, scale = *x.shape[:2], query.shape[-1] ** -0.5
@@ -123,7 +125,7 @@ class VideoAndPaddedText(Model):
             else:
                 sequence = torch.repeat_interleave(torch.arange(2 * batch), ends.diff()).view(batch, longest)
                 mask = sequence[:, None, :, None] == sequence[:, None, None]
-                mask = mask if self.pattern is None else mask & self.pattern
+                mask = mask if pattern is None else mask & pattern
                 turned = (t.transpose(1, 2) for t in (query, key, value))
                 attended = F.scaled_dot_product_attention(*turned, mask, enable_gqa=True).transpose(1, 2)
             x = x + self.out(attended.flatten(2))
@@ -133,7 +135,7 @@ class VideoAndPaddedText(Model):
         super().__init__(attend=attend)
         self.words, self.ends = nn.Linear(WIDTH, WIDTH), ends
         for block in self.blocks:
-            block.key_heads, block.pattern = key_heads, None
+            block.key_heads = key_heads
 
     def forward(self, latents, timestep, text, text_mask):
         x, grid = self.tokens(latents, timestep)
@@ -141,7 +143,7 @@ class VideoAndPaddedText(Model):
         ends = self.ends(text_mask.sum(1) + tokens, tokens + text.shape[1])
         x = torch.cat([x, self.words(text)], 1)
         for block in self.blocks:
-            x = block(x, ends)
+            x = block(x, ends, self.pattern)
         return [self.video(x[:, :tokens], grid), x[:, tokens:]]
 
 

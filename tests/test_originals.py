@@ -62,6 +62,11 @@ WAYS = (whole, of_any_size, by_blocks, eager)
 EACH_WAY = [pytest.param(way, marks=[pytest.mark.slow] * (way is of_any_size), id=way.__name__) for way in WAYS]
 
 
+def compiled_by(way, model):
+    compiled = way(model)
+    return model if compiled is None else compiled
+
+
 @pytest.fixture(autouse=True)
 def no_gradients():
     with torch.no_grad():
@@ -109,15 +114,23 @@ def told(output, twin, inputs, grid, prefix):
         with oracle.MaskedAttention(oracle.token_mask(grid[0], grid[1] * grid[2], step, prefix=prefix, reference=4, window=1)) as masked:
             answers[step] = flat(twin(*inputs))
         assert masked.calls == 2
+    return nearest(output, answers)
+
+
+def nearest(output, answers):
+    """The one answer that an output is, up to rounding."""
     apart = {name: float((flat(output) - answer).abs().max() / answer.abs().max()) for name, answer in answers.items()}
     (found,) = [name for name, far in apart.items() if far < 1e-4]
     return found
 
 
+def twins(make):
+    return randomise(make()), randomise(make())
+
+
 def expect_sparse(make, inputs, way, twin=None, prefix=0, dense_first=0, **given):
     model, twin = randomise(make()), randomise((twin or make)())
-    compiled = way(model)
-    compiled = model if compiled is None else compiled
+    compiled = compiled_by(way, model)
     for grid in GRIDS:
         found = [told(compiled(*inputs(grid, time, **given)), twin, inputs(grid, time, **given), grid, prefix) for time in TIMES * 2]
         begins = dense_first if grid is GRIDS[0] else 0
@@ -346,8 +359,7 @@ def halves(tokens):
 
 def expect_dense(make, way, reason, detail, inputs=plain):
     model, twin = randomise(make()), randomise(make())
-    compiled = way(model)
-    compiled = model if compiled is None else compiled
+    compiled = compiled_by(way, model)
     before = len(lvsa_compile.reports())
     for time in TIMES:
         assert torch.equal(compiled(*inputs(GRIDS[0], time)), twin(*inputs(GRIDS[0], time)))
@@ -400,22 +412,22 @@ def test_structures_that_stay_dense(way):
     expect_dense(TurnedAround, way, "layout_unknown", "after flip")
 
 
-def expect_sparse_under(way, make, inputs, given=0, dense_first=0):
-    """Sparse by the pattern of all frames but those ``given``, which a model is told by its attribute ``pattern``."""
-    model, twin = randomise(make()), randomise(make())
-    compiled = way(model)
-    compiled = model if compiled is None else compiled
+def told_by_pattern(output, twin, inputs, grid, given=0, suffix=0):
+    """As ``told``, where the twin masks by its attribute ``pattern``: that of all frames but those ``given``, and of tokens after them."""
+    answers, generated = {}, grid[0] - given
+    for step in ("dense", *range(oracle.interval(generated, 1, 1, 4))):
+        mask = None if step == "dense" else oracle.token_mask(generated, grid[1] * grid[2], step, suffix=suffix, reference=4, window=1)
+        twin.pattern = mask
+        answers[step] = flat(twin(*inputs))
+    return nearest(output, answers)
+
+
+def expect_sparse_under(way, model, twin, inputs, given=0, suffix=0, dense_first=0):
+    """Sparse by the pattern that ``twin`` masks by, at each step of two videos of two sizes; gives the sites of the reports."""
+    compiled = compiled_by(way, model)
     before = len(lvsa_compile.reports())
     for grid in GRIDS:
-        found, generated = [], grid[0] - given
-        for time in TIMES * 2:
-            output, answers = compiled(*inputs(grid, time)), {}
-            for step in (None, *range(oracle.interval(generated, 1, 1, 4))):
-                frames = None if step is None else oracle.token_mask(generated, grid[1] * grid[2], step, reference=4, window=1)
-                twin.pattern = frames
-                answers[step] = twin(*inputs(grid, time))
-            apart = {step: float((output - answer).abs().max() / answer.abs().max()) for step, answer in answers.items()}
-            found += [step for step, far in apart.items() if far < 1e-4]
+        found = [told_by_pattern(compiled(*inputs(grid, time)), twin, inputs(grid, time), grid, given, suffix) for time in TIMES * 2]
         begins = dense_first if grid is GRIDS[0] else 0
         assert found[begins:] == [0, 1, 2, 0, 1, 2][begins:], found
     lvsa_compile.undo(model)
@@ -425,7 +437,7 @@ def expect_sparse_under(way, make, inputs, given=0, dense_first=0):
 @pytest.mark.parametrize("way", EACH_WAY)
 def test_a_video_that_is_continued(way):
     """The given frames attend each other, and all of the rest attends them."""
-    sites = expect_sparse_under(way, FramesAmongThemselves, plain, given=2, dense_first=way is by_blocks)
+    sites = expect_sparse_under(way, *twins(FramesAmongThemselves), plain, given=2, dense_first=way is by_blocks)
     dense = {site.detail for site in sites if site.reason == "frames_not_contiguous"}
     assert dense == {"2 latent frames of latents, from frame 0 on, are not all of the video's"}
 
@@ -440,7 +452,7 @@ def with_kept_keys(grid, time):
 @pytest.mark.parametrize("written", [False, True])
 def test_keys_that_earlier_calls_kept(written, way):
     """All frames of this call attend them."""
-    expect_sparse_under(way, lambda: KeptKeys(written), with_kept_keys, dense_first=way in (by_blocks, eager))
+    expect_sparse_under(way, *twins(lambda: KeptKeys(written)), with_kept_keys, dense_first=way in (by_blocks, eager))
 
 
 def test_a_matrix_that_permutes_frames():

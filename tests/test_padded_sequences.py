@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from original_models import VideoAndPaddedText, ends_with_padding
-from test_originals import EACH_WAY, GRIDS, OPTIONS, TIMES, by_blocks, eager, flash_attn, flat, latents, whole  # noqa: F401
+from test_originals import (
+    EACH_WAY,
+    GRIDS,
+    OPTIONS,
+    TIMES,
+    by_blocks,
+    compiled_by,
+    eager,
+    expect_sparse_under,
+    flash_attn,  # noqa: F401
+    flat,
+    latents,
+    told_by_pattern,
+    whole,
+)
 from tiny_models import randomise
 
 import lvsa_compile
@@ -41,34 +55,16 @@ def made(attend=None, **more):
 
 def told(output, twin, given, grid):
     """Which step's mask the outputs are of, those of video and text together, or "dense"."""
-    answers = {}
-    steps = range(oracle.interval(grid[0], 1, 1, 4))
-    masks = {step: oracle.token_mask(grid[0], grid[1] * grid[2], step, suffix=WORDS, reference=4, window=1) for step in steps}
-    for name, mask in {"dense": None, **masks}.items():
-        for block in twin.blocks:
-            block.pattern = mask
-        answers[name] = flat(twin(*given))
-    (found,) = [name for name, answer in answers.items() if float((flat(output) - answer).abs().max() / answer.abs().max()) < 1e-4]
-    return found
-
-
-def compiled_by(way, model):
-    compiled = way(model)
-    return model if compiled is None else compiled
+    return told_by_pattern(output, twin, given, grid, suffix=WORDS)
 
 
 @pytest.mark.parametrize("way", EACH_WAY)
 @pytest.mark.parametrize(("batch", "key_heads"), [(1, 2), (2, 1)])
 def test_padding_by_the_ends_of_sequences(batch, key_heads, way, flash_attn):  # noqa: F811
     model, twin = made(flash_attn, key_heads=key_heads), made(key_heads=key_heads)
-    compiled = compiled_by(way, model)
     before = len(lvsa_compile.reports())
-    for grid in GRIDS:
-        found = [told(compiled(*inputs(grid, time, batch)), twin, inputs(grid, time, batch), grid) for time in TIMES * 2]
-        begins = 1 if way is by_blocks and grid is GRIDS[0] else 0
-        assert found[begins:] == [0, 1, 2, 0, 1, 2][begins:], found
+    expect_sparse_under(way, model, twin, functools.partial(inputs, batch=batch), suffix=WORDS, dense_first=way is by_blocks)
     assert len(lvsa_compile.reports()) - before <= 3
-    lvsa_compile.undo(model)
 
 
 def cut_video(valid, longest):

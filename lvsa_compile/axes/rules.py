@@ -394,4 +394,5 @@ RULES: dict[str, Rule] = _table(
 )
 """Rule by the name of an op, see ``compat.name_of_op``.
 
-Ops with torch's ``pointwise`` tag need no entry; the in-place twin of an op needs none either."""
+Ops with torch's ``pointwise`` tag need no entry; the in-place twin of an op needs none either.
+"""

@@ -22,7 +22,7 @@ OPAQUE_OP_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 HOST_OP_TAGS = (*OPAQUE_OP_TAGS, torch.Tag.cudagraph_unsafe)
 """An op that reads tensors on the host: a CUDA graph would keep what they held when it was recorded."""
 
-_OF_TORCH = frozenset("aten prim prims c10d _c10d_functional _c10d_functional_autograd quantized inductor lvsa".split())
+_OF_TORCH = frozenset("aten prim prims higher_order c10d _c10d_functional _c10d_functional_autograd quantized inductor lvsa".split())
 
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 """Dispatch key of autocast by device type."""
@@ -50,8 +50,14 @@ def schema_of(operator: Any) -> Any:
 
 def name_of_op(operator: Any) -> str:
     """An op of torch or of this package by its name, one of another library by that and its name: ``"permute"``, ``"npu.npu_rms_norm"``."""
-    library, name = schema_of(operator).name.split("::")
-    return str(name if library in _OF_TORCH else f"{library}.{name}")
+    name = str(schema_of(operator).name.split("::")[1])
+    return f"{library}.{name}" if (library := library_of(operator)) else name
+
+
+def library_of(operator: Any) -> str:
+    """The library that an op is of; "" where that is torch or this package, and of what is no op."""
+    namespace = getattr(operator, "namespace", None) or str(getattr(operator, "_qualified_op_name", "")).partition("::")[0]
+    return "" if namespace in _OF_TORCH else str(namespace)
 
 
 def version_of(tensor: Tensor) -> int:

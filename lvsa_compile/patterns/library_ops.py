@@ -181,12 +181,6 @@ def is_known(func: compat.OpOverload) -> bool:
     return func is torch.ops.aten.scaled_dot_product_attention.default or _name(func) in LAYOUTS
 
 
-def is_of_a_library(operator: Any) -> bool:
-    """Whether an op is neither torch's nor of this package."""
-    namespace = getattr(operator, "namespace", None) or str(getattr(operator, "_qualified_op_name", "")).partition("::")[0]
-    return bool(namespace) and namespace not in ("aten", "prim", "prims", "higher_order", "lvsa", "inductor", "quantized")
-
-
 def layout_of(func: compat.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """How a call of an attention op lays out query, key and value; "" where that is not known here."""
     if func is torch.ops.aten.scaled_dot_product_attention.default:

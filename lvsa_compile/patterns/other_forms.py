@@ -12,7 +12,6 @@ from torch import Tensor, fx
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
 from lvsa_compile.graph.edit import is_tensor, name_of
-from lvsa_compile.patterns.library_ops import is_of_a_library
 from lvsa_compile.patterns.site import DenseSite
 from lvsa_compile.reasons import FORM_NOT_REWRITTEN
 
@@ -24,7 +23,7 @@ def match(node: fx.Node) -> DenseSite | None:
     name = name_of(node)
     if node.op != "call_function":
         return None
-    of_library, operator = is_of_a_library(node.target), str(node.target).removesuffix(".default")
+    of_library, operator = compat.library_of(node.target), str(node.target).removesuffix(".default")
     if _NAMED.search(name):
         return DenseSite(node, FORM_NOT_REWRITTEN.because(f"{operator if of_library else name} is used here"))
     if of_library and _looks_like_attention(node):

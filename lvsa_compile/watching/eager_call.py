@@ -14,6 +14,7 @@ from lvsa_compile import compat
 from lvsa_compile.errors import SequencesError
 
 _MOST_CALLS = 1024
+"""Calls of attention in eager code that are remembered."""
 
 _ASKS_FOR_MORE = ("compute_log_sumexp", "return_softmax", "return_debug_mask", "return_attn_probs", "return_lse")
 """Arguments that ask for more than the output."""

@@ -70,7 +70,7 @@ class EagerTracker(compat.KeepsDynamoAwayItself, AxisTracker):
                 return compat.decomposed(func, args, kwargs)
         result = None
         if known.of_library:
-            self.of_libraries[str(func).removesuffix(".default")] = None
+            self.of_libraries[known.name] = None
         if known.attention:
             result = self._attention(func, args, kwargs)
         elif self._formula.begun and known.name == "bmm" and self._formula.ends_with(args[0]):
@@ -303,7 +303,7 @@ def _known(func: compat.OpOverload) -> _Known:
     in_place = name.endswith("_") and not name.endswith("__") and name not in RESHAPED_IN_PLACE and compat.schema_of(func).is_mutable
     composite = compat.is_composite(func) and not ruled
     attention = library_ops.is_known(func)
-    of_library = not attention and library_ops.is_of_a_library(func)
+    of_library = not attention and bool(compat.library_of(func))
     _ops[id(func)] = _Known(func, name, plain, in_place, compat.returns_views(func), attention, composite, of_library)
     return _ops[id(func)]
 

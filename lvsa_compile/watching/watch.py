@@ -43,7 +43,6 @@ from lvsa_compile.watching.memory import Memory
 
 _MOST_SIZES = 64
 """Sizes of forwards of which something is remembered."""
-"""Calls of attention in eager code that are remembered."""
 
 
 @dataclasses.dataclass
