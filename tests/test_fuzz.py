@@ -176,7 +176,13 @@ PIECES = Recipe(
 )  # fmt: skip
 """Its second graph hands on a packed video whose counts a third graph must see, and holds no attention."""
 
+COUNTS = dataclasses.replace(
+    PIECES, latent="packed counts", form="sdpa", order="video", mask="none", graphs="by forward", rope="table", heads=2
+)
+"""Its blocks get the grid from eager code by a rope table of two axes, and by nothing else."""
 
+
+@example(COUNTS)
 @example(PIECES)
 @settings(max_examples=15, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(recipes)

@@ -65,8 +65,7 @@ def carried(axes: Axes, generated: Container[str], lost_at: LostAt) -> Axes | No
 
 def _carried_axis(axis: Axis, position: int, generated: Container[str], lost_at: LostAt) -> Axis:
     factors = [factor for factor in axis if isinstance(factor, Factor)]
-    is_table = sum(ARANGE in factor.kinds for factor in factors) >= 3
-    telling = _telling([digit.source for factor in factors for digit in factor.digits], generated, is_table)
+    telling = _telling([digit.source for factor in factors for digit in factor.digits], generated, _is_counted(factors))
     done: list[Factor | Concat] = []
     for factor in axis:
         if isinstance(factor, Concat):
@@ -78,6 +77,16 @@ def _carried_axis(axis: Axis, position: int, generated: Container[str], lost_at:
             done.append(Factor(factor.size, frozenset(digits or {_other(position, factor.size)})))
     whole = Factor(axis_size(axis), frozenset({_other(position, axis_size(axis))}))
     return tuple(done) if not axis or any(d.source.node_name != _OTHER for f in leaves(tuple(done)) for d in f.digits) else (whole,)
+
+
+def runs_along_counts(axis: Axis) -> bool:
+    """Whether an axis, or a part that is joined into it, runs along three counts, as those of frames, rows and columns in a rope table."""
+    parts = [part for factor in axis if isinstance(factor, Concat) for part in factor.parts]
+    return _is_counted([factor for factor in axis if isinstance(factor, Factor)]) or any(map(runs_along_counts, parts))
+
+
+def _is_counted(factors: Sequence[Factor]) -> bool:
+    return sum(ARANGE in factor.kinds for factor in factors) >= 3
 
 
 def without_coordinates(axis: Axis, position: int, generated: Container[str]) -> Axis:

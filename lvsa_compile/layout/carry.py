@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lvsa_compile.axes.algebra import CREATED, Axis, Digit, Factor, Source, axis_of, axis_size, origins
 from lvsa_compile.axes.call import Axes
-from lvsa_compile.axes.carried import carried, without_coordinates
+from lvsa_compile.axes.carried import carried, runs_along_counts, without_coordinates
 from lvsa_compile.axes.opaque import opaque_source
 from lvsa_compile.axes.overwriting import holds_tokens, informed
 from lvsa_compile.layout.token_layout import UNKNOWN, VIDEO, Targets, token_layout
@@ -31,9 +31,9 @@ def outgoing_annotation(axes: Axes, targets: Targets, lost_at: Callable[[Source]
 def table_annotation(axes: Axes) -> Axes | None:
     """What the next graph should know of a table ``[rows, channels]`` of numbers, as of timesteps: that its rows are no tokens.
 
-    None for other tensors.
+    None for other tensors, as one along counts of frames, rows and columns, which tell a grid.
     """
-    if len(axes) != 2 or any(map(holds_tokens, axes)) or not informed(axes[0]):
+    if len(axes) != 2 or any(map(holds_tokens, axes)) or not informed(axes[0]) or runs_along_counts(axes[0]):
         return None
     return tuple(axis_of(Source(CREATED, "table", position, axis_size(axis))) for position, axis in enumerate(axes))
 
