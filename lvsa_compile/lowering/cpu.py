@@ -47,6 +47,8 @@ class _Call(ctypes.Structure):
         ("scale", ctypes.c_double),
         ("dtype", _Integer),
         ("threads", _Integer),
+        *((name, _Pointer) for name in ("kept", "known_log_sum_exp", "mass")),
+        *((name, _Integer) for name in ("query_block", "key_block", "query_first", "key_first", "tokens")),
     )
 
 

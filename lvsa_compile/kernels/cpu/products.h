@@ -7,6 +7,11 @@ template <typename T>
 struct Factors {
   static constexpr int64_t kPerWord = 1;
   static void put(float* word, int64_t, T x) { *word = to_float(x); }
+  static void put_row(float* words, const T* row, int64_t length) {
+    if constexpr (std::is_same_v<T, float>) std::memcpy(words, row, length * sizeof(float));
+    else
+      for (int64_t i = 0; i < length; ++i) words[i] = to_float(row[i]);
+  }
   static Vector add_product(Vector sum, float a, Vector column) { return sum + a * column; }
   static void take_weights(float*, int64_t) {}
 };
@@ -17,6 +22,7 @@ template <>
 struct Factors<BFloat16> {
   static constexpr int64_t kPerWord = 2;
   static void put(float* word, int64_t place, BFloat16 x) { std::memcpy(reinterpret_cast<char*>(word) + 2 * place, &x, 2); }
+  static void put_row(float* words, const BFloat16* row, int64_t length) { std::memcpy(words, row, length * sizeof(BFloat16)); }
   static Vector add_product(Vector sum, float a, Vector column) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)column);
   }
@@ -55,22 +61,22 @@ void multiply_block(const float* a, const float* b, int64_t panel_stride, int64_
 typedef void (*MultiplyBlock)(const float*, const float*, int64_t, int64_t, float*, bool);
 
 template <typename T, int ROWS>
-struct Blocks {
+struct Groups {
   static void fill(MultiplyBlock (*table)[2]) {
     table[ROWS][0] = multiply_block<T, ROWS, 1>;
     table[ROWS][1] = multiply_block<T, ROWS, 2>;
-    Blocks<T, ROWS - 1>::fill(table);
+    Groups<T, ROWS - 1>::fill(table);
   }
 };
 template <typename T>
-struct Blocks<T, 0> {
+struct Groups<T, 0> {
   static void fill(MultiplyBlock (*)[2]) {}
 };
 
 template <typename T>
 struct Multiplications {
   MultiplyBlock of[kRows + 1][2];
-  Multiplications() { Blocks<T, kRows>::fill(of); }
+  Multiplications() { Groups<T, kRows>::fill(of); }
 };
 
 template <typename T>

@@ -1,4 +1,4 @@
-// The online softmax of a tile, and what a thread works in.
+// The online softmax of a tile.
 
 namespace {
 
@@ -29,21 +29,13 @@ inline float sum_of(Vector v) {
   return s;
 }
 
-// What a thread works in.  Kept between calls, so that small calls do not pay for fresh pages.
-struct Workspace {
+// The rows of a tile as the walk goes on.
+struct Rows {
   float* query;
   float* score;
   float* output;
   float largest[kTileRows];  // of the scores so far, times log2(e)
   float total[kTileRows];
-  Workspace() {
-    const size_t bytes = kTileRows * kStride * sizeof(float);
-    query = static_cast<float*>(std::aligned_alloc(64, 3 * bytes));
-    if (!query) throw std::bad_alloc();
-    score = query + kTileRows * kStride;
-    output = score + kTileRows * kStride;
-  }
-  ~Workspace() { std::free(query); }
 };
 
 // What a mask does to some panels of keys: nothing, something, or it leaves none of them.
@@ -59,7 +51,7 @@ inline Masking masking_of(const float* mask, int64_t panels) {
 }
 
 // Scores of one row become weights; the row's output and total move to the new largest score.
-void soften_row(Workspace& work, int64_t row, int64_t panels, float scale, const float* mask, int64_t value_panels) {
+void soften_row(Rows& work, int64_t row, int64_t panels, float scale, const float* mask, int64_t value_panels) {
   float* score = work.score + row * kStride;
   Vector most = Vector{} + kMinusInfinity;
   if (mask) {
