@@ -127,7 +127,7 @@ def sites(device: torch.device, rounds: int, quick: bool) -> list[Row]:
         if not site.pattern.is_full:
             contenders |= {"FlexAttention": lambda found=found: found.flex(), "gather per frame": found.gathered}
             for lowering in lowerings():
-                if lowering.name != "reference":
+                if lowering.name != "reference" and lowering.op == "attention":
                     refusal = lowering.refusal(found.call)
                     contenders[f"lvsa {lowering.name}"] = found.lowered(lowering.name) if refusal is None else refused(refusal)
         failed = {name: problem for name, run in contenders.items() if isinstance(problem := attempt(run), str)}

@@ -197,6 +197,19 @@ class StepError(LvsaError, ValueError):
 
 
 @dataclass(eq=False, repr=False)
+class StepCountError(LvsaError, RuntimeError):
+    """Something counts from the last denoising step, and nobody says how many there are."""
+
+    template = (
+        "{self.option}={self.value!r} counts from the last denoising step, and nobody says how many steps the video has. "
+        "Call lvsa_compile.integrations.diffusers.attach(pipe), or run each step inside lvsa_compile.step(i, of=n); or leave it out."
+    )
+
+    option: str
+    value: object
+
+
+@dataclass(eq=False, repr=False)
 class GradientError(LvsaError, RuntimeError):
     """A gradient was asked of an op that has none."""
 

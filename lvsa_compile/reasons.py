@@ -174,6 +174,11 @@ MAX_SITES: Final = Reason("max_sites", "The option max_sites allows no more site
 POLICY_REFUSES: Final = Reason(
     "policy_refuses", "The policy does not serve a site like this one.", "The detail says what the policy wants.", mendable=True
 )
+FEW_TOKENS: Final = Reason(
+    "few_tokens",
+    "The video is so short that choosing blocks is not worth it.",
+    "Nothing to do. To choose blocks all the same, give the policy a smaller min_tokens.",
+)
 PASS_DISABLED: Final = Reason(
     "pass_disabled", "The option disable_passes switches off a pass that makes sites sparse.", "Take the pass out of disable_passes."
 )

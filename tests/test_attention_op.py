@@ -15,7 +15,8 @@ from lvsa_compile.policies.tables import VideoSpan
 from lvsa_compile.selection.select import lowerings
 
 ELSEWHERE = ("triton", "flex")  # are tested: an interpreter is slow, and FlexAttention tells no log-sum-exp on the CPU
-OPERATORS = {found.name: found.operator for found in lowerings() if found.operator is not None and found.name not in ELSEWHERE}
+OF_RANGES = [found for found in lowerings() if found.op == "attention" and found.operator is not None]
+OPERATORS = {found.name: found.operator for found in OF_RANGES if found.name not in ELSEWHERE}
 FINEST = {name: torch.float32 if name in ("cpu", "flashinfer") else torch.float64 for name in OPERATORS}
 """The dtype that shows errors best, of those a lowering takes."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lvsa_compile.caches import dropped_on_reset
 from lvsa_compile.forward.doubts import Doubts
-from lvsa_compile.forward.explicit_step import explicit_step
+from lvsa_compile.forward.explicit_step import explicit_step, explicit_steps
 from lvsa_compile.forward.layers import Layers
 from lvsa_compile.forward.state import CALLERS, States
 from lvsa_compile.policies.contract import State
@@ -26,9 +26,9 @@ from lvsa_compile.policies.rows import Rows, Turn
 
 Caller = tuple[int, Hashable]
 """A thread and a size of video."""
-_FIELDS = 9
+_FIELDS = 10
 _FIRST, _LAST, _DIRECTION, _STEP = range(4)
-_CALLS = 6
+_CALLS, _STEPS_BEFORE = 6, 9
 _BACK_AT_FIRST, _AT_THE_END = 0.1, 0.3
 """Against its direction a value begins a new video where it comes back to the first value, up to this share of the way that was gone; or
 where the last value was as near to the end of a schedule as this share of it: to zero, or for those that rise to 1 or 1000."""
@@ -58,6 +58,7 @@ class Clock:
         self._last_caller: dict[Hashable, int] = {}  # by size of video
         self._last_of_thread: dict[int, tuple[int, Hashable]] = {}  # row and size of the last call
         self._steps: dict[int, Tensor] = {}  # by thread
+        self._before: dict[int, Tensor] = {}  # by thread: the steps of the video before this one
         self._states = States()
         self.layers = Layers()
         self._call: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by thread: video, whether it begins, number of the call in its step
@@ -65,7 +66,7 @@ class Clock:
         self._untimed: dict[Caller, int] = {}  # how often models without a timestep were called
         self._scalars: dict[Hashable, Tensor] = {}
         self._moves = 0  # how often the step may have changed
-        self._filled: dict[Hashable, tuple[int, int | None]] = {}  # what the step was when a scalar was filled
+        self._filled: dict[Hashable, tuple[int, int | None, int | None]] = {}  # what the step was when a scalar was filled
         self._doubts = Doubts()
         self._saw: Tensor | None = None  # float64 [6]: see ClockSaw
         self._explicit_calls = 0
@@ -117,6 +118,7 @@ class Clock:
             self._see(value, moved, begins, doubtful)
             self._last_caller[size], self._last_of_thread[thread] = row, (row, size)
             self._steps[thread] = after[_STEP].to(torch.int32)
+            self._before[thread] = after[_STEPS_BEFORE]
             self._call[thread] = (video.clone(), begins, after[_CALLS])
             if explicit_step() is None:
                 self._doubts.note(doubtful)
@@ -130,7 +132,7 @@ class Clock:
         self._call[caller[0]] = (torch.tensor([number]), torch.tensor(calls == 1), torch.tensor(float(calls)))
 
     def _forget_threads(self) -> None:
-        for known in (self._last_of_thread, self._steps, self._call, self._entered, self._filled):
+        for known in (self._last_of_thread, self._steps, self._before, self._call, self._entered, self._filled):
             known.clear()
 
     def _see(self, value: Tensor, *counted: Tensor) -> None:
@@ -171,10 +173,10 @@ class Clock:
         """
         thread, rows = threading.get_ident(), Turn(phases) if isinstance(phases, int) else phases
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            counted, explicit = self._steps.get(thread), explicit_step()
+            counted, explicit, of = self._steps.get(thread), explicit_step(), explicit_steps()
             if explicit is not None or counted is None:
-                return self._scalar((rows, device, thread, number), lambda: int(rows(torch.tensor(explicit or 0))))
-            return self._scalar((rows, device, thread, number), lambda: rows(counted))
+                return self._scalar((rows, device, thread, number), lambda: int(rows(torch.tensor(explicit or 0), of)))
+            return self._scalar((rows, device, thread, number), lambda: rows(counted, of, self._before.get(thread)))
 
     def branch(self, device: torch.device, number: int = 0) -> Tensor:
         """Which entry of a state tensor the current call reads and writes, by video and by the call within its step (guidance).
@@ -205,7 +207,7 @@ class Clock:
         scalar = self._scalars.get(key)
         if scalar is None:
             scalar = self._scalars[key] = torch.zeros((), dtype=torch.int32, device=key[1])
-        moment = (self._moves, explicit_step())
+        moment = (self._moves, explicit_step(), explicit_steps())
         if self._filled.get(key) != moment:
             self._filled[key] = moment
             found = value()
@@ -247,9 +249,9 @@ def _moved(before: Tensor, value: Tensor, mean: Tensor) -> tuple[Tensor, Tensor,
     """A video after one more timestep; whether it moved, whether a video begins, whether nobody can tell what the timestep means.
 
     A video is its first and last value, direction, step, last mean, the last value of the video before it, the calls at the last value
-    and at the first (guidance), and whether these differ.  A few ops, nothing is asked of the host.
+    and at the first (guidance), whether these differ, and the steps of the video before it.  A few ops, nothing is asked of the host.
     """
-    first, last, direction, step, last_mean, earlier, calls, first_calls, uneven = before.unbind()
+    first, last, direction, step, last_mean, earlier, calls, first_calls, uneven, steps_before = before.unbind()
     move = torch.sign(value - last)
     far = (value - last).abs() > _NO_RISE * first.abs()
     against = far & (move * direction < 0)
@@ -267,6 +269,7 @@ def _moved(before: Tensor, value: Tensor, mean: Tensor) -> tuple[Tensor, Tensor,
     first_calls = torch.where((step == 0) & (move != 0), calls, first_calls)
     calls = torch.where(begins | (move != 0), one, calls + 1)
     uneven = torch.where(begins, 0 * one, uneven)
+    steps_before = torch.where(begins, step.nan_to_num(-1.0) + 1, steps_before)
     step = torch.where(begins, 0 * one, torch.where(rose_once, one, step + (move != 0)))
     direction = torch.where(begins, 0 * one, torch.where(rose_once, -one, torch.where(far & (direction == 0), move, direction)))
     first = torch.where(begins, value, torch.where(rose_once, last, first))
@@ -274,7 +277,8 @@ def _moved(before: Tensor, value: Tensor, mean: Tensor) -> tuple[Tensor, Tensor,
     hidden = (move == 0) & ((mean - last_mean).abs() > _SAME_MEAN * last_mean.abs())  # frames move on while the largest value stays
     earlier = torch.where(begins, last, earlier)
     doubtful = (against & ~begins) | hidden | (over_there & ~begins) | late | of_another
-    return torch.stack([first, value, direction, step, mean, earlier, calls, first_calls, uneven]), move.abs() > 0, begins, doubtful
+    after = [first, value, direction, step, mean, earlier, calls, first_calls, uneven, steps_before]
+    return torch.stack(after), move.abs() > 0, begins, doubtful
 
 
 def _goes_on(video: Tensor, value: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class States:
     """The state of one model: tensors ``[VIDEOS * BRANCHES, *shape]``."""
 
     def __init__(self) -> None:
-        self._tensors: dict[Hashable, Tensor] = {}
+        self._tensors: dict[tuple[Hashable, State, torch.device], Tensor] = {}
         self._explicit: Tensor | None = None  # float32 [2 * CALLERS, 2]: by video, the last explicit step and the calls in it
         self._videos: Tensor | None = None  # int64 [VIDEOS]: whose entries these are, -1 for nobody's
         self._called: Tensor | None = None  # int64 [VIDEOS]: when they were used last
@@ -80,7 +80,7 @@ class States:
 
     def _zero(self, entries: Tensor, zero: Tensor) -> None:
         """Zeros some entries of every tensor, those for which ``zero`` is true."""
-        for tensor in self._tensors.values():
+        for tensor in (tensor for (_, state, _), tensor in self._tensors.items() if state.zeroed):
             there = entries.to(tensor.device, non_blocking=True)
             mask = zero.to(tensor.device, non_blocking=True).reshape(-1, *[1] * (tensor.dim() - 1))
             tensor.index_copy_(0, there, tensor.index_select(0, there).masked_fill(mask, 0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+from dataclasses import dataclass
 from importlib import resources
 
 import torch
@@ -101,21 +102,58 @@ def attention_cpu(
     Raises:
         MemoryError: there is no room for the packed keys and values of a few heads, at most as large as ``key`` and ``value``.
     """
+    return run_kernel(query, key, value, query_bounds, key_ranges[int(phase)], scale, key_mask)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of the video for the kernel: their tokens, the video's first token in query and key sequence, and how many it has.
+
+    ``kept`` has a bit for each key block, uint8 ``[B, heads, query blocks, bytes]``; all are attended where it is None.  ``mass``, where it
+    is given, zeros ``[B, heads, query blocks, key blocks]``, gets the softmax probabilities in each block, weighed by the log-sum-exp of
+    this call or by ``known``, ``[B, heads, tokens]``.
+    """
+
+    query_block: int
+    key_block: int
+    query_first: int
+    key_first: int
+    tokens: int
+    kept: Tensor | None = None
+    known: Tensor | None = None
+    mass: Tensor | None = None
+
+
+def run_kernel(
+    query: Tensor, key: Tensor, value: Tensor, query_bounds: Tensor, ranges: Tensor, scale: float | None, key_mask: Tensor | None,
+    blocks: Blocks = Blocks(0, 0, 0, 0, 0),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of query blocks over ``ranges`` ``[query_blocks, ranges, 2]``, and over blocks of the video that are kept.
+
+    Raises:
+        MemoryError: there is no room for packed keys and values.
+    """
     output = output_like(query, value)
     log_sum_exp = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
-    ranges, bounds = key_ranges[int(phase)].contiguous(), query_bounds.contiguous()
+    ranges, bounds = ranges.contiguous(), query_bounds.contiguous()
     mask = None if key_mask is None else score_mask(key_mask, key.shape[2])
     batch, heads, query_length, head_dim = query.shape
     call = _Call(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if mask is None else mask.data_ptr(),
-        output.data_ptr(), log_sum_exp.data_ptr(), bounds.data_ptr(), ranges.data_ptr(),
+        _address(query), _address(key), _address(value), _address(mask),
+        _address(output), _address(log_sum_exp), _address(bounds), _address(ranges),
         batch, heads, key.shape[1], query_length, key.shape[2], head_dim, value.shape[3], ranges.shape[0], ranges.shape[1],
         query.stride(), key.stride(), value.stride(), output.stride(), broadcast_strides(mask),
         default_scale(head_dim, scale), _DTYPES[query.dtype], torch.get_num_threads(),
+        _address(blocks.kept), _address(blocks.known), _address(blocks.mass),
+        blocks.query_block, blocks.key_block, blocks.query_first, blocks.key_first, blocks.tokens,
     )  # fmt: skip
     if _kernel().lvsa_attention(ctypes.byref(call)):
         raise MemoryError(f"attention over {key.shape[2]} keys found no memory to pack keys and values in")
     return output, log_sum_exp
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _unavailable(device: torch.device) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,7 @@ library = torch.library.Library("lvsa", "FRAGMENT")
 
 _SCHEMA = (
     "{name}(Tensor query, Tensor key, Tensor value, Tensor query_bounds, Tensor key_ranges, Tensor phase{state}, *,"
-    " float? scale=None, Tensor? key_mask=None)"
+    " float? scale=None, Tensor? key_mask=None{arguments})"
     " -> (Tensor, Tensor)"
 )
 _STATE = ", Tensor branch, Tensor(a!)[] state"
@@ -54,20 +54,23 @@ def define_attention_op(name: str, body: AttentionBody, plans_on_host: bool = Fa
     The op takes ``key_ranges`` ``[rows, heads or 1, query_blocks, ranges, 2]``; ``body`` gets those of one head, or of all that share them.
     One that ``plans_on_host`` is never recorded in a CUDA graph, which would keep the phase of that moment.
     """
-    return _defined(name, by_heads(body), "", compat.HOST_OP_TAGS if plans_on_host else compat.OPAQUE_OP_TAGS)
+    return _defined(name, by_heads(body), tags=compat.HOST_OP_TAGS if plans_on_host else compat.OPAQUE_OP_TAGS)
 
 
-def define_stateful_op(name: str, body: Callable[..., tuple[Tensor, Tensor]]) -> compat.OpOverload:
+def define_stateful_op(name: str, body: Callable[..., tuple[Tensor, Tensor]], arguments: str = "") -> compat.OpOverload:
     """Registers ``lvsa::<name>``, an attention op that keeps tensors from step to step.
 
     ``body`` gets ``(query, key, value, query_bounds, key_ranges, phase, branch, state, *, scale, key_mask)``: ``state`` is a list of
-    tensors ``[entries, ...]``, and ``branch`` an int32 scalar tensor that says which entry it may read and write.
+    tensors ``[entries, ...]``, and ``branch`` an int32 scalar tensor that says which entry it may read and write.  ``arguments`` declares
+    those of ``Plan.arguments``, as a schema has them: ``"float share, SymInt[] video"``.
 
     A second definition replaces the body of the first, as where a cell of a notebook runs again.
     """
     defined_before = name in _bodies
     _bodies[name] = body
-    return meaning_of(name) if defined_before else _defined(name, lambda *args, **more: _bodies[name](*args, **more), _STATE)
+    if defined_before:
+        return meaning_of(name)
+    return _defined(name, lambda *args, **more: _bodies[name](*args, **more), _STATE, f", {arguments}" if arguments else "")
 
 
 _bodies: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
@@ -75,9 +78,13 @@ _bodies: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
 
 
 def _defined(
-    name: str, body: Callable[..., tuple[Tensor, Tensor]], state: str, tags: tuple[torch.Tag, ...] = compat.OPAQUE_OP_TAGS
+    name: str,
+    body: Callable[..., tuple[Tensor, Tensor]],
+    state: str = "",
+    arguments: str = "",
+    tags: tuple[torch.Tag, ...] = compat.OPAQUE_OP_TAGS,
 ) -> compat.OpOverload:
-    library.define(_SCHEMA.format(name=name, state=state), tags=tags)
+    library.define(_SCHEMA.format(name=name, state=state, arguments=arguments), tags=tags)
     library.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lvsa::{name}", _fake, lib=library)
     operator: compat.OpOverload = getattr(torch.ops.lvsa, name).default
@@ -130,7 +137,11 @@ def check_op(plan: Plan) -> None:
     operator = getattr(torch.ops.lvsa, plan.op, None)
     if operator is None:
         raise PlanError(plan.policy.name, "op", f"there is no op lvsa::{plan.op}", f"Define it: define_stateful_op({plan.op!r}, body).")
-    takes_state = any(argument.name == "state" for argument in compat.schema_of(operator).arguments)
+    names = {argument.name for argument in compat.schema_of(operator).arguments}
+    unknown = [name for name, _ in plan.arguments if name not in names]
+    if unknown:
+        raise PlanError(plan.policy.name, "arguments", f"lvsa::{plan.op} has no {', no '.join(unknown)}", "Give what its schema has.")
+    takes_state = "state" in names
     if takes_state != bool(plan.state):
         problem = f"lvsa::{plan.op} {'keeps' if takes_state else 'keeps no'} state, the plan has {len(plan.state)} tensors of it"
         raise PlanError(plan.policy.name, "state", problem, "Give state=(State(...), ...) where the op has it, and nowhere else.")
@@ -218,17 +229,33 @@ def attention(
     Returns:
         Output ``[B, heads, Sq, value_dim]`` in the query's dtype and memory order, and log-sum-exp ``[B, heads, Sq]``.
     """
+    value_a = value.to(accumulation_dtype(query.dtype)).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    output = output_like(query, value)
+    log_sum_exp = torch.empty(query.shape[:3], dtype=value_a.dtype, device=query.device)
+    for part, scores in scores_of(query, key, query_bounds, key_ranges, phase, scale=scale, key_mask=key_mask):
+        log_sum_exp[:, :, part] = torch.logsumexp(scores, -1)
+        weights = torch.softmax(scores, -1).masked_fill(log_sum_exp[:, :, part, None] == float("-inf"), 0)
+        output[:, :, part] = (weights @ value_a).to(query.dtype)
+    return output, log_sum_exp
+
+
+def scores_of(
+    query: Tensor,
+    key: Tensor,
+    query_bounds: Tensor,
+    key_ranges: Tensor,
+    phase: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Scores ``[B, heads, rows, Sk]`` of ``attention`` for some rows at a time: minus infinity where a key is not attended."""
     accumulate = accumulation_dtype(query.dtype)
-    group = query.shape[1] // key.shape[1]
-    key_t = key.to(accumulate).repeat_interleave(group, 1).transpose(-1, -2)
-    value_a = value.to(accumulate).repeat_interleave(group, 1)
+    key_t = key.to(accumulate).repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2)
     query_bounds, key_ranges, phase = (table.to(query.device) for table in (query_bounds, key_ranges, phase))
     ranges = key_ranges.index_select(0, phase.reshape(1).long())[0]
     rows, columns = (torch.arange(n, device=query.device) for n in (query.shape[2], key.shape[2]))
     block_of_row = torch.bucketize(rows, query_bounds[1:], right=True)
-
-    output = output_like(query, value)
-    log_sum_exp = torch.empty(query.shape[:3], dtype=accumulate, device=query.device)
     for start in range(0, query.shape[2], _ROWS_AT_A_TIME):
         part = slice(start, start + _ROWS_AT_A_TIME)
         attended = torch.zeros(rows[part].shape[0], columns.shape[0], dtype=torch.bool, device=query.device)
@@ -238,10 +265,7 @@ def attention(
         scores = scores.masked_fill(~attended, float("-inf"))
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask, float("-inf")) if key_mask.dtype == torch.bool else scores + key_mask
-        log_sum_exp[:, :, part] = torch.logsumexp(scores, -1)
-        weights = torch.softmax(scores, -1).masked_fill(log_sum_exp[:, :, part, None] == float("-inf"), 0)
-        output[:, :, part] = (weights @ value_a).to(query.dtype)
-    return output, log_sum_exp
+        yield part, scores
 
 
 def _fake(
@@ -254,6 +278,7 @@ def _fake(
     *state: Any,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    **arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """Shapes and strides of the op's results."""
     lse_dtype = accumulation_dtype(query.dtype)

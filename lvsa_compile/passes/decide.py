@@ -22,7 +22,7 @@ from lvsa_compile.passes.compilation import Compilation, Decision, Segments, Spa
 from lvsa_compile.passes.number_layers import number_layers
 from lvsa_compile.passes.why_not_video import why_not_video
 from lvsa_compile.patterns.site import AttentionSite, DenseSite
-from lvsa_compile.policies.contract import Geometry, Plan, Policy, plan_of, why_not
+from lvsa_compile.policies.contract import BATCH, Geometry, Plan, Policy, plan_of, why_not
 from lvsa_compile.policies.tables import Range, VideoSpan
 from lvsa_compile.reasons import Miss
 from lvsa_compile.selection.contract import AttentionCall
@@ -187,6 +187,9 @@ def _decide(
     around = context.parent.get()
     plan = plan.with_dense_steps(compilation.options.dense_steps, spare=around is not None and around.unconfirmed)
     check_op(plan)
+    if any(BATCH in each.shape for each in plan.state) and compat.specialise(query.shape[0], query) is None:
+        marked = compat.marked_dynamic(query.shape[0], query)
+        return reasons.SIZE_MARKED_DYNAMIC.because(f"state is kept for each sample, so that the batch would be fixed, and {marked} is")
     if form is not None and form.pairs is not None:
         allowed = _allowed(form.pairs, plan)
         if allowed is None:

@@ -20,7 +20,7 @@ from lvsa_compile.passes.trace_layout import trace_layout
 
 _ROUNDS = 8
 """Traces until no further equality of sizes is noticed."""
-_OF_THIS_SIZE = frozenset((reasons.PATTERN_FULL, reasons.PIXEL_FRAMES, reasons.POLICY_REFUSES, reasons.NOT_FASTER))
+_OF_THIS_SIZE = frozenset((reasons.PATTERN_FULL, reasons.PIXEL_FRAMES, reasons.POLICY_REFUSES, reasons.FEW_TOKENS, reasons.NOT_FASTER))
 """Reasons that another size of the same video may not have."""
 _NOT_OF_SIZES = _OF_THIS_SIZE | frozenset(
     (

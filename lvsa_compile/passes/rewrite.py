@@ -163,14 +163,16 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
         ranges = inputs.moved(ranges, grown[1], site.key, call.key, node)
     step = compilation.step_of.get(site.node, 0)
     row = inputs.row(plan.rows.later(decision.layer), where, step)
-    state = [inputs.state(_name_in_step(decision, compilation), each, call.device) for each in plan.state]
+    kept = [each.of_batch(call.batch) for each in plan.state]
+    state = [inputs.state(_name_in_step(decision, compilation), each, call.device) for each in kept]
     result = example_value(node)
     with node.graph.inserting_before(node):
         numbers = _sequence_of_tokens(decision, sparse)
         key_mask = _key_mask(node.graph, sparse.mask) if numbers is None else _of_video(numbers, call.query)
         arguments = (site.query, site.key, site.value, bounds, ranges, row)
         of_state = (inputs.branch(call.device, step), state) if state else ()
-        attention = node.graph.call_function(meaning_of(plan.op), (*arguments, *of_state), {"scale": site.scale, "key_mask": key_mask})
+        more = {"scale": site.scale, "key_mask": key_mask, **_arguments(site, call)}
+        attention = node.graph.call_function(meaning_of(plan.op), (*arguments, *of_state), more)
         output = node.graph.call_function(operator.getitem, (attention, 0))
         meta = provenance(node)
         attention.meta = {**meta, "example_value": (result, _log_sum_exp_like(result))}
@@ -186,6 +188,22 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
     substitute(site, rewritten)
     _erase(node)
     return attention
+
+
+def _arguments(site: AttentionSite, call: AttentionCall) -> dict[str, Any]:
+    """What an op gets beside what all have: see ``Plan.arguments``."""
+    found: dict[str, Any] = dict(call.plan.arguments)
+    if any(argument.name == "video" for argument in compat.schema_of(meaning_of(call.plan.op)).arguments):
+        first, stop = call.query.video
+        found["video"] = [_start(site.query, call.query), _start(site.key, call.key), stop - first]
+    return found
+
+
+def _start(tokens: fx.Node, span: VideoSpan) -> int | fx.Node:
+    """The first token of the video in a sequence ``[B, heads, S, d]``."""
+    if not span.free_start:
+        return span.prefix
+    return called(tokens.graph, operator.sub, called(tokens.graph, "size", tokens, 2), span.length - span.prefix)
 
 
 def _sequence_of_tokens(decision: Decision, sparse: SparsePlan) -> fx.Node | None:

@@ -134,16 +134,26 @@ class Frames(Protocol):
         """Frames that ``frame`` attends in row ``step``, sorted."""
 
 
+BATCH = -1
+"""In the shape of state: as many as the call has samples."""
+
+
 @dataclass(frozen=True)
 class State:
     """A tensor that an op keeps from step to step, for each video, site and guidance branch: zeros when a video begins.
 
-    The op gets it as ``[entries, *shape]`` and reads and writes the entry of its call.
+    The op gets it as ``[entries, *shape]`` and reads and writes the entry of its call.  One that is not ``zeroed`` is what it was: the op
+    knows by other state whether it holds something.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: dtype
+    zeroed: bool = True
+
+    def of_batch(self, samples: int) -> State:
+        """The same for calls with as many samples."""
+        return dataclasses.replace(self, shape=tuple(samples if size == BATCH else size for size in self.shape))
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,8 @@ class Plan:
         rows: which row of the table a denoising step uses; computed on the device.
         op: the op of ``lvsa_compile.ops``, or of one's own, that computes it; it decides which lowerings may serve.
         state: tensors that the op keeps from step to step.
+        arguments: further arguments of the op, by name.  One that has an argument ``video`` gets the first token of the video in the query
+            and in the key sequence, and the tokens of the video.
         density: attended share of pairs of video tokens, mean over rows; by default counted in the table.
         frames: a hint for lowerings and reports, where query blocks are latent frames that attend whole frames.
         parts: a hint: into about how many dense attentions of equal shape a row falls.
@@ -176,6 +188,7 @@ class Plan:
     rows: Rows = Turn(1)  # noqa: RUF009 - frozen
     op: str = "attention"
     state: tuple[State, ...] = ()
+    arguments: tuple[tuple[str, int | float | str], ...] = ()
     density: float = dataclasses.field(default=-1.0, compare=False, repr=False)
     frames: Frames | None = dataclasses.field(default=None, compare=False, repr=False)
     parts: int = dataclasses.field(default=1, compare=False, repr=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 
 from lvsa_compile import compat
 from lvsa_compile.compat import example_value
-from lvsa_compile.forward.explicit_step import explicit_step
+from lvsa_compile.forward.explicit_step import explicit_step, explicit_steps
+from lvsa_compile.forward.state import BRANCHES, VIDEOS
 from lvsa_compile.passes.compilation import Compilation, Decision, sizes_of
 from lvsa_compile.passes.decide import may_be_sparse
+from lvsa_compile.policies.rows import Searches
 from lvsa_compile.reasons import FIRST_FORWARD, OUTSIDE_GRAPHS, Miss
 from lvsa_compile.report.records import BETWEEN_GRAPHS, DENSE, MASKED, ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, SiteReport
 from lvsa_compile.report.report import Report
@@ -52,6 +55,8 @@ def report_of(compilation: Compilation) -> Report:
         compilation.specialised,
         compilation.position.breaks,
         compilation.flops,
+        schedules=_schedules(compilation),
+        state=_state(compilation),
         passes=compilation.passes,
     )
     return Report(compilation.model, (graph,), _horizon(compilation), options.changed(), dict(options.sources))
@@ -62,6 +67,22 @@ def moves(compilation: Compilation) -> bool:
     plans = [decision.plan.call.plan for decision in compilation.sparse if decision.plan is not None]
     rotate = getattr(compilation.options.chosen_policy, "rotate", True)
     return any(plan.rows.moves or plan.state for plan in plans) if plans else rotate not in tuple(_STILL)
+
+
+def _schedules(compilation: Compilation) -> tuple[str, ...]:
+    rules = [decision.plan.call.plan.rows for decision in compilation.sparse if decision.plan is not None]
+    return tuple(dict.fromkeys(rule.words(explicit_steps()) for rule in rules if isinstance(rule, Searches)))
+
+
+def _state(compilation: Compilation) -> str:
+    """The memory of what is kept from step to step, in words."""
+    calls = [decision.plan.call for decision in compilation.sparse if decision.plan is not None]
+    kept = [each.of_batch(call.batch) for call in calls for each in call.plan.state]
+    size = sum(math.prod(each.shape) * each.dtype.itemsize for each in kept)
+    if not size:
+        return ""
+    entries = f"{VIDEOS} videos of {BRANCHES - 1} guidance branches and one more call each"
+    return f"{size * VIDEOS * BRANCHES / 2**20:.1f} MiB kept from step to step, {size / 2**20:.1f} for each of {entries}"
 
 
 def _horizon(compilation: Compilation) -> str:

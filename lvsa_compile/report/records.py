@@ -99,6 +99,7 @@ class GraphReport:
 
     ``passes`` are the passes that ran, each with what it changed and its seconds.
     ``clock_saw`` holds the timesteps that its models' clocks saw, ``short`` says which frames so few denoising steps leave never an anchor;
+    ``schedules`` say which steps attend everything where a policy chooses blocks in others, ``state`` what memory that takes;
     ``calls`` counts its calls where it was compiled.
     """
 
@@ -110,6 +111,8 @@ class GraphReport:
     flops: float = 0.0
     clock_saw: tuple[str, ...] = ()
     short: tuple[str, ...] = ()
+    schedules: tuple[str, ...] = ()
+    state: str = ""
     passes: tuple[PassRun, ...] = field(default=(), compare=False)
     calls: Calls | None = field(default=None, repr=False, compare=False)
 

@@ -137,6 +137,8 @@ class Report:
         turning = [graph for graph in self.graphs if any(site.decision == SPARSE for site in graph.sites)]
         clocks = dict.fromkeys("; ".join((graph.clock, *graph.clock_saw)) for graph in turning)
         lines += [f"  denoising step: {clock}" for clock in clocks]
+        lines += [f"  schedule: {words}" for words in dict.fromkeys(words for graph in turning for words in graph.schedules)]
+        lines += [f"  state: {graph.state}" for graph in turning if graph.state]
         lines += [f"  anchors: {short}" for short in dict.fromkeys(short for graph in turning for short in graph.short)]
         lines += [f"  option: {name}={self.options.get(name)!r}, from {source}" for name, source in self.option_sources.items()]
         lines += [f"  specialised: {what}" for what in dict.fromkeys(what for graph in self.graphs for what in graph.specialised)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lvsa_compile import compat
 from lvsa_compile.errors import RateError
-from lvsa_compile.ops.attention import AttentionBody, by_heads
+from lvsa_compile.ops.attention import by_heads
 from lvsa_compile.policies.contract import Plan
 from lvsa_compile.policies.tables import VideoSpan
 from lvsa_compile.selection.rates import share_of_dense
@@ -110,7 +110,7 @@ class Lowering:
     rates: Mapping[str, float] = field(default_factory=dict, hash=False)
     speedup: Callable[[AttentionCall], float] | None = None
     op: str = "attention"
-    body: AttentionBody | None = None
+    body: Callable[..., tuple[Tensor, Tensor]] | None = None
     operator: compat.OpOverload | None = None
     prepare: Callable[[AttentionCall], Prepared] | None = None
     traceable: bool = False

@@ -53,14 +53,19 @@ def head_sparsity(recall: Tensor, sparsity: float) -> Tensor:
     Raises:
         OptionError: ``sparsity`` cannot be.
     """
-    if not 1 / 3 <= sparsity < 1:
-        raise OptionError("sparsity", sparsity, "heads that need more would get less than none", "Give 1/3 to below 1; the paper has 0.8.")
+    check_sparsity(sparsity)
     heads = recall.shape[-1]
     _, place = in_falling_order(recall)
     moved = (recall > _WELL_RECALLED).sum(-1, keepdim=True).clamp(max=heads // 2)
     found = torch.full_like(recall, sparsity, dtype=torch.float64)
     found = torch.where(place < moved, (1 + sparsity) / 2, found)
     return torch.where(place >= heads - moved, (3 * sparsity - 1) / 2, found)
+
+
+def check_sparsity(sparsity: object) -> None:
+    """Raises OptionError where a sparsity cannot be."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 1 / 3 <= sparsity < 1:
+        raise OptionError("sparsity", sparsity, "heads that need more would get less than none", "Give 1/3 to below 1; the paper has 0.8.")
 
 
 def choose_blocks(mass: Tensor, sparsity: float | Tensor, video_blocks: int) -> Tensor:

@@ -1,0 +1,130 @@
+"""The op ``lvsa::block_attention``: attention over blocks of the video that a search chose at an earlier denoising step.
+
+Blocks of ``query_block`` and ``key_block`` tokens begin with the video; other tokens are attended by all and attend all.  A step does one
+of three things, as the row of the table says on the device: everything is attended (dense); everything is attended and blocks are chosen
+by their mass (a search); the chosen blocks are attended.  The table of key ranges holds in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lvsa_compile.errors import ShapeError
+from lvsa_compile.ops.attention import accumulation_dtype, define_stateful_op, output_like, scores_of
+from lvsa_compile.policies.block_choice import CHOICES, packed, unpacked
+
+ARGUMENTS = "str choice, float share, int query_block, int key_block, int searches, SymInt[] video"
+"""How blocks are chosen, by name, and a number for it; tokens of a block; how many rows of the table, from the first on, are those of
+searches; first token of the video in the query and in the key sequence, and its tokens."""
+
+
+def block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bounds: Tensor,
+    key_ranges: Tensor,
+    phase: Tensor,
+    branch: Tensor,
+    state: Sequence[Tensor],
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    choice: str,
+    share: float,
+    query_block: int,
+    key_block: int,
+    searches: int,
+    video: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The meaning of the op, without a question to the host: every step computes all scores and their mass.
+
+    Row ``n`` of the table, below ``searches``, is that of steps from search ``n`` on: the first of them that runs does the search.  In
+    other rows everything is attended.
+
+    Args:
+        query, key, value, query_bounds, key_ranges, phase, scale, key_mask: as of ``lvsa::attention``; heads share their ranges.
+        branch: int32 scalar, the entry of the state.
+        state: int32 ``[entries, 2]``, how many searches were done and whether a log-sum-exp is stored; uint8 ``[entries, B, heads, query
+            blocks, bytes]``, a bit for each key block that is kept; and, for a policy whose searches weigh by the log-sum-exp of the step
+            before, float32 ``[entries, B, heads, tokens]``.
+        choice, share, query_block, key_block, searches, video: see ``ARGUMENTS``.
+
+    Returns:
+        Output and log-sum-exp, as of ``lvsa::attention``.
+    """
+    known, kept, *stored = state
+    ranges = shared_by_heads(key_ranges)
+    entry, phase = branch.reshape(1).long(), phase.to(query.device)
+    done, is_stored = known.index_select(0, entry)[0].unbind()
+    dense = phase >= searches
+    searching = ~dense & (done <= phase)
+    before = kept.index_select(0, entry)[0]
+    query_first, key_first, tokens = video
+    columns = -(-tokens // key_block)
+    of_query, of_key = (
+        block_numbers(query.shape[2], query_first, tokens, query_block),
+        block_numbers(key.shape[2], key_first, tokens, key_block),
+    )
+    of_query, of_key = of_query.to(query.device), of_key.to(query.device)
+    attended = unpacked(before, columns) | dense | searching
+
+    value_a = value.to(accumulation_dtype(query.dtype)).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    output = output_like(query, value)
+    log_sum_exp = torch.empty(query.shape[:3], dtype=value_a.dtype, device=query.device)
+    mass = torch.zeros(attended.shape, dtype=value_a.dtype, device=query.device)
+    for part, scores in scores_of(query, key, query_bounds, ranges, phase, scale=scale, key_mask=key_mask):
+        rows = of_query[part]
+        left_out = ~attended[:, :, rows.clamp(min=0)][..., of_key.clamp(min=0)] & (rows >= 0)[:, None] & (of_key >= 0)
+        scores = scores.masked_fill(left_out, float("-inf"))
+        own = torch.logsumexp(scores, -1)
+        log_sum_exp[:, :, part] = own
+        weights = torch.softmax(scores, -1).masked_fill(own[..., None] == float("-inf"), 0)
+        output[:, :, part] = (weights @ value_a).to(query.dtype)
+        if stored:
+            places = (torch.arange(part.start, part.start + len(rows), device=query.device) - query_first).clamp(0, tokens - 1)
+            last = stored[0].index_select(0, entry)[0][:, :, places].to(own.dtype)
+            weights = (scores - torch.where(is_stored > 0, last, own)[..., None]).exp().masked_fill(own[..., None] == float("-inf"), 0)
+        of_keys = weights.new_zeros(*weights.shape[:3], columns).index_add(3, of_key.clamp(min=0), weights.masked_fill(of_key < 0, 0))
+        mass.index_add_(2, rows.clamp(min=0), of_keys.masked_fill((rows < 0)[:, None], 0))
+
+    found = chosen(choice, share, mass, query_block, tokens)
+    kept.index_copy_(0, entry, torch.where(searching, packed(found), before)[None])
+    if stored:
+        now = log_sum_exp[:, :, query_first : query_first + tokens].float()
+        last = stored[0].index_select(0, entry)
+        stored[0].index_copy_(0, entry, torch.where(dense | searching, now[None], last))
+    told = torch.stack([torch.where(searching, phase + 1, done), torch.where(dense | searching, 1, is_stored)])
+    known.index_copy_(0, entry, told.to(known.dtype)[None])
+    return output, log_sum_exp
+
+
+def chosen(choice: str, share: float, mass: Tensor, query_block: int, tokens: int) -> Tensor:
+    """Which blocks a policy keeps by their mass ``[B, heads, query blocks, key blocks]``, where each query has a mass of 1."""
+    rows = torch.full((mass.shape[2],), query_block, dtype=torch.float64, device=mass.device)
+    rows[-1] = tokens - query_block * (mass.shape[2] - 1)
+    return CHOICES[choice](mass, rows, share)
+
+
+def block_numbers(length: int, first: int, tokens: int, block: int) -> Tensor:
+    """The number of the video's block that each token of a sequence is in, -1 beside the video."""
+    places = torch.arange(length) - first
+    return torch.where((places >= 0) & (places < tokens), places // block, -1)
+
+
+def shared_by_heads(key_ranges: Tensor) -> Tensor:
+    """The table ``[rows, query_blocks, ranges, 2]`` that all heads share.
+
+    Raises:
+        ShapeError: they do not share one.
+    """
+    if key_ranges.dim() != 5 or key_ranges.shape[1] != 1:
+        remedy = "Let heads differ by the blocks that are chosen, not by the table."
+        raise ShapeError("key_ranges", tuple(key_ranges.shape), "not [rows, 1, query_blocks, ranges, 2]", remedy)
+    return key_ranges[:, 0]
+
+
+BLOCK_ATTENTION = define_stateful_op("block_attention", block_attention, ARGUMENTS)
