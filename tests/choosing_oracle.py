@@ -1,4 +1,7 @@
-"""Models whose attention chooses blocks, by the definition: an eager model that keeps what its searches found in plain Python."""
+"""Models whose attention chooses blocks, by the definition: an eager model that keeps what its searches found in plain Python.
+
+``Chooser.found`` holds, for each search, the blocks that were kept and by how much the least of a query block beats the best left out.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ class Chooser:
     stored: Tensor | None = None
     searched: int = -1
     margin: float = math.inf
+    found: list = field(default_factory=list)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, step: int, scale: float | None, first: int, tokens: int) -> Tensor:
         query, key, value = (t.double() for t in (query, key, value))
@@ -57,6 +61,7 @@ class Chooser:
             kept = losa.choose_blocks(mass, rows, policy.threshold, beside=beside)
         least, most = mass.masked_fill(~kept, math.inf).amin(-1), mass.masked_fill(kept, 0.0).amax(-1)
         self.margin = min(self.margin, float(((least - most) / least).min()))
+        self.found.append((kept, (least - most) / least))
         self.kept = kept.repeat_interleave(sizes[0], 2)[:, :, :tokens].repeat_interleave(sizes[1], 3)[..., :tokens]
 
 
