@@ -207,7 +207,8 @@ def pattern(
 @app.command()
 def bench(
     parts: Annotated[
-        list[str] | None, typer.Argument(help="Some of: sites, variants, sweep, growth, model, watching, overheads. Default: all.")
+        list[str] | None,
+        typer.Argument(help="Some of: sites, variants, sweep, growth, model, blocks, policies, watching, overheads. Default: all."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured, all in turn.")] = 5,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",

@@ -15,12 +15,12 @@ from typing import Any
 import numpy
 import torch
 
-from lvsa_compile.bench import attention_sites, overheads, video_model, watching
+from lvsa_compile.bench import attention_sites, blocks, overheads, video_model, watching
 from lvsa_compile.bench.attention_sites import Site
 from lvsa_compile.errors import BenchError
 from lvsa_compile.report.report import versions
 
-PARTS = ("sites", "variants", "sweep", "growth", "model", "watching", "overheads")
+PARTS = ("sites", "variants", "sweep", "growth", "model", "blocks", "policies", "watching", "overheads")
 Results = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -34,7 +34,7 @@ def check(parts: Sequence[str]) -> None:
     for part in parts:
         if part not in PARTS:
             raise BenchError(part, "no such part", f"Name some of: {', '.join(PARTS)}.")
-    if "model" in parts or "watching" in parts:
+    if {"model", "policies", "watching"} & set(parts):
         video_model.wan_shaped()
 
 
@@ -60,6 +60,13 @@ def run(parts: Sequence[str], device: torch.device, rounds: int, command: str, s
         say("model: a Wan-shaped transformer at 1 to 12 times its horizon")
         small: dict[str, Any] = {"horizons": (1, 2), "dense_up_to": 2} if quick else {}
         results["model"] = video_model.measure(device, rounds, **small)
+    if "blocks" in parts:
+        say("blocks: attention over chosen blocks of 64 and 128 tokens")
+        dtypes = (torch.float32, torch.bfloat16)
+        results["blocks"] = blocks.measure_kernel(device, rounds, dtypes, ((256, 2, 32),) if quick else blocks.SHAPES)
+    if "policies" in parts:
+        say("policies: videos of 50 steps at the training length")
+        results["policies"] = blocks.measure_videos(device, rounds, **({"steps": 4, "frames": 2} if quick else {}))
     if "watching" in parts:
         say("watching: forwards that are followed")
         results["watching"] = watching.measure(device, rounds, frames=1 if quick else 3)

@@ -127,12 +127,38 @@ _WATCHING: tuple[_Column, ...] = (
     ("more", lambda r: seconds(r["more"])),
     ("share", lambda r: f"{r['share']:.1%}"),
 )
+_BLOCKS: tuple[_Column, ...] = (
+    ("tokens", lambda r: str(r["tokens"])),
+    ("heads", lambda r: f"{r['heads']} of {r['head_dim']}"),
+    ("dtype", lambda r: r["dtype"]),
+    ("block", lambda r: str(r["block"])),
+    ("density", lambda r: f"{r['density']:.3f}"),
+    ("dense", lambda r: seconds(r["dense"])),
+    ("sparse", lambda r: seconds(r["sparse"])),
+    ("±", lambda r: _percent(r["spread"])),
+    ("share of the bound", lambda r: _percent(r["share"])),
+    ("a search costs more", lambda r: f"{r['search_more']:.1%}"),
+)
+_POLICIES: tuple[_Column, ...] = (
+    ("policy", lambda r: r["policy"]),
+    ("tokens", lambda r: str(r["tokens"])),
+    ("steps", lambda r: str(r["steps"])),
+    ("density of sparse steps", lambda r: f"{r['density']:.3f}"),
+    ("dense", lambda r: seconds(r["dense"])),
+    ("sparse", lambda r: seconds(r["seconds"])),
+    ("±", lambda r: _percent(r["spread"])),
+    ("speed-up", lambda r: _times(r["speedup"])),
+    ("FLOP bound", lambda r: _times(r["bound"])),
+    ("share", lambda r: _percent(r["share"])),
+)
 _TABLES: dict[str, tuple[tuple[str, tuple[_Column, ...]], ...]] = {
     "sites": (("One attention site, every way of computing it", _SITE),),
     "variants": (("The same beside text, padded, with guidance, with grouped queries", _SITE),),
     "sweep": (("From tiny to large sites", _PAIR),),
     "growth": (("One site at 2 to 12 times the horizon", _PAIR),),
     "model": (("A Wan-shaped transformer, one denoising step", _MODEL), ("The same: memory, error, compiling", _MODEL_BESIDE_TIME)),
+    "blocks": (("Attention over chosen blocks", _BLOCKS),),
+    "policies": (("A Wan-shaped transformer at its training length, all steps of a video", _POLICIES),),
     "watching": (("What following a forward costs", _WATCHING),),
     "overheads": (("Costs beside attention", _OVERHEADS),),
 }

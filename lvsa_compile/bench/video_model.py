@@ -44,10 +44,12 @@ def wan_shaped(heads: int = _HEADS, ffn_dim: int = 2944, layers: int = _LAYERS) 
     return model.eval()
 
 
-def inputs_of(frames: int, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def inputs_of(
+    frames: int, device: torch.device, dtype: torch.dtype = torch.float32, rows: int = _ROWS, columns: int = _COLUMNS
+) -> dict[str, Any]:
     """One denoising step of a video of ``frames`` latent frames."""
     torch.manual_seed(1)
-    latents = torch.randn(1, 16, frames, _ROWS, _COLUMNS).to(device, dtype)
+    latents = torch.randn(1, 16, frames, rows, columns).to(device, dtype)
     text = torch.randn(1, _TEXT, 512).to(device, dtype)
     timestep = torch.full((1,), 900.0, device=device)
     return {"hidden_states": latents, "timestep": timestep, "encoder_hidden_states": text, "return_dict": False}
@@ -55,12 +57,21 @@ def inputs_of(frames: int, device: torch.device, dtype: torch.dtype = torch.floa
 
 def flop_bound(model: nn.Module, frames: int, density: float) -> float:
     """How many times fewer FLOPs a step takes when video attention keeps ``density`` of its pairs."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).to("meta")(**inputs_of(frames, torch.device("meta")))
-    total = float(counter.get_total_flops())
-    tokens = frames * (_ROWS // 2) * (_COLUMNS // 2)
-    attention = 4.0 * tokens**2 * _HEADS * 128 * _LAYERS
+    total = total_flops(model, inputs_of(frames, torch.device("meta")))
+    attention = attention_flops(frames * (_ROWS // 2) * (_COLUMNS // 2))
     return total / (total - attention * (1.0 - density))
+
+
+def total_flops(model: nn.Module, inputs: dict[str, Any]) -> float:
+    """Floating-point operations of a forward."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).to("meta")(**{name: each.to("meta") if isinstance(each, Tensor) else each for name, each in inputs.items()})
+    return float(counter.get_total_flops())
+
+
+def attention_flops(tokens: int) -> float:
+    """Those of attention over a video of so many tokens, where the model has the layers and heads that it has by default."""
+    return 4.0 * tokens**2 * _HEADS * 128 * _LAYERS
 
 
 def measure(
