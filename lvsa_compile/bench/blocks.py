@@ -121,6 +121,7 @@ def measure_videos(device: torch.device, rounds: int, steps: int = PUBLISHED_STE
     dense_flops, attention = total_flops(_model(device), inputs), attention_flops(tokens)
     rows = []
     for policy in policies:
+        row: Row = {"policy": str(policy), "tokens": tokens, "steps": steps}
         schedule = plan_of(policy, Geometry.of_frames(frames), Facts()).rows
         assert isinstance(schedule, Searches)
         density = sum(kept[policy.name]) / len(kept[policy.name])
@@ -128,9 +129,9 @@ def measure_videos(device: torch.device, rounds: int, steps: int = PUBLISHED_STE
         left = steps * (dense_flops - attention) + attention * (whole + (steps - whole) * density)
         bound = steps * dense_flops / left
         found = seconds[policy.name]
-        rows.append({
-            "policy": str(policy), "tokens": tokens, "steps": steps, "density": density, "dense": seconds["dense"].median,
-            "seconds": found.median, "speedup": found.times_faster_than(seconds["dense"]), "bound": bound,
+        rows.append(row | {
+            "density": density, "dense": seconds["dense"].median, "seconds": found.median,
+            "speedup": found.times_faster_than(seconds["dense"]), "bound": bound,
             "share": found.times_faster_than(seconds["dense"]) / bound, "spread": found.spread, "rounds": len(found.rounds),
         })  # fmt: skip
     return rows
