@@ -163,7 +163,8 @@ def test_results_as_a_table():
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
-    (["bench", "site"], "bench site: no such part. Name some of: sites, variants, sweep, growth, model, blocks, policies, watching, overheads."),
+    (["bench", "site"], "bench site: no such part. Name some of: sites, variants, sweep, growth, model, blocks, policies, watching, "
+     "overheads."),
     (["bench", "overheads", "--plot", "x.svg"], "bench plot: the part 'model' is not among the parts. Add model to the parts."),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_said_before_anything_is(arguments, text):

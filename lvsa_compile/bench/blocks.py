@@ -107,7 +107,8 @@ def measure_videos(device: torch.device, rounds: int, steps: int = PUBLISHED_STE
     torch.compiler.reset()
     models: dict[str, Callable[..., Any]] = {"dense": torch.compile(_model(device), dynamic=False)}
     for policy in policies:
-        models[policy.name] = torch.compile(_model(device), backend="lvsa", options={"policy": policy}, dynamic=False)
+        options: dict[str, Any] = {"policy": policy}
+        models[policy.name] = torch.compile(_model(device), backend="lvsa", options=options, dynamic=False)
     kept: dict[str, list[float]] = {policy.name: [] for policy in policies}
     noting = {name: functools.partial(_noting, CHOICES[name], found) for name, found in kept.items()}
     before = dict(CHOICES)
