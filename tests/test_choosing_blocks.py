@@ -213,7 +213,6 @@ def test_a_model_is_that_of_the_reference(policy, start):
             assert (alone(**inputs)[0] - expected).abs().max() > 1e-2, "the last step was sparse"
 
 
-@pytest.mark.parametrize("policy", [ADASPA, LOSA], ids=["adaspa", "losa"])
 class Teacher:
     """In the place of the forward of a pipeline's transformer: answers as the oracle does, and looks what ``run`` makes of the same."""
 
@@ -295,6 +294,7 @@ def test_a_pipeline_is_that_of_the_reference(policy, start, batched, monkeypatch
     assert start is not whole or torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("policy", [ADASPA, LOSA], ids=["adaspa", "losa"])
 def test_samples_of_a_batch_have_blocks_of_their_own(policy):
     alone, run = wan(), whole(wan(), policy)
     oracle = Choosing(policy, SCHEDULED[policy.name], VIDEO)

@@ -185,13 +185,16 @@ def on_machine(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_matrix_units_are_left_to_the_dense_kernel(kind, on_machine, monkeypatch):
+@pytest.mark.parametrize("tiles", [True, False])
+def test_matrix_units_are_used_where_the_kernel_lets_us(kind, tiles, on_machine, monkeypatch):
     monkeypatch.setattr(cpu, "_why_not", lambda kind: None)
+    monkeypatch.setattr(cpu, "_has_tiles", lambda: tiles)
     on_machine(kind)
     half = select(call_of(dtype=torch.bfloat16))
-    assert half.lowering.name in {"amx": ["dense_merge"], "plain": ["cpu", "dense_merge"]}.get(kind, ["cpu"])  # plain: nearly the same
-    why = "the dense kernel uses the matrix units of this CPU for bfloat16, its own does not"
-    assert dict(half.passed_over).get("cpu") == (why if kind == "amx" else None)
+    left_to_dense = kind == "amx" and not tiles
+    assert half.lowering.name in (["dense_merge"] if left_to_dense else ["cpu", "dense_merge"] if kind == "plain" else ["cpu"])
+    why = "dense attention in bfloat16 uses the matrix units of this CPU, and its own kernel was not let use them"
+    assert dict(half.passed_over).get("cpu") == (why if left_to_dense else None)
     assert select(call_of()).lowering.name == "cpu" or kind == "plain"
 
 

@@ -218,10 +218,10 @@ def test_max_autotune_measures_on_the_real_shapes_and_the_report_shows_it(monkey
 def test_no_estimate_is_contradicted_by_what_was_measured():
     """By more than half as much again, on any kind of CPU, in any dtype, by any lowering meant for speed."""
     kinds = json.loads((Path(__file__).parent.parent / "benchmarks/results/cpu_rates.json").read_text())["kinds"]
-    assert {"plain", "avx2", "avx512"} <= kinds.keys()
+    assert kinds.keys() == {"plain", "avx2", "avx512", "amx"}
     for kind, measured_there in kinds.items():
         threads, rows = measured_there["machine"]["threads"], [row for row in measured_there["rows"] if row["lowering"] != "reference"]
-        assert {row["lowering"] for row in rows} == {"cpu", "dense_merge"} or kind == "amx"
+        assert {row["lowering"] for row in rows} == {"cpu", "dense_merge"}
         for row in rows:
             pattern = FramePattern(row["frames"], reference_frames=row["reference"])
             flops = 4.0 * row["heads"] * (row["frames"] * row["tokens"]) ** 2 * row["head_dim"]

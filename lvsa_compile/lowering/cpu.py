@@ -28,7 +28,8 @@ CPU_RATES = {
     ("avx2", "bfloat16"): CpuRates(1.10, 110e-6),
     ("avx512", "float32"): CpuRates(1.09, 110e-6),
     ("avx512", "bfloat16"): CpuRates(1.75, 100e-6),
-    ("amx", "float32"): CpuRates(1.09, 110e-6),
+    ("amx", "float32"): CpuRates(0.95, 85e-6),
+    ("amx", "bfloat16"): CpuRates(0.83, 85e-6),
 }
 """Measured by ``python benchmarks/cpu_rates.py``; see ``selection/rates.py``."""
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -71,6 +72,11 @@ def _source(name: str) -> str:
     """A file of the kernel with those it includes put in their places."""
     text = resources.files("lvsa_compile.kernels").joinpath("cpu", name).read_text()
     return re.sub(r'^#include "(.+)"$', lambda found: _source(found[1]), text, flags=re.MULTILINE)
+
+
+def _has_tiles() -> bool:
+    """Whether the kernel multiplies bfloat16 on matrix units (AMX)."""
+    return bool(_kernel().lvsa_has_tiles())
 
 
 def _why_not_built() -> str | None:
@@ -167,8 +173,8 @@ def _refuses(call: AttentionCall) -> str | None:
         return f"its kernel computes in float32, not in {call.dtype}"
     if call.dtype == torch.float16 and not _kernel().lvsa_knows_float16():
         return "the compiler of this machine knows no float16"
-    if call.dtype == torch.bfloat16 and cpu_kind() == "amx":
-        return "the dense kernel uses the matrix units of this CPU for bfloat16, its own does not"
+    if call.dtype == torch.bfloat16 and cpu_kind() == "amx" and not _has_tiles():
+        return "dense attention in bfloat16 uses the matrix units of this CPU, and its own kernel was not let use them"
     if max(call.head_dim, call.value_dim) > _LARGEST_HEAD_DIM:
         return f"its kernel takes head dims up to {_LARGEST_HEAD_DIM}, not {max(call.head_dim, call.value_dim)}"
     return None

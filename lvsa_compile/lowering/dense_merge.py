@@ -32,8 +32,8 @@ CPU_RATES = {
     ("avx2", "bfloat16"): CpuRates(0.69, 6.9e-6),
     ("avx512", "float32"): CpuRates(0.74, 6.4e-6),
     ("avx512", "bfloat16"): CpuRates(0.69, 7.0e-6),
-    ("amx", "float32"): CpuRates(0.74, 6.4e-6),
-    ("amx", "bfloat16"): CpuRates(0.54, 7.0e-6),
+    ("amx", "float32"): CpuRates(0.66, 5.3e-6),
+    ("amx", "bfloat16"): CpuRates(0.36, 7.7e-6),
 }
 """Measured by ``python benchmarks/cpu_rates.py``; see ``selection/rates.py``."""
 GPU_RATES = {"cuda:80": 0.80, "cuda:90": 0.85, "cuda:100": 0.85, "cuda:120": 0.80, "hip": 0.80}

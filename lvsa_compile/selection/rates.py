@@ -1,8 +1,7 @@
 """What a device's best dense kernel does, and estimates from it: what ``lowering="auto"`` weighs.
 
-A lowering's own rates are in its file.  The CPU's are measured for each kind of CPU by ``python benchmarks/cpu_rates.py``, on one that has
-AVX-512: plain and AVX2 with torch's own kernels held to them, too.  Those of matrix units (AMX) in bfloat16 are from an earlier machine,
-in float32 those of AVX-512.
+A lowering's own rates are in its file.  The CPU's are measured for each kind of CPU by ``python benchmarks/cpu_rates.py``: plain, AVX2 and
+AVX-512 on one that has AVX-512, torch's own kernels held to each, too; those with matrix units (AMX) on one that has them.
 Those of GPUs are expectations from published numbers, no measurements of ours: a Triton kernel of this kind reaches about 390 TFLOP/s on
 Hopper where cuDNN and FlashAttention 3 (arXiv 2407.08608) reach 600 and more, and is close to FlashAttention 2 on Ampere; FlashInfer (arXiv
 2501.01005) loads sparse keys by the older path on Hopper.
@@ -52,8 +51,8 @@ CPU: dict[tuple[str, str], DenseRates] = {
     ("avx2", "bfloat16"): DenseRates(7.4e10, 51e-6),
     ("avx512", "float32"): DenseRates(7.9e10, 42e-6),
     ("avx512", "bfloat16"): DenseRates(7.5e10, 51e-6),
-    ("amx", "float32"): DenseRates(7.9e10, 42e-6),
-    ("amx", "bfloat16"): DenseRates(4.7e11, 51e-6),
+    ("amx", "float32"): DenseRates(1.9e11, 39e-6),
+    ("amx", "bfloat16"): DenseRates(5.2e11, 55e-6),
 }
 
 

@@ -7,6 +7,7 @@
 // Written with the vector extensions of GCC and Clang; widths follow from the flags of the compilation.
 
 #include "vectors.h"
+#include "tiles.h"
 #include "products.h"
 #include "softmax.h"
 #include "schedule.h"
@@ -78,26 +79,28 @@ struct Attention {
   const int64_t depth = words<T>(call.head_dim);
   const int64_t value_panels = rounded_up(call.value_dim, kLanes) / kLanes;
   const int64_t masks_per_slot = !call.mask ? 0 : call.mask_strides[1] ? group : 1;
+  const bool tiles = std::is_same_v<T, BFloat16> && tiles_allowed();
   const float sign = call.scale < 0 ? -1.0f : 1.0f;
   const float scale = float(std::fabs(call.scale) * 1.44269504088896340736);
 
   // Packs kLanes keys at once, where all of them are there; true where that is done, or was when the first of them was packed.
   bool transposed(int64_t i, int64_t place, int64_t length, int64_t first, int64_t last, int64_t source, const T* key, float* to) const {
 #ifdef LVSA_TRANSPOSES
-    if constexpr (std::is_same_v<T, float>) {
+    if constexpr (sizeof(T) * kPerWord == sizeof(float)) {
       const int64_t lane = i % kLanes;
-      if (call.key_strides[3] != 1 || i - lane < first || place < lane || place - lane + kLanes > length || i - lane + kLanes > last)
+      if (call.key_strides[3] != 1 || call.head_dim % kPerWord || i - lane < first || place < lane || place - lane + kLanes > length || i - lane + kLanes > last)
         return false;
       if (lane) return true;
-      const int64_t full = call.head_dim / kLanes * kLanes;
+      const int64_t full = depth / kLanes * kLanes;
       for (int64_t d = 0; d < full; d += kLanes) {
         Vector rows[kLanes];
-        for (int64_t r = 0; r < kLanes; ++r) rows[r] = load(key + (source + r) * call.key_strides[2] + d);
+        for (int64_t r = 0; r < kLanes; ++r) std::memcpy(&rows[r], key + (source + r) * call.key_strides[2] + d * kPerWord, sizeof rows[r]);
         transpose(rows);
         for (int64_t r = 0; r < kLanes; ++r) store(to + (d + r) * kLanes, rows[r]);
       }
-      for (int64_t d = full; d < call.head_dim; ++d)
-        for (int64_t r = 0; r < kLanes; ++r) to[d * kLanes + r] = key[(source + r) * call.key_strides[2] + d];
+      for (int64_t d = full; d < depth; ++d)
+        for (int64_t r = 0; r < kLanes; ++r)
+          std::memcpy(to + d * kLanes + r, key + (source + r) * call.key_strides[2] + d * kPerWord, sizeof(float));
       return true;
     }
 #endif
@@ -132,6 +135,8 @@ struct Attention {
           const int64_t columns = std::min(kLanes, call.value_dim - p * kLanes);
           if (call.value_strides[3] == 1 && kPerWord == 1) {
             Factors<T>::put_row(row, v + p * kLanes, columns);
+          } else if (call.value_strides[3] == 1 && columns == kLanes) {
+            Factors<T>::put_beside(row, i % kPerWord, v + p * kLanes);
           } else {
             for (int64_t d = 0; d < columns; ++d) Factors<T>::put(row + d, i % kPerWord, v[(p * kLanes + d) * call.value_strides[3]]);
           }
@@ -165,7 +170,8 @@ struct Attention {
     }
     float *query = work.query + lo * kStride, *scores = work.score + lo * kStride, *output = work.output + lo * kStride;
     for (const Piece& piece : batch) {
-      multiply<T>(query, rows, key + piece.base * depth, piece.panels, kLanes * depth, depth, scores + piece.column, false);
+      multiply<T>(query, rows, key + piece.base * depth, piece.panels, kLanes * depth, depth, scores + piece.column, false,
+                  tiles);
       const int64_t before = piece.start - piece.base, after = piece.end - piece.base, all = piece.panels * kLanes;
       for (int64_t row = 0; row < rows && (before > 0 || after < all); ++row) {
         float* score = scores + row * kStride + piece.column;
@@ -181,7 +187,7 @@ struct Attention {
     for (const Piece& piece : batch) {  // what shares a word with the first or last key has weight 0
       const int64_t word = piece.start / kPerWord;
       multiply<T>(scores + piece.column / kPerWord + word - piece.base / kPerWord, rows, value + word * kLanes, value_panels,
-                  words<T>(packed_keys) * kLanes, words<T>(piece.end) - word, output, true);
+                  words<T>(packed_keys) * kLanes, words<T>(piece.end) - word, output, true, tiles);
     }
   }
 
@@ -241,11 +247,12 @@ struct Attention {
     for (int64_t r = 0; r < rows; ++r) {
       const float total = work.total[r], factor = total == 0 ? 0.0f : 1.0f / total;
       T* out = output + (tile.start + r) * call.output_strides[2];
-      const float* from_row = work.output + r * kStride;
-      int64_t d = 0;
-      if constexpr (std::is_same_v<T, float>)
-        for (; call.output_strides[3] == 1 && d + kLanes <= call.value_dim; d += kLanes) store(out + d, load(from_row + d) * factor);
-      for (; d < call.value_dim; ++d) from_float(from_row[d] * factor, out[d * call.output_strides[3]]);
+      const float* row = work.output + r * kStride;
+      if (call.output_strides[3] == 1) {
+        store_row(row, factor, out, call.value_dim);
+      } else {
+        for (int64_t d = 0; d < call.value_dim; ++d) from_float(row[d] * factor, out[d * call.output_strides[3]]);
+      }
       log_sum_exp[r] = total == 0 ? kMinusInfinity : (work.largest[r] + std::log2(total)) / kLog2e;
     }
     if (mass) {
@@ -274,6 +281,9 @@ struct Attention {
     std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(int(call.threads))
     {
+      [[maybe_unused]] std::conditional_t<std::is_same_v<T, BFloat16>, std::optional<Tiles>, int> registers{};
+      if constexpr (std::is_same_v<T, BFloat16>)
+        if (tiles) registers.emplace();
       Workspace* work = nullptr;
       try {
         static thread_local Workspace mine;
@@ -315,6 +325,9 @@ extern "C" int lvsa_knows_float16() {
   return 0;
 #endif
 }
+
+// Whether bfloat16 is multiplied on tile registers.
+extern "C" int lvsa_has_tiles() { return tiles_allowed(); }
 
 // 0: done; 1: out of memory; 2: a dtype this build does not know.
 extern "C" int lvsa_attention(const LvsaAttention* call) try {

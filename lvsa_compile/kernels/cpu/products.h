@@ -13,6 +13,9 @@ struct Factors {
       for (int64_t i = 0; i < length; ++i) words[i] = to_float(row[i]);
   }
   static Vector add_product(Vector sum, float a, Vector column) { return sum + a * column; }
+  static void put_beside(float* words, int64_t place, const T* row) {
+    for (int64_t i = 0; i < kLanes; ++i) put(words + i, place, row[i]);
+  }
   static void take_weights(float*, int64_t) {}
 };
 
@@ -23,6 +26,13 @@ struct Factors<BFloat16> {
   static constexpr int64_t kPerWord = 2;
   static void put(float* word, int64_t place, BFloat16 x) { std::memcpy(reinterpret_cast<char*>(word) + 2 * place, &x, 2); }
   static void put_row(float* words, const BFloat16* row, int64_t length) { std::memcpy(words, row, length * sizeof(BFloat16)); }
+  // A row of values beside the one that shares its words: `place` says which of the two it is.
+  static void put_beside(float* words, int64_t place, const BFloat16* row) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+    const __m512i other = _mm512_loadu_si512(words);
+    _mm512_storeu_si512(words, place ? _mm512_or_si512(_mm512_and_si512(other, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(wide, 16))
+                                     : _mm512_or_si512(_mm512_and_si512(other, _mm512_set1_epi32(int(0xffff0000))), wide));
+  }
   static Vector add_product(Vector sum, float a, Vector column) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)column);
   }
@@ -80,8 +90,8 @@ struct Multiplications {
 };
 
 template <typename T>
-void multiply(const float* a, int64_t rows, const float* b, int64_t panels, int64_t panel_stride, int64_t depth, float* c,
-              bool accumulate) {
+void multiply_in_registers(const float* a, int64_t rows, const float* b, int64_t panels, int64_t panel_stride, int64_t depth, float* c,
+                           bool accumulate) {
   typedef std::conditional_t<Factors<T>::kPerWord == 1, float, T> Kind;  // all that are widened share their code
   static const Multiplications<Kind> multiplications;
   const int64_t groups = (rows + kRows - 1) / kRows;
@@ -94,6 +104,40 @@ void multiply(const float* a, int64_t rows, const float* b, int64_t panels, int6
       r = next;
     }
   }
+}
+
+template <typename T>
+void multiply(const float* a, int64_t rows, const float* b, int64_t panels, int64_t panel_stride, int64_t depth, float* c,
+              bool accumulate, bool tiles) {
+#ifdef LVSA_TILES
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const int64_t tiled_rows = rows / kTileSide * kTileSide, tiled_depth = depth / kTileSide * kTileSide;
+    if (tiles && tiled_rows && tiled_depth) {
+      multiply_in_tiles(a, tiled_rows, b, panels, panel_stride, tiled_depth, c, accumulate);
+      if (tiled_depth < depth)
+        multiply_in_registers<T>(a + tiled_depth, tiled_rows, b + tiled_depth * kLanes, panels, panel_stride, depth - tiled_depth, c, true);
+      a += tiled_rows * kStride, c += tiled_rows * kStride, rows -= tiled_rows;
+      if (!rows) return;
+    }
+  }
+#endif
+  multiply_in_registers<T>(a, rows, b, panels, panel_stride, depth, c, accumulate);
+}
+
+// Writes a row of float32 times a factor.
+template <typename T>
+void store_row(const float* from, float factor, T* to, int64_t length) {
+  int64_t d = 0;
+  if constexpr (std::is_same_v<T, float>)
+    for (; d + kLanes <= length; d += kLanes) store(to + d, load(from + d) * factor);
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, BFloat16>)
+    for (; d + kLanes <= length; d += kLanes) {
+      const __m256bh half = _mm512_cvtneps_pbh((__m512)(load(from + d) * factor));
+      std::memcpy(to + d, &half, sizeof half);
+    }
+#endif
+  for (; d < length; ++d) from_float(from[d] * factor, to[d]);
 }
 
 }  // namespace

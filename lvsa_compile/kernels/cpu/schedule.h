@@ -163,8 +163,9 @@ struct Schedule {
     int64_t next = b + 1;
     while (next < table_blocks && dense[next] == dense[b] && bounds[next + 1] - bounds[b] <= kTileRows) ++next;
     const int64_t rows = bounds[next] - bounds[b], parts = (rows + kTileRows - 1) / kTileRows;
+    const auto cut = [&](int64_t part) { return std::min(rows, rounded_up(rows * part / parts, 16)); };  // what tile registers hold
     for (int64_t part = 0; part < parts; ++part)
-      tiles.push_back({b, next, bounds[b] + rows * part / parts, bounds[b] + rows * (part + 1) / parts, bool(dense[b])});
+      tiles.push_back({b, next, bounds[b] + cut(part), bounds[b] + cut(part + 1), bool(dense[b])});
     return next;
   }
 };

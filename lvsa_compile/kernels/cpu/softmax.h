@@ -18,6 +18,10 @@ inline Vector exp2_of(Vector x) {
   return x < -126.0f ? Vector{} : powered;
 }
 
+#ifdef __AVX512F__
+inline float largest_of(Vector v) { return _mm512_reduce_max_ps((__m512)v); }
+inline float sum_of(Vector v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
 inline float largest_of(Vector v) {
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
@@ -28,6 +32,7 @@ inline float sum_of(Vector v) {
   for (int i = 0; i < kLanes; ++i) s += v[i];
   return s;
 }
+#endif
 
 // The rows of a tile as the walk goes on.
 struct Rows {

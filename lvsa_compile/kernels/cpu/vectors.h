@@ -9,13 +9,14 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
 #ifndef __has_builtin
 #define __has_builtin(name) 0
 #endif
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
