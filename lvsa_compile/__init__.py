@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from lvsa_compile.forward.explicit_step import step
     from lvsa_compile.functional import sparse_attention
     from lvsa_compile.options import make_options, set_default_options
+    from lvsa_compile.policies.adaspa.policy import AdaSpa
+    from lvsa_compile.policies.losa.policy import LoSA
     from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
+    from lvsa_compile.policies.lvsa.policy import LVSA
     from lvsa_compile.regional import compile_repeated_blocks, undo
     from lvsa_compile.report.report import Report
     from lvsa_compile.report.store import reports
@@ -24,7 +27,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaSpa": "policies.adaspa.policy",
     "FramePattern": "policies.lvsa.frame_pattern",
+    "LVSA": "policies.lvsa.policy",
+    "LoSA": "policies.losa.policy",
     "LvsaError": "errors",
     "LvsaWarning": "errors",
     "OptionError": "errors",
@@ -42,7 +48,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "LVSA",
+    "AdaSpa",
     "FramePattern",
+    "LoSA",
     "LvsaError",
     "LvsaWarning",
     "OptionError",

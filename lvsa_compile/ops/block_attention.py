@@ -65,11 +65,8 @@ def block_attention(
     before = kept.index_select(0, entry)[0]
     query_first, key_first, tokens = video
     columns = -(-tokens // key_block)
-    of_query, of_key = (
-        block_numbers(query.shape[2], query_first, tokens, query_block),
-        block_numbers(key.shape[2], key_first, tokens, key_block),
-    )
-    of_query, of_key = of_query.to(query.device), of_key.to(query.device)
+    of_query = block_numbers(query.shape[2], query_first, tokens, query_block, query.device)
+    of_key = block_numbers(key.shape[2], key_first, tokens, key_block, query.device)
     attended = unpacked(before, columns) | dense | searching
 
     value_a = value.to(accumulation_dtype(query.dtype)).repeat_interleave(query.shape[1] // key.shape[1], 1)
@@ -109,9 +106,9 @@ def chosen(choice: str, share: float, mass: Tensor, query_block: int, tokens: in
     return CHOICES[choice](mass, rows, share)
 
 
-def block_numbers(length: int, first: int, tokens: int, block: int) -> Tensor:
+def block_numbers(length: int, first: int, tokens: int, block: int, device: torch.device) -> Tensor:
     """The number of the video's block that each token of a sequence is in, -1 beside the video."""
-    places = torch.arange(length) - first
+    places = torch.arange(length, device=device) - first
     return torch.where((places >= 0) & (places < tokens), places // block, -1)
 
 

@@ -68,7 +68,7 @@ def block_mass(
     query, key = query.to(dtype), key.to(dtype).repeat_interleave(query.shape[1] // key.shape[1], 1)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rows = block_bounds(query.shape[2], block, video_tokens)
-    columns = torch.tensor(block_bounds(key.shape[2], key_block or block, video_tokens), device=key.device)
+    columns = torch.tensor(block_bounds(key.shape[2], block if key_block is None else key_block, video_tokens), device=key.device)
     of_key = torch.repeat_interleave(torch.arange(len(columns) - 1, device=key.device), columns.diff(), output_size=key.shape[2])
     found = []
     for start, stop in itertools.pairwise(rows):

@@ -172,7 +172,8 @@ class Searches:
         dense, searches = self.attends_all(of or PUBLISHED_STEPS)
         runs = [list(run) for _, run in itertools.groupby(dense, key=lambda step: step - dense.index(step))]
         told = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-        text = f"{f'steps {told} dense, ' if dense else ''}search in {' and '.join(map(str, searches))}"
+        found = f"search in {' and '.join(map(str, searches))}" if searches else "no search"
+        text = f"steps {told} dense, {found}" if dense else found
         if of is not None:
             return f"{text}, of {of} steps"
         assumed = "as of 50 steps" if isinstance(self.dense, float) else "whatever the number of steps"

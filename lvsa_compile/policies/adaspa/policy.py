@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lvsa_compile.policies.adaspa import check_sparsity, choose_blocks, head_sparsity, recall
+from lvsa_compile.policies.adaspa.choice import check_sparsity, choose_blocks, head_sparsity, recall
 from lvsa_compile.policies.block_choice import MIN_TOKENS, block_plan, check_block, check_schedule, chooses_blocks, why_no_blocks
 from lvsa_compile.policies.contract import Facts, Geometry, Plan
 from lvsa_compile.policies.rows import Searches

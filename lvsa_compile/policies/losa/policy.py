@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lvsa_compile.policies.block_choice import MIN_TOKENS, block_plan, check_block, check_schedule, chooses_blocks, why_no_blocks
 from lvsa_compile.policies.contract import Facts, Geometry, Plan
-from lvsa_compile.policies.losa import check_threshold, choose_blocks
+from lvsa_compile.policies.losa.choice import check_threshold, choose_blocks
 from lvsa_compile.policies.rows import Searches
 from lvsa_compile.reasons import Miss
 
