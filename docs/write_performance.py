@@ -43,6 +43,17 @@ SECTIONS = {
         "`over dense` is the time over that of dense attention. Where the pattern is full, dense attention is what runs.",
     ),
     "growth": ("Growth with frames", ""),
+    "blocks": (
+        "Blocks that are chosen",
+        "Attention over key blocks that are kept at random, other numbers of them in each head, beside dense attention of torch. A search\n"
+        "attends everything and finds the mass of all blocks: what that costs more than the same kernel without it.",
+    ),
+    "policies": (
+        "Whole videos at the training length",
+        "All denoising steps of a video by a model shaped as above, dense and with policies that choose blocks ([policies](policies.md)).\n"
+        "The bound counts dense steps, searches and the blocks that were kept. LoSA has a threshold of 0.5, since random weights spread\n"
+        "attention over all keys.",
+    ),
     "watching": (
         "Following a forward",
         "A forward whose blocks are compiled one by one, and one that is wholly eager, against the same that nobody follows.\n"
