@@ -6,7 +6,8 @@ is batch or heads, one that comes from one operand alone counts queries, and the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from lvsa_compile import compat
 from lvsa_compile.axes.algebra import INPUT, Axis, Digit, Factor, Size, Source, axis_of, leaves, merge_factors, quotient, same, split_factor
 from lvsa_compile.axes.call import Axes, sizes_of
 from lvsa_compile.axes.tracker import AxisTracker
-from lvsa_compile.compat import example_value
+from lvsa_compile.compat import example_value, size_expression
 from lvsa_compile.patterns.canonical import CanonicalForm
 
 PRODUCTS = frozenset("matmul __matmul__ bmm baddbmm einsum".split())
@@ -52,7 +53,8 @@ def follow(way: list[fx.Node], first: fx.Node, second: fx.Node, value: fx.Node) 
         for node in way:
             if node is way[-1]:
                 env[value] = _labelled(tracker, value, VALUE)
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env.get(n, example_value(n)))
+            scores = next((env[arg] for arg in node.all_input_nodes if arg in found), None)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), functools.partial(_operand, env, scores))
             call: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
             env[node] = call(*(args[1:] if node.op == "call_method" else args), **kwargs)
             found[node] = tracker.axes_of(env[node])
@@ -65,6 +67,16 @@ def follow(way: list[fx.Node], first: fx.Node, second: fx.Node, value: fx.Node) 
         for edge in (digit.stride, digit.stride * digit.size)
     }
     return {node: tuple(_cut(axis, cuts) for axis in axes) for node, axes in found.items()}
+
+
+def _operand(env: Mapping[fx.Node, Any], scores: Tensor | None, node: fx.Node) -> Any:
+    """What ``node`` gives; where the scores meet it, as a mask, its sizes as theirs: guards may say that two symbols are equal."""
+    value = env[node] if node in env else example_value(node)
+    if node in env or scores is None or not isinstance(value, Tensor) or value.dim() > scores.dim():
+        return value
+    theirs = scores.shape[scores.dim() - value.dim() :]
+    sizes = [other if compat.statically_true(size == other) else size for size, other in zip(value.shape, theirs, strict=True)]
+    return value if sizes_of(value) == [size_expression(size) for size in sizes] else value.new_empty(sizes)
 
 
 def _labelled(tracker: AxisTracker, node: fx.Node, name: str) -> Tensor:
