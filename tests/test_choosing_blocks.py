@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import threading
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tiny_models import VideoDiT, dit_inputs, randomise, wan, wan_inputs
 import lvsa_compile
 from lvsa_compile import AdaSpa, LoSA
 from lvsa_compile.errors import OptionError, PlanError, ShapeError, StepCountError
+from lvsa_compile.forward.clock import Clock
 from lvsa_compile.lowering.cpu_blocks import block_attention_cpu
 from lvsa_compile.ops.attention import check_op
 from lvsa_compile.ops.block_attention import block_attention
@@ -57,7 +59,7 @@ def test_each_step_is_what_its_row_says(data):
     rows, columns = -(-tokens // query_block), -(-tokens // key_block)
     keeps = draw(st.booleans())
     torch.manual_seed(draw(st.integers(0, 9)))
-    sizes = [(3, 2), (3, batch, heads * group, rows, -(-columns // 8)), (3, batch, heads * group, tokens)]
+    sizes = [(3, batch, 2), (3, batch, heads * group, rows, -(-columns // 8)), (3, batch, heads * group, tokens)]
     junk = [torch.zeros(sizes[0], dtype=torch.int32), torch.randint(0, 255, sizes[1], dtype=torch.uint8), torch.randn(sizes[2])]
     states = [[each.clone() for each in junk[: 2 + keeps]] for _ in BODIES]
     bounds = sorted({0, *range(prefix, prefix + tokens, query_block), prefix + tokens, length})
@@ -98,7 +100,7 @@ def test_each_step_is_what_its_row_says(data):
             assert (output - expected).abs().max() < 1e-5, body
             assert torch.equal(log_sum_exp.isinf(), scores.logsumexp(-1).isinf())
             assert (log_sum_exp - scores.logsumexp(-1)).nan_to_num(0.0, 0.0, 0.0).abs().max() < 1e-5
-            assert int(state[0][1, 0]) == done
+            assert state[0][1, :, 0].tolist() == [done] * batch
             if kept is not None:
                 assert torch.equal(unpacked(state[1][1], columns), kept), body
             for one, other in zip(before, state, strict=True):
@@ -116,7 +118,7 @@ def test_bits_are_packed_and_unpacked():
 def test_opcheck(operator):
     tensors = [torch.randn(2, 2, 40, 16) for _ in range(3)]
     table = torch.tensor([0, 4, 20, 36, 40], dtype=torch.int32), torch.tensor([[[[[0, 40]]] * 4]] * 2, dtype=torch.int32)
-    state = [torch.zeros(8, 2, dtype=torch.int32), torch.zeros(8, 2, 2, 2, 1, dtype=torch.uint8), torch.zeros(8, 2, 2, 32)]
+    state = [torch.zeros(8, 2, 2, dtype=torch.int32), torch.zeros(8, 2, 2, 2, 1, dtype=torch.uint8), torch.zeros(8, 2, 2, 32)]
     scalars = [torch.tensor(n, dtype=torch.int32) for n in (0, 3)]
     given = dict(scale=0.2, choice="adaspa", share=0.5, query_block=16, key_block=16, searches=1, video=[4, 4, 32])
     torch.library.opcheck(operator, (*tensors, *table, *scalars, state), given)
@@ -227,6 +229,41 @@ def test_samples_of_a_batch_have_blocks_of_their_own(policy):
     assert not all(torch.equal(*each) for each in kept)
 
 
+@pytest.mark.parametrize("policy", [ADASPA, LOSA], ids=["adaspa", "losa"])
+def test_a_batch_of_another_size_searches_by_itself(policy):
+    """Guidance that stops, and begins again: what one size found is not taken for what the other did."""
+    alone, run = wan(), whole(wan(), policy)
+    oracles = {batch: Choosing(policy, SCHEDULED[policy.name], VIDEO) for batch in (1, 2)}
+    with torch.no_grad():
+        for step, batch in enumerate((2, 2, 2, 2, 1, 1, 2, 1)):
+            inputs = at_step(step, batch=batch)
+            oracles[batch].begin(step, 0)
+            with oracles[batch]:
+                expected = alone(**inputs)[0]
+            assert (run(**inputs)[0] - expected).abs().max() < 2e-5, step
+
+
+@pytest.mark.kernel
+def test_masked_keys_have_no_mass_whatever_ran_before():
+    """A mask over all keys that are scored at once, after another layout left numbers in what a thread works in."""
+    torch.manual_seed(0)
+
+    def searched(body, tokens, masked):
+        query, key, value = (torch.randn(1, 2, tokens, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
+        columns, rows = -(-tokens // 32), -(-tokens // 128)
+        state = [torch.zeros(1, 1, 2, dtype=torch.int32), torch.zeros(1, 1, 2, rows, -(-columns // 8), dtype=torch.uint8)]
+        bounds = torch.tensor([*range(0, tokens, 128), tokens], dtype=torch.int32)
+        ranges = torch.tensor([[[[[0, tokens]]] * rows]], dtype=torch.int32)
+        mask = (torch.arange(tokens) < tokens - masked)[None, None, None]
+        zero = torch.zeros((), dtype=torch.int32)
+        given = dict(choice="losa", share=0.9, query_block=128, key_block=32, searches=1, video=[0, 0, tokens])
+        body(query, key, value, bounds, ranges, zero, zero, state, key_mask=mask, **given)
+        return unpacked(state[1][0], columns)
+
+    for tokens, masked in ((700, 0), (257, 1), (600, 344), (300, 50)):
+        assert torch.equal(searched(block_attention_cpu, tokens, masked), searched(block_attention, tokens, masked)), (tokens, masked)
+
+
 def test_text_in_the_sequence_is_kept_and_padding_is_not():
     """Text before the video, some of it padding: an odd number of tokens, masked keys."""
 
@@ -270,6 +307,28 @@ def test_nothing_compiles_again_over_steps_videos_and_branches():
             run(**at_step(step))
             run(**at_step(step, 1))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_share_of_the_video_before_counts_with_explicit_steps_too():
+    run = whole(wan(), AdaSpa(block=16, sparsity=0.5, dense_steps=0.5, search_steps=(0,), min_tokens=0))
+    model, unlike = wan(), []
+    with torch.no_grad():
+        for _, step in itertools.product(range(2), range(8)):
+            inputs = at_step(step)
+            with lvsa_compile.step(step):
+                unlike.append(float((run(**inputs)[0] - model(**inputs)[0]).abs().max()) > 1e-3)
+    assert unlike == [False] * 8 + [False] * 5 + [True] * 3
+
+
+def test_another_threads_tick_does_not_enter_again():
+    clock = Clock()
+    clock.tick(torch.tensor([900.0]))
+    with lvsa_compile.step(0):
+        first = int(clock.branch(torch.device("cpu")))
+        other = threading.Thread(target=lambda: clock.tick(torch.tensor([500.0])))
+        other.start()
+        other.join()
+        assert int(clock.branch(torch.device("cpu"))) == first
 
 
 # --- what is said -------------------------------------------------------------------------------------------------------------------

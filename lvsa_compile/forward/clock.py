@@ -62,7 +62,7 @@ class Clock:
         self._states = States()
         self.layers = Layers()
         self._call: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by thread: video, whether it begins, number of the call in its step
-        self._entered: dict[int, tuple[int, Tensor]] = {}  # by thread: the entry of the state of its last call
+        self._entered: dict[int, tuple[tuple[Tensor, Tensor, Tensor], Tensor]] = {}  # by thread: its last call, and the entry of its state
         self._untimed: dict[Caller, int] = {}  # how often models without a timestep were called
         self._scalars: dict[Hashable, Tensor] = {}
         self._moves = 0  # how often the step may have changed
@@ -174,9 +174,12 @@ class Clock:
         thread, rows = threading.get_ident(), Turn(phases) if isinstance(phases, int) else phases
         with self._lock, torch.inference_mode(False), torch.no_grad():
             counted, explicit, of = self._steps.get(thread), explicit_step(), explicit_steps()
+            before = self._before.get(thread)
+            if explicit is not None and of is None and before is not None:
+                counted, explicit = torch.full((), explicit, dtype=torch.int32, device=before.device), None
             if explicit is not None or counted is None:
                 return self._scalar((rows, device, thread, number), lambda: int(rows(torch.tensor(explicit or 0), of)))
-            return self._scalar((rows, device, thread, number), lambda: rows(counted, of, self._before.get(thread)))
+            return self._scalar((rows, device, thread, number), lambda: rows(counted, of, before))
 
     def branch(self, device: torch.device, number: int = 0) -> Tensor:
         """Which entry of a state tensor the current call reads and writes, by video and by the call within its step (guidance).
@@ -189,12 +192,13 @@ class Clock:
 
     def _entry(self, thread: int) -> Tensor:
         """The entry of a call, chosen once, however many graphs ask."""
-        moves, entry = self._entered.get(thread, (-1, None))
-        if moves != self._moves or entry is None:
-            if thread not in self._call:
-                self._call_untimed((thread, None))
-            entry = self._states.enter(*self._call[thread], explicit_step())
-            self._entered[thread] = self._moves, entry
+        if thread not in self._call:
+            self._call_untimed((thread, None))
+        call = self._call[thread]
+        entered, entry = self._entered.get(thread, (None, None))
+        if entered is not call or entry is None:
+            entry = self._states.enter(*call, explicit_step())
+            self._entered[thread] = call, entry
         return entry
 
     def state(self, site: Hashable, state: State, device: torch.device) -> Tensor:

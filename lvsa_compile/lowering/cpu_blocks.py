@@ -44,21 +44,21 @@ def block_attention_cpu(
     known, kept, *stored = (each[entry] for each in state)
     query_first, key_first, tokens = video
     dense = row >= searches
-    searching = not dense and int(known[0]) <= row
+    searching = not dense and int(known[0, 0]) <= row
     blocks = Blocks(query_block, key_block, query_first, key_first, tokens)
     if searching:
         mass = torch.zeros(*kept.shape[:3], -(-tokens // key_block), dtype=torch.float32)
-        blocks = dataclasses.replace(blocks, mass=mass, known=stored[0] if stored and int(known[1]) else None)
+        blocks = dataclasses.replace(blocks, mass=mass, known=stored[0] if stored and int(known[0, 1]) else None)
     elif not dense:
         blocks = dataclasses.replace(blocks, kept=kept)
     output, log_sum_exp = run_kernel(query, key, value, query_bounds, shared_by_heads(key_ranges)[row], scale, key_mask, blocks)
     if searching:
         assert blocks.mass is not None
         kept.copy_(packed(chosen(choice, share, blocks.mass, query_block, tokens)))
-        known[0] = row + 1
+        known[:, 0] = row + 1
     if stored and (dense or searching):
         stored[0].copy_(log_sum_exp[:, :, query_first : query_first + tokens])
-        known[1] = 1
+        known[:, 1] = 1
     return output, log_sum_exp
 
 

@@ -48,9 +48,9 @@ def block_attention(
     Args:
         query, key, value, query_bounds, key_ranges, phase, scale, key_mask: as of ``lvsa::attention``; heads share their ranges.
         branch: int32 scalar, the entry of the state.
-        state: int32 ``[entries, 2]``, how many searches were done and whether a log-sum-exp is stored; uint8 ``[entries, B, heads, query
-            blocks, bytes]``, a bit for each key block that is kept; and, for a policy whose searches weigh by the log-sum-exp of the step
-            before, float32 ``[entries, B, heads, tokens]``.
+        state: int32 ``[entries, B, 2]``, how many searches were done and whether a log-sum-exp is stored, alike for all samples; uint8
+            ``[entries, B, heads, query blocks, bytes]``, a bit for each key block that is kept; and, for a policy whose searches weigh by
+            the log-sum-exp of the step before, float32 ``[entries, B, heads, tokens]``.
         choice, share, query_block, key_block, searches, video: see ``ARGUMENTS``.
 
     Returns:
@@ -59,7 +59,7 @@ def block_attention(
     known, kept, *stored = state
     ranges = shared_by_heads(key_ranges)
     entry, phase = branch.reshape(1).long(), phase.to(query.device)
-    done, is_stored = known.index_select(0, entry)[0].unbind()
+    done, is_stored = known.index_select(0, entry)[0, 0].unbind()
     dense = phase >= searches
     searching = ~dense & (done <= phase)
     before = kept.index_select(0, entry)[0]
@@ -95,7 +95,7 @@ def block_attention(
         last = stored[0].index_select(0, entry)
         stored[0].index_copy_(0, entry, torch.where(dense | searching, now[None], last))
     told = torch.stack([torch.where(searching, phase + 1, done), torch.where(dense | searching, 1, is_stored)])
-    known.index_copy_(0, entry, told.to(known.dtype)[None])
+    known.index_copy_(0, entry, told.to(known.dtype).expand(1, *known.shape[1:]))
     return output, log_sum_exp
 
 

@@ -90,7 +90,7 @@ def block_plan(
     bounds = sorted({0, *range(first, stop, query_block), stop, *end})
     row = [[[geometry.key.whole] for _ in itertools.pairwise(bounds)]]
     rows, columns = -(-tokens // query_block), -(-tokens // key_block)
-    state = [State("searches", (2,), torch.int32), State("kept", (BATCH, heads, rows, -(-columns // 8)), torch.uint8, zeroed=False)]
+    state = [State("searches", (BATCH, 2), torch.int32), State("kept", (BATCH, heads, rows, -(-columns // 8)), torch.uint8, zeroed=False)]
     if keeps_log_sum_exp:
         state.append(State("log_sum_exp", (BATCH, heads, tokens), torch.float32, zeroed=False))
     arguments = (

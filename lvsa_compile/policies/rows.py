@@ -167,17 +167,20 @@ class Searches:
 
         Example:
             >>> Searches((10, 30), dense=10).words(of=25)
-            'steps 0-4 dense, search in 5 and 15, of 25 steps'
+            'steps 0-4 dense, search in 5 and 15, of 25 steps, as said when this was compiled'
         """
+        unknown = "nobody says how many there are, as lvsa_compile.step(i, of=n) and attach(pipe) do"
+        if self.dense_last and of is None:
+            return f"dense_last={self.dense_last} counts from the last step, and {unknown}: an error when it runs"
         dense, searches = self.attends_all(of or PUBLISHED_STEPS)
         runs = [list(run) for _, run in itertools.groupby(dense, key=lambda step: step - dense.index(step))]
         told = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
         found = f"search in {' and '.join(map(str, searches))}" if searches else "no search"
         text = f"steps {told} dense, {found}" if dense else found
         if of is not None:
-            return f"{text}, of {of} steps"
+            return f"{text}, of {of} steps, as said when this was compiled"
         assumed = "as of 50 steps" if isinstance(self.dense, float) else "whatever the number of steps"
-        return f"{text}, {assumed}: nobody says how many there are, as lvsa_compile.step(i, of=n) and attach(pipe) do"
+        return f"{text}, {assumed}: {unknown}"
 
     def scaled(self, of: int | None) -> Searches:
         """The rule with the steps that it has in a schedule of ``of`` steps."""

@@ -14,7 +14,7 @@ from lvsa_compile.forward.explicit_step import explicit_step, explicit_steps
 from lvsa_compile.forward.state import BRANCHES, VIDEOS
 from lvsa_compile.passes.compilation import Compilation, Decision, sizes_of
 from lvsa_compile.passes.decide import may_be_sparse
-from lvsa_compile.policies.rows import Searches
+from lvsa_compile.policies.rows import Searches, WithDenseSteps
 from lvsa_compile.reasons import FIRST_FORWARD, OUTSIDE_GRAPHS, Miss
 from lvsa_compile.report.records import BETWEEN_GRAPHS, DENSE, MASKED, ON_THE_REAL_DEVICE, SPARSE, UNKNOWN_HORIZON, GraphReport, SiteReport
 from lvsa_compile.report.report import Report
@@ -71,7 +71,9 @@ def moves(compilation: Compilation) -> bool:
 
 def _schedules(compilation: Compilation) -> tuple[str, ...]:
     rules = [decision.plan.call.plan.rows for decision in compilation.sparse if decision.plan is not None]
-    return tuple(dict.fromkeys(rule.words(explicit_steps()) for rule in rules if isinstance(rule, Searches)))
+    more = f"; dense_steps={compilation.options.dense_steps} before that" if compilation.options.dense_steps else ""
+    own = [rule.rows if isinstance(rule, WithDenseSteps) else rule for rule in rules]
+    return tuple(dict.fromkeys(rule.words(explicit_steps()) + more for rule in own if isinstance(rule, Searches)))
 
 
 def _state(compilation: Compilation) -> str:

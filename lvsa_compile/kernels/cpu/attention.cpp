@@ -166,7 +166,10 @@ struct Attention {
     if (mask) {
       for (const Piece& piece : batch) std::copy_n(mask + piece.base, piece.panels * kLanes, added + piece.column);
       masking = masking_of(added, panels);
-      if (masking == Masking::all) return;
+      if (masking == Masking::all) {
+        if (mass) mass->nothing();
+        return;
+      }
     }
     float *query = work.query + lo * kStride, *scores = work.score + lo * kStride, *output = work.output + lo * kStride;
     for (const Piece& piece : batch) {

@@ -42,6 +42,9 @@ struct Mass {
     starts.back() = largest;
   }
 
+  // The batch has no weights.
+  void nothing() { std::fill_n(sums.data() + first_sum, (segments.size() - begun) * kTileRows, 0.0f); }
+
   // The weights of a row of the batch, before they are rounded for the next product.
   void note(const Rows& work, int64_t row) {
     const float* score = work.score + row * kStride;
