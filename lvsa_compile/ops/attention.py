@@ -233,10 +233,15 @@ def attention(
     output = output_like(query, value)
     log_sum_exp = torch.empty(query.shape[:3], dtype=value_a.dtype, device=query.device)
     for part, scores in scores_of(query, key, query_bounds, key_ranges, phase, scale=scale, key_mask=key_mask):
-        log_sum_exp[:, :, part] = torch.logsumexp(scores, -1)
-        weights = torch.softmax(scores, -1).masked_fill(log_sum_exp[:, :, part, None] == float("-inf"), 0)
+        weights, log_sum_exp[:, :, part] = weights_of(scores)
         output[:, :, part] = (weights @ value_a).to(query.dtype)
     return output, log_sum_exp
+
+
+def weights_of(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of scores, 0 in a row that attends no key, and their log-sum-exp."""
+    log_sum_exp = torch.logsumexp(scores, -1)
+    return torch.softmax(scores, -1).masked_fill(log_sum_exp[..., None] == float("-inf"), 0), log_sum_exp
 
 
 def scores_of(

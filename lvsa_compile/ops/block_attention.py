@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lvsa_compile.errors import ShapeError
-from lvsa_compile.ops.attention import accumulation_dtype, define_stateful_op, output_like, scores_of
+from lvsa_compile.ops.attention import accumulation_dtype, define_stateful_op, output_like, scores_of, weights_of
 from lvsa_compile.policies.block_choice import CHOICES, packed, unpacked
 
 ARGUMENTS = "str choice, float share, int query_block, int key_block, int searches, SymInt[] video"
@@ -77,9 +77,8 @@ def block_attention(
         rows = of_query[part]
         left_out = ~attended[:, :, rows.clamp(min=0)][..., of_key.clamp(min=0)] & (rows >= 0)[:, None] & (of_key >= 0)
         scores = scores.masked_fill(left_out, float("-inf"))
-        own = torch.logsumexp(scores, -1)
+        weights, own = weights_of(scores)
         log_sum_exp[:, :, part] = own
-        weights = torch.softmax(scores, -1).masked_fill(own[..., None] == float("-inf"), 0)
         output[:, :, part] = (weights @ value_a).to(query.dtype)
         if stored:
             places = (torch.arange(part.start, part.start + len(rows), device=query.device) - query_first).clamp(0, tokens - 1)

@@ -72,8 +72,8 @@ def moves(compilation: Compilation) -> bool:
 def _schedules(compilation: Compilation) -> tuple[str, ...]:
     rules = [decision.plan.call.plan.rows for decision in compilation.sparse if decision.plan is not None]
     more = f"; dense_steps={compilation.options.dense_steps} before that" if compilation.options.dense_steps else ""
-    own = [rule.rows if isinstance(rule, WithDenseSteps) else rule for rule in rules]
-    return tuple(dict.fromkeys(rule.words(explicit_steps()) + more for rule in own if isinstance(rule, Searches)))
+    own = dict.fromkeys(rule.rows if isinstance(rule, WithDenseSteps) else rule for rule in rules)
+    return tuple(rule.words(explicit_steps()) + more for rule in own if isinstance(rule, Searches))
 
 
 def _state(compilation: Compilation) -> str:
