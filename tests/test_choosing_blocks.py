@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import threading
 
 import pytest
 import torch
-from choosing_oracle import Choosing
+from choosing_oracle import Choosing, check_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VideoDiT, dit_inputs, randomise, wan, wan_inputs
@@ -21,7 +20,7 @@ from lvsa_compile.forward.clock import Clock
 from lvsa_compile.lowering.cpu_blocks import block_attention_cpu
 from lvsa_compile.ops.attention import check_op
 from lvsa_compile.ops.block_attention import block_attention
-from lvsa_compile.policies.block_choice import CHOICES, packed, unpacked
+from lvsa_compile.policies.block_choice import packed, unpacked
 from lvsa_compile.policies.contract import Facts, Geometry
 from lvsa_compile.policies.rows import Searches
 from lvsa_compile.policies.tables import VideoSpan
@@ -51,60 +50,7 @@ def at_step(step, branch=0, batch=1, make=wan_inputs, **sizes):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_each_step_is_what_its_row_says(data):
-    """Dense, searching and sparse calls in any order: outputs and what is kept, against float64 by the definition."""
-    draw = data.draw
-    query_block, key_block = (draw(st.sampled_from([1, 3, 16, 24, 64, 128])) for _ in range(2))
-    prefix, tokens, suffix = draw(st.sampled_from([0, 1, 7, 16])), draw(st.integers(1, 300)), draw(st.sampled_from([0, 5]))
-    length, heads, group, batch = prefix + tokens + suffix, draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    rows, columns = -(-tokens // query_block), -(-tokens // key_block)
-    keeps = draw(st.booleans())
-    torch.manual_seed(draw(st.integers(0, 9)))
-    sizes = [(3, batch, 2), (3, batch, heads * group, rows, -(-columns // 8)), (3, batch, heads * group, tokens)]
-    junk = [torch.zeros(sizes[0], dtype=torch.int32), torch.randint(0, 255, sizes[1], dtype=torch.uint8), torch.randn(sizes[2])]
-    states = [[each.clone() for each in junk[: 2 + keeps]] for _ in BODIES]
-    bounds = sorted({0, *range(prefix, prefix + tokens, query_block), prefix + tokens, length})
-    table = torch.tensor([[[[[0, length]]] * (len(bounds) - 1)]] * 3, dtype=torch.int32)
-    counts = draw(st.integers(1, columns))
-    CHOICES["of most mass"] = lambda mass, rows, share: mass >= mass.topk(counts, -1).values[..., -1:]
-    key_mask = torch.rand(batch, 1, 1, length) < 0.9 if draw(st.booleans()) else None
-    if key_mask is not None:
-        key_mask[..., 0] = True
-    given = dict(choice="of most mass", share=0.5, query_block=query_block, key_block=key_block, searches=2, video=[prefix, prefix, tokens])
-    kept = stored = None
-    done = 0
-    for row in draw(st.lists(st.sampled_from([0, 1, 2]), min_size=2, max_size=4)):
-        query, key, value = (torch.randn(batch, n, length, 8) for n in (heads * group, heads, heads))
-        scores = query.double() @ key.double().repeat_interleave(group, 1).mT * 8**-0.5
-        scores = scores if key_mask is None else scores.masked_fill(~key_mask, -math.inf)
-        own = scores.logsumexp(-1)
-        if row < 2 and done > row:
-            of_tokens = kept.repeat_interleave(query_block, 2)[:, :, :tokens].repeat_interleave(key_block, 3)[..., :tokens]
-            scores[:, :, prefix : prefix + tokens, prefix : prefix + tokens].masked_fill_(~of_tokens, -math.inf)
-        elif row < 2:
-            weighed_by = stored if stored is not None and keeps else own[:, :, prefix : prefix + tokens]
-            weights = (scores[:, :, prefix : prefix + tokens, prefix : prefix + tokens] - weighed_by[..., None]).exp()
-            weights = torch.nn.functional.pad(weights, (0, columns * key_block - tokens, 0, rows * query_block - tokens))
-            mass = weights.unflatten(-1, (columns, key_block)).sum(-1).unflatten(2, (rows, query_block)).sum(3)
-            ordered = mass.sort(-1, descending=True).values
-            gaps = ordered[..., counts - 1] - ordered[..., counts] if counts < columns else torch.ones(1)
-            if float(gaps.min()) < 1e-4 * float(mass.max()):
-                return  # a choice that rounding makes
-            kept, done = mass >= ordered[..., counts - 1 : counts], row + 1
-        if row == 2 or (done == row + 1 and scores.logsumexp(-1).equal(own)):
-            stored = own[:, :, prefix : prefix + tokens]
-        expected = scores.softmax(-1).nan_to_num(0.0) @ value.double().repeat_interleave(group, 1)
-        of_rows = torch.tensor(bounds, dtype=torch.int32), table, torch.tensor(row, dtype=torch.int32), torch.tensor(1, dtype=torch.int32)
-        for body, state in zip(BODIES, states, strict=True):
-            before = [each.clone() for each in state]
-            output, log_sum_exp = body(query, key, value, *of_rows, state, key_mask=key_mask, **given)
-            assert (output - expected).abs().max() < 1e-5, body
-            assert torch.equal(log_sum_exp.isinf(), scores.logsumexp(-1).isinf())
-            assert (log_sum_exp - scores.logsumexp(-1)).nan_to_num(0.0, 0.0, 0.0).abs().max() < 1e-5
-            assert state[0][1, :, 0].tolist() == [done] * batch
-            if kept is not None:
-                assert torch.equal(unpacked(state[1][1], columns), kept), body
-            for one, other in zip(before, state, strict=True):
-                assert torch.equal(one[[0, 2]], other[[0, 2]]), "an entry of another call"
+    check_steps(data.draw, BODIES)
 
 
 def test_bits_are_packed_and_unpacked():

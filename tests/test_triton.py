@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import oracle
 import pytest
 import torch
+from choosing_oracle import check_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import attention_call, key_range_table, tables_of_body
@@ -24,6 +26,9 @@ from lvsa_compile.kernels import inspection
 from lvsa_compile.kernels.configurations import Configuration, column_widths
 from lvsa_compile.lowering import triton as lowering
 from lvsa_compile.lowering.shared import dense_kernels
+from lvsa_compile.lowering.shared import triton_lists as lists
+from lvsa_compile.lowering.triton_blocks import block_attention_triton
+from lvsa_compile.policies.block_choice import packed
 from lvsa_compile.policies.tables import VideoSpan
 
 pytest.importorskip("triton")
@@ -40,35 +45,52 @@ def number(n: int) -> torch.Tensor:
     return torch.tensor(n, dtype=torch.int32)
 
 
+def walked(schedule, query_bounds, keys, block_n, sample=0):
+    """How often each row attends each key by the lists, int ``[rows, keys]``, and for which keys of a tile the mask is asked."""
+    tiles, bounds = schedule.tiles[sample].tolist(), query_bounds.tolist()
+    rows = max((end for _, end, _, _ in tiles), default=0)
+    attended, asked = torch.zeros(rows, keys, dtype=torch.int64), torch.zeros(rows, keys, dtype=torch.bool)
+    for tile, (first, end, first_block, segments) in enumerate(tiles):
+        plain, others = schedule.listed[sample, tile].tolist()
+        items = schedule.items[sample, tile].tolist()
+        assert schedule.order.shape[1] == len(tiles)
+        for item in items[:plain]:
+            assert item % 256 == block_n
+            attended[first:end, item // 256 : item // 256 + block_n] += 1
+        for place in range(len(items) - others, len(items)):
+            start, valid = divmod(items[place], 256)
+            segment = int(schedule.segment_of[sample, tile, place])
+            assert 0 <= segment < segments
+            assert 0 < valid <= block_n
+            assert start + valid <= keys
+            words = schedule.segments[sample, tile, segment, 3:].tolist()
+            asked[first:end, start : start + valid] = True
+            for row in range(first, end):
+                block = sum(bound <= row for bound in bounds[1:]) - first_block
+                attended[row, start : start + valid] += words[block // 32] >> block % 32 & 1
+    return attended, asked
+
+
 @settings(max_examples=40)
 @given(
     tokens=st.sampled_from([1, 2, 5, 15, 16, 17, 40]), frames=st.integers(1, 12), prefix=st.integers(0, 20), suffix=st.integers(0, 20),
     reference=st.integers(1, 8), window=st.integers(0, 2), step=st.integers(0, 9), cut=st.integers(0, 30), rows=st.sampled_from([16, 32]),
 )  # fmt: skip
-def test_a_schedule_says_of_each_tile_what_all_and_what_some_rows_attend(
-    tokens, frames, prefix, suffix, reference, window, step, cut, rows
-):
+def test_a_schedule_lists_what_the_rows_of_each_tile_attend(tokens, frames, prefix, suffix, reference, window, step, cut, rows):
     """``cut`` shortens the sequences, as open-ended tables meet them."""
     pattern, span = FramePattern(frames, window, 1, reference), VideoSpan(prefix, frames, tokens, suffix)
     step %= pattern.phases
     length = max(1, span.length - cut)
     mask = oracle.token_mask(frames, tokens, step, prefix=prefix, suffix=suffix, window=window, reference=reference)[:length, :length]
-    schedule = lowering.make_schedule(*tables(pattern, span), number(step), length, length, rows)
+    bounds, ranges = tables(pattern, span)
+    schedule = lists.make_schedule(bounds, ranges, number(step), length, length, Configuration(rows, 16, 4, 1))
+    assert torch.equal(walked(schedule, bounds, length, 16)[0], mask.long())
+    work = schedule.listed[0].sum(-1)[schedule.order[0]].tolist()
     assert sorted(schedule.order[0].tolist()) == list(range(-(-length // rows)))
-    walked = []
-    for tile, (count, _, _) in enumerate(schedule.tiles[0].tolist()):
-        of_tile = mask[tile * rows : (tile + 1) * rows]
-        segments = schedule.segments[0, tile, :count].tolist()
-        for (_, end, kind), (start, _, next_kind) in itertools.pairwise(segments):
-            assert end < start or (end == start and kind != next_kind)
-        by_kind = {kind: torch.zeros(length, dtype=torch.bool) for kind in (1, 2)}
-        for start, end, kind in segments:
-            assert start < end
-            by_kind[kind][start:end] = True
-        assert torch.equal(by_kind[2], of_tile.all(0))
-        assert torch.equal(by_kind[1], of_tile.any(0) & ~of_tile.all(0))
-        walked.append(int(of_tile.any(0).sum()))
-    assert [walked[tile] for tile in schedule.order[0].tolist()] == sorted(walked, reverse=True)
+    assert work == sorted(work, reverse=True)
+    for tile, (plain, _) in enumerate(schedule.listed[0].tolist()):  # as many without a test as fit into stretches that all rows attend
+        everyone = mask[tile * rows : (tile + 1) * rows].all(0).tolist()
+        assert plain == sum(len(list(run)) // 16 for attends, run in itertools.groupby(everyone) if attends)
 
 
 @settings(max_examples=60)
@@ -87,30 +109,57 @@ def test_a_schedule_walks_what_counts_and_asks_the_mask_where_it_says_anything(s
         torch.tensor([0, 16, 40], dtype=torch.int32),
         torch.tensor([[[[0, 50], [0, 0]], [[10, 30], [40, 70]]]], dtype=torch.int32),
     )
-    schedule = lowering.make_schedule(bounds, ranges, number(0), 40, keys, 32, mask)
+    schedule = lists.make_schedule(bounds, ranges, number(0), 40, keys, Configuration(32, 16, 4, 1), mask)
     assert schedule.order.shape == (samples, 2)
     attended = torch.zeros(40, keys, dtype=torch.bool)
     attended[:16, :50], attended[16:, 10:30], attended[16:, 40:70] = True, True, True
-    for sample, tile in itertools.product(range(samples), range(2)):
-        of_tile = attended[32 * tile : 32 * tile + 32]
-        walked, asked = torch.zeros(keys, dtype=torch.bool), torch.zeros(keys, dtype=torch.bool)
-        partial = torch.zeros(keys, dtype=torch.bool)
-        for start, end, kind in schedule.segments[sample, tile, : schedule.tiles[sample, tile, 0]].tolist():
-            assert 0 <= start < end <= keys
-            walked[start:end], asked[start:end], partial[start:end] = True, kind >= 4, kind % 4 == 1
+    for sample in range(samples):
+        found, asked = walked(schedule, bounds, keys, 16, sample)
         counts, says = (mask[sample] > float("-inf")).any(0)[0], (mask[sample] != 0).any(0)[0]
-        assert not (of_tile.any(0) & counts & ~walked).any()  # nothing that counts is left out
-        assert not (walked & ~of_tile.any(0)).any()
-        assert not (walked & says & ~asked).any()
-        assert torch.equal(partial, walked & ~of_tile.all(0))
         last = int(counts.nonzero().max()) if counts.any() else -1
-        assert not walked[last + 1 :].any()
-        if says[: last + 1].any():
-            where = says[: last + 1].nonzero().flatten()
-            assert not asked[: where[0]].any()
-            assert not asked[where[-1] + 1 :].any()
-        else:
-            assert not asked.any()
+        assert torch.equal(found[:, : last + 1], attended[:, : last + 1].long())  # once, and nothing that counts is left out
+        assert not found[:, last + 1 :].any()
+        assert not ((found > 0) & says & ~asked).any()
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_a_schedule_lists_the_blocks_that_are_kept(data):
+    """Per head, in frames and text of a table, and all of them where a step is dense."""
+    draw = data.draw
+    query_block, key_block = draw(st.sampled_from([3, 16, 24, 40])), draw(st.sampled_from([3, 8, 16, 24, 40]))
+    prefix, tokens, suffix = draw(st.sampled_from([0, 1, 7, 16])), draw(st.integers(1, 60)), draw(st.sampled_from([0, 5]))
+    length, heads, moment = prefix + tokens + suffix, draw(st.integers(1, 2)), draw(st.sampled_from([0, 1, 1, 1]))
+    rows, columns = -(-tokens // query_block), -(-tokens // key_block)
+    bounds = sorted({0, prefix, prefix + tokens, length, *(draw(st.integers(0, length)) for _ in range(3))})
+    cuts = [sorted(draw(st.integers(0, length)) for _ in range(4)) for _ in bounds[1:]]
+    table = torch.tensor([[[cut[:2], cut[2:]] for cut in cuts]], dtype=torch.int32)
+    attended = torch.zeros(length, length, dtype=torch.bool)
+    for (first, end), cut in zip(itertools.pairwise(bounds), cuts, strict=True):
+        attended[first:end, cut[0] : cut[1]], attended[first:end, cut[2] : cut[3]] = True, True
+    kept = torch.rand(1, heads, rows, columns, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))) < draw(
+        st.sampled_from([0.2, 0.5, 0.9])
+    )
+    blocks = lists.Blocks(packed(kept), number(moment), query_block, key_block, prefix, prefix, tokens)
+    of_rows = torch.tensor(bounds, dtype=torch.int32)
+    tile = Configuration(draw(st.sampled_from([16, 32])), draw(st.sampled_from([16, 32])), 4, 1)
+    schedule = lists.make_schedule(of_rows, table, number(0), length, length, tile, None, blocks)
+    assert schedule.items.shape[0] == heads
+    for head in range(heads):
+        expected = attended.clone()
+        if moment == 1:
+            of_tokens = kept[0, head].repeat_interleave(query_block, 0)[:tokens].repeat_interleave(key_block, 1)[:, :tokens]
+            expected[prefix : prefix + tokens, prefix : prefix + tokens] &= of_tokens
+        of_head = dataclasses.replace(
+            schedule, segments=schedule.segments.expand(heads, -1, -1, -1), tiles=schedule.tiles.expand(heads, -1, -1)
+        )
+        assert torch.equal(walked(of_head, of_rows, length, tile.block_n, head)[0], expected.long())
+
+
+@settings(max_examples=6)
+@given(data=st.data())
+def test_steps_that_choose_blocks_are_those_of_the_definition(data):
+    check_steps(data.draw, [block_attention_triton], most_tokens=40, blocks=[3, 16, 24])
 
 
 @pytest.mark.parametrize("described", [False, True])
@@ -293,14 +342,19 @@ def test_the_small_kernels_compile_for_devices_that_are_not_here():
     code = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from lvsa_compile.kernels.triton_attention import schedule_kernel
+from lvsa_compile.kernels.triton_mass import mass_kernel
 from lvsa_compile.kernels.triton_merge import merge_kernel
+from lvsa_compile.kernels.triton_schedule import items_kernel, segments_kernel
 constants = {
-    schedule_kernel: {"BLOCK_M": 128, "BLOCKS": 4, "RANGES": 16, "HAS_MASK": True},
+    segments_kernel: {"BLOCK_M": 128, "BLOCKS": 64, "RANGES": 16, "WORDS": 2, "HAS_MASK": True},
+    items_kernel: {"WORDS": 2, "BLOCK_N": 64, "HAS_BLOCKS": True, "BY_BLOCK": False, "PER_BLOCK": 2, "AHEAD": 1},
+    mass_kernel: {"BLOCK_M": 128, "BLOCK_N": 128, "HEAD_DIM": 96, "WIDTH_0": 64, "WIDTH_1": 32, "WORDS": 2,
+                  "HAS_MASK": True, "STRADDLES": True, "PRECISION": "ieee"},
     merge_kernel: {"WIDTH": 96, "COLUMNS": 128},
 }
-pointers = {"output": "*bf16", "part": "*bf16", "log_sum_exp": "*fp32", "part_lse": "*fp32"}
-tables = ("query_bounds", "key_ranges", "phase", "mask_zones", "segments", "tiles", "key_counts")
+pointers = {name: "*bf16" for name in ("output", "part", "query", "key")} | {"kept": "*u8", "scale": "fp32"}
+pointers |= {name: "*fp32" for name in ("log_sum_exp", "part_lse", "mass", "key_mask")}
+tables = ("query_bounds", "key_ranges", "phase", "mask_zones", "segments", "tiles", "items", "segment_of", "listed", "work", "moment")
 for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32), GPUTarget("hip", "gfx942", 64)):
     for kernel, fixed in constants.items():
         types = {name: "*i32" for name in tables} | pointers | {name: "constexpr" for name in fixed}
@@ -309,7 +363,7 @@ for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert run.stdout.split() == ["compiled"] * 8, run.stderr
+    assert run.stdout.split() == ["compiled"] * 16, run.stderr
 
 
 def test_a_target_that_is_not_known_is_named_with_those_that_are():

@@ -25,7 +25,7 @@ _MAY_SPILL = ("cuda:89", "cuda:120")  # consumer parts: small register files, an
 _ARGUMENTS = {  # of attention_kernel, by type; strides and the rest are integers
     "pointers": ("query", "key", "value", "output"),
     "floats": ("key_mask", "log_sum_exp"),
-    "indices": ("query_bounds", "key_ranges", "phase", "segments", "tiles"),
+    "indices": ("query_bounds", "segments", "tiles", "items", "segment_of", "listed"),
     "described": ("key_0", "value_0", "key_1", "value_1"),  # one of each part of the head dim
 }
 
@@ -77,7 +77,7 @@ def _compiled(target: str, dtype: str, head_dim: int, masked: bool, described: b
     width_0, width_1 = column_widths(head_dim)
     constants: dict[str, Any] = {
         "BLOCK_M": configuration.block_m, "BLOCK_N": configuration.block_n, "HEAD_DIM": head_dim, "WIDTH_0": width_0, "WIDTH_1": width_1,
-        "HAS_MASK": masked, "DESCRIBED": described, "PRECISION": "ieee",
+        "WORDS": 1, "HAS_MASK": masked, "STRADDLES": True, "DESCRIBED": described, "PRECISION": "ieee",
         **{f"{name}_column": 1 for name in ("query", "key", "value", "output")},  # as a launch specialises them
     }  # fmt: skip
     parts = dict(zip(_ARGUMENTS["described"], (width_0, width_0, width_1, width_1), strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ _SCHEMA = (
 _STATE = ", Tensor branch, Tensor(a!)[] state"
 _ROWS_AT_A_TIME = 1024
 _LEAST_SCORE = -1e38  # that is still finite when it is taken to base 2
+
+
+Body = TypeVar("Body", bound=Callable[..., tuple[Tensor, Tensor]])
 
 
 class AttentionBody(Protocol):
@@ -153,7 +156,7 @@ def meaning_of(op: str) -> compat.OpOverload:
     return operator
 
 
-def on_the_querys_device(body: AttentionBody) -> AttentionBody:
+def on_the_querys_device(body: Body) -> Body:
     """Makes the query's GPU the current one while ``body`` runs: Triton and others launch on the current one."""
 
     @functools.wraps(body)
@@ -163,7 +166,7 @@ def on_the_querys_device(body: AttentionBody) -> AttentionBody:
         with torch.cuda.device(query.device):
             return body(query, *others, **more)
 
-    return run
+    return cast(Body, run)
 
 
 def output_like(query: Tensor, value: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ by their mass (a search); the chosen blocks are attended.  The table of key rang
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,46 +57,75 @@ def block_attention(
     Returns:
         Output and log-sum-exp, as of ``lvsa::attention``.
     """
-    known, kept, *stored = state
     ranges = shared_by_heads(key_ranges)
-    entry, phase = branch.reshape(1).long(), phase.to(query.device)
-    done, is_stored = known.index_select(0, entry)[0, 0].unbind()
-    dense = phase >= searches
-    searching = ~dense & (done <= phase)
-    before = kept.index_select(0, entry)[0]
+    now = moment_of(phase, branch, state, searches, query.device)
     query_first, key_first, tokens = video
     columns = -(-tokens // key_block)
     of_query = block_numbers(query.shape[2], query_first, tokens, query_block, query.device)
     of_key = block_numbers(key.shape[2], key_first, tokens, key_block, query.device)
-    attended = unpacked(before, columns) | dense | searching
+    attended = unpacked(now.kept, columns) | now.dense | now.searching
 
     value_a = value.to(accumulation_dtype(query.dtype)).repeat_interleave(query.shape[1] // key.shape[1], 1)
     output = output_like(query, value)
     log_sum_exp = torch.empty(query.shape[:3], dtype=value_a.dtype, device=query.device)
     mass = torch.zeros(attended.shape, dtype=value_a.dtype, device=query.device)
-    for part, scores in scores_of(query, key, query_bounds, ranges, phase, scale=scale, key_mask=key_mask):
+    for part, scores in scores_of(query, key, query_bounds, ranges, now.row, scale=scale, key_mask=key_mask):
         rows = of_query[part]
         left_out = ~attended[:, :, rows.clamp(min=0)][..., of_key.clamp(min=0)] & (rows >= 0)[:, None] & (of_key >= 0)
         scores = scores.masked_fill(left_out, float("-inf"))
         weights, own = weights_of(scores)
         log_sum_exp[:, :, part] = own
         output[:, :, part] = (weights @ value_a).to(query.dtype)
-        if stored:
+        if now.stored is not None:
             places = (torch.arange(part.start, part.start + len(rows), device=query.device) - query_first).clamp(0, tokens - 1)
-            last = stored[0].index_select(0, entry)[0][:, :, places].to(own.dtype)
-            weights = (scores - torch.where(is_stored > 0, last, own)[..., None]).exp().masked_fill(own[..., None] == float("-inf"), 0)
+            weighed_by = torch.where(now.is_stored, now.stored[:, :, places].to(own.dtype), own)
+            weights = (scores - weighed_by[..., None]).exp().masked_fill(own[..., None] == float("-inf"), 0)
         of_keys = weights.new_zeros(*weights.shape[:3], columns).index_add(3, of_key.clamp(min=0), weights.masked_fill(of_key < 0, 0))
         mass.index_add_(2, rows.clamp(min=0), of_keys.masked_fill((rows < 0)[:, None], 0))
 
     found = chosen(choice, share, mass, query_block, tokens)
-    kept.index_copy_(0, entry, torch.where(searching, packed(found), before)[None])
-    if stored:
-        now = log_sum_exp[:, :, query_first : query_first + tokens].float()
-        last = stored[0].index_select(0, entry)
-        stored[0].index_copy_(0, entry, torch.where(dense | searching, now[None], last))
-    told = torch.stack([torch.where(searching, phase + 1, done), torch.where(dense | searching, 1, is_stored)])
-    known.index_copy_(0, entry, told.to(known.dtype).expand(1, *known.shape[1:]))
+    keep(now, state, found, log_sum_exp[:, :, query_first : query_first + tokens])
     return output, log_sum_exp
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What one call finds in its entry of the state, and what its row of the table says, all on the device.
+
+    ``dense`` and ``searching`` are bool scalars; both attend everything.  ``kept`` are the packed blocks of the search before, ``stored``
+    the log-sum-exp of the step before, float32 ``[B, heads, tokens]``, which counts where ``is_stored``.
+    """
+
+    entry: Tensor
+    row: Tensor
+    done: Tensor
+    dense: Tensor
+    searching: Tensor
+    kept: Tensor
+    stored: Tensor | None
+    is_stored: Tensor
+
+
+def moment_of(phase: Tensor, branch: Tensor, state: Sequence[Tensor], searches: int, device: torch.device) -> Moment:
+    """Reads the state for the row ``phase`` and the entry ``branch``; asks nothing of the host."""
+    known, kept, *stored = state
+    entry, row = branch.reshape(1).long(), phase.to(device)
+    done, is_stored = known.index_select(0, entry)[0, 0].unbind()
+    dense = row >= searches
+    last = stored[0].index_select(0, entry)[0] if stored else None
+    return Moment(entry, row, done, dense, ~dense & (done <= row), kept.index_select(0, entry)[0], last, is_stored > 0)
+
+
+def keep(now: Moment, state: Sequence[Tensor], found: Tensor, log_sum_exp: Tensor) -> None:
+    """Writes the state: the blocks that a search ``found``, and the log-sum-exp ``[B, heads, tokens]`` where everything was attended."""
+    known, kept, *stored = state
+    kept.index_copy_(0, now.entry, torch.where(now.searching, packed(found), now.kept)[None])
+    everything = now.dense | now.searching
+    for each in stored:
+        assert now.stored is not None
+        each.index_copy_(0, now.entry, torch.where(everything, log_sum_exp.to(each.dtype), now.stored)[None])
+    told = torch.stack([torch.where(now.searching, now.row + 1, now.done), everything | now.is_stored])
+    known.index_copy_(0, now.entry, told.to(known.dtype).expand(1, *known.shape[1:]))
 
 
 def chosen(choice: str, share: float, mass: Tensor, query_block: int, tokens: int) -> Tensor:
