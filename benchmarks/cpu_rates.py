@@ -1,9 +1,11 @@
 """How fast each lowering is on a kind of CPU beside torch's dense attention there: what ``selection/rates.py`` is made of.
 
     python benchmarks/cpu_rates.py [--rounds 5] [--output benchmarks/results/cpu_rates.json]
+    python benchmarks/cpu_rates.py --fit
 
 Every kind of CPU that this machine can play is measured in a process of its own, torch's kernels and ours held to its instructions.
-A kind that the machine has not keeps the rows that another machine measured.
+A kind that the machine has not keeps the rows that another machine measured.  ``--fit`` measures nothing and prints the rates that the
+rows make, of the least mean square of the logarithms (scipy).
 """
 
 from __future__ import annotations
@@ -59,12 +61,55 @@ def measured_here(kind: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def fitted(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Of dense attention FLOP/s by one thread and seconds a call; of each lowering its share of them and seconds a part."""
+    import numpy as np
+    import torch
+    from scipy.optimize import least_squares
+
+    from lvsa_compile.bench.attention_sites import Measured, Site
+
+    calls = {}
+    for row in rows:
+        sizes = (row["frames"], row["tokens"], row["heads"], row["head_dim"], row["reference"], row["dtype"])
+        calls[sizes] = calls.get(sizes) or Measured(Site(*sizes), torch.device("cpu")).call
+        row["call"] = calls[sizes]
+
+    def fit(seconds: Any, work: Any, parts: Any) -> tuple[float, float]:
+        def wrong(logs: Any) -> Any:
+            return np.log((work / np.exp(logs[0]) + parts * np.exp(logs[1])) / seconds)
+
+        rate, each = np.exp(least_squares(wrong, [np.log(work.sum() / seconds.sum()), np.log(1e-5)]).x)
+        return float(rate), float(each)
+
+    def column(rows: list[dict[str, Any]], value: Any) -> Any:
+        return np.array([value(row) for row in rows], dtype=float)
+
+    one = list({id(row["call"]): row for row in rows}.values())
+    flops = column(one, lambda row: row["call"].flops)
+    found = {"dense": fit(column(one, lambda row: row["dense_seconds"]), flops / 2, np.ones(len(one)))}  # measured with two threads
+    for name in ("cpu", "dense_merge"):
+        of_lowering = [row for row in rows if row["lowering"] == name]
+        if of_lowering:
+            work = column(of_lowering, lambda row: row["call"].flops * row["call"].density / 2) / found["dense"][0]
+            parts = column(of_lowering, lambda row: row["call"].plan.parts if row["lowering"] == "dense_merge" else 1)
+            found[name] = fit(column(of_lowering, lambda row: row["seconds"]), work, parts)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_rates.json"))
     parser.add_argument("--kind", help="measure this kind in this process and print its rows")
+    parser.add_argument("--fit", action="store_true", help="print the rates of the rows that were measured")
     asked = parser.parse_args()
+    if asked.fit:
+        for kind, measured in json.loads(asked.output.read_text())["kinds"].items():
+            for dtype in ("float32", "bfloat16"):
+                for name, (rate, seconds) in fitted([row for row in measured["rows"] if row["dtype"] == dtype]).items():
+                    print(f"{kind} {dtype} {name}: {rate:.3g}, {1e6 * seconds:.0f}e-6")
+        return
     if asked.kind:
         print(json.dumps(measured_here(asked.kind, asked.rounds)))
         return

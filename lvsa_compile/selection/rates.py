@@ -1,7 +1,8 @@
 """What a device's best dense kernel does, and estimates from it: what ``lowering="auto"`` weighs.
 
 A lowering's own rates are in its file.  The CPU's are measured for each kind of CPU by ``python benchmarks/cpu_rates.py``: plain, AVX2 and
-AVX-512 on one that has AVX-512, torch's own kernels held to each, too; those with matrix units (AMX) on one that has them.
+AVX-512 on one that has AVX-512, torch's own kernels held to each, too; those with matrix units (AMX) on one that has them.  Its ``--fit``
+prints what the rows make of them; for AMX that is half as much off for the smallest call, and the rates here are between.
 Those of GPUs are expectations from published numbers, no measurements of ours: a Triton kernel of this kind reaches about 390 TFLOP/s on
 Hopper where cuDNN and FlashAttention 3 (arXiv 2407.08608) reach 600 and more, and is close to FlashAttention 2 on Ampere; FlashInfer (arXiv
 2501.01005) loads sparse keys by the older path on Hopper.
