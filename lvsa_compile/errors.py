@@ -151,6 +151,17 @@ class BenchError(LvsaError, ValueError):
 
 
 @dataclass(eq=False, repr=False)
+class MissingPackageError(LvsaError, ImportError):
+    """Something needs a package that is not installed."""
+
+    template = "{self.needed_for} needs {self.package}. Run `pip install {self.package}`; the extra {self.extra!r} of this package has it."
+
+    needed_for: str
+    package: str
+    extra: str
+
+
+@dataclass(eq=False, repr=False)
 class TargetError(LvsaError, ValueError):
     """A device that kernels cannot be compiled for here."""
 

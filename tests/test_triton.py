@@ -48,22 +48,26 @@ def number(n: int) -> torch.Tensor:
 def walked(schedule, query_bounds, keys, block_n, sample=0):
     """How often each row attends each key by the lists, int ``[rows, keys]``, and for which keys of a tile the mask is asked."""
     tiles, bounds = schedule.tiles[sample].tolist(), query_bounds.tolist()
-    rows = max((end for _, end, _, _ in tiles), default=0)
+    rows = max((tile[1] for tile in tiles), default=0)
     attended, asked = torch.zeros(rows, keys, dtype=torch.int64), torch.zeros(rows, keys, dtype=torch.bool)
-    for tile, (first, end, first_block, segments) in enumerate(tiles):
+    for tile, (first, end, first_block, segments, first_segment, first_item, last_item) in enumerate(tiles):
         plain, others = schedule.listed[sample, tile].tolist()
-        items = schedule.items[sample, tile].tolist()
+        items, segment_of = (each[sample, first_item:last_item].tolist() for each in (schedule.items, schedule.segment_of))
+        assert plain + others < len(items)
+        if tile + 1 < len(tiles) and first < end and tiles[tile + 1][0] < tiles[tile + 1][1]:  # each has room of its own
+            assert first_segment + segments <= tiles[tile + 1][4]
+            assert last_item <= tiles[tile + 1][5]
         assert schedule.order.shape[1] == len(tiles)
         for item in items[:plain]:
             assert item % 256 == block_n
             attended[first:end, item // 256 : item // 256 + block_n] += 1
         for place in range(len(items) - others, len(items)):
             start, valid = divmod(items[place], 256)
-            segment = int(schedule.segment_of[sample, tile, place])
+            segment = segment_of[place]
             assert 0 <= segment < segments
             assert 0 < valid <= block_n
             assert start + valid <= keys
-            words = schedule.segments[sample, tile, segment, 3:].tolist()
+            words = schedule.segments[sample, first_segment + segment, 3:].tolist()
             asked[first:end, start : start + valid] = True
             for row in range(first, end):
                 block = sum(bound <= row for bound in bounds[1:]) - first_block
@@ -152,7 +156,7 @@ def test_a_schedule_lists_the_blocks_that_are_kept(data):
             of_tokens = kept[0, head].repeat_interleave(query_block, 0)[:tokens].repeat_interleave(key_block, 1)[:, :tokens]
             expected[prefix : prefix + tokens, prefix : prefix + tokens] &= of_tokens
         of_head = dataclasses.replace(
-            schedule, segments=schedule.segments.expand(heads, -1, -1, -1), tiles=schedule.tiles.expand(heads, -1, -1)
+            schedule, segments=schedule.segments.expand(heads, -1, -1), tiles=schedule.tiles.expand(heads, -1, -1)
         )
         assert torch.equal(walked(of_head, of_rows, length, tile.block_n, head)[0], expected.long())
 

@@ -125,7 +125,7 @@ def attention_kernel(
     segments, tiles, items, segment_of, listed, tile_order,
     query_batch, query_head, query_row, query_column, key_batch, key_head, key_row, key_column,
     value_batch, value_head, value_row, value_column, output_batch, output_head, output_row, output_column,
-    mask_batch, mask_head, mask_row, mask_key, heads, group, query_length, query_blocks, most_segments, most, list_batch, list_head,
+    mask_batch, mask_head, mask_row, mask_key, heads, group, query_length, query_blocks, all_segments, all_items, list_batch, list_head,
     schedule_batch, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr,
     WORDS: tl.constexpr, HAS_MASK: tl.constexpr, STRADDLES: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
@@ -138,9 +138,9 @@ def attention_kernel(
     """
     b = tl.program_id(1) // heads
     h = tl.program_id(1) % heads
-    number = (b * list_batch + h * list_head) * tl.num_programs(0)
-    tile = tl.load(tile_order + number + tl.program_id(0)).to(tl.int32)
-    number += tile
+    of_list = b * list_batch + h * list_head
+    tile = tl.load(tile_order + of_list * tl.num_programs(0) + tl.program_id(0)).to(tl.int32)
+    number = of_list * tl.num_programs(0) + tile
     schedule = b * schedule_batch * tl.num_programs(0) + tile
     first_row = tl.load(tiles + TILE * schedule)
     rows_here = tl.load(tiles + TILE * schedule + 1) - first_row
@@ -167,19 +167,20 @@ def attention_kernel(
     largest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
 
-    segments += schedule.to(tl.int64) * most_segments * (HEADER + WORDS) + HEADER
-    items += number.to(tl.int64) * most
-    segment_of += number.to(tl.int64) * most + most - 1
-    item = tl.load(items)
+    segments += ((b * schedule_batch).to(tl.int64) * all_segments + tl.load(tiles + TILE * schedule + 4)) * (HEADER + WORDS) + HEADER
+    last = of_list.to(tl.int64) * all_items + tl.load(tiles + TILE * schedule + 6) - 1
+    segment_of += last
+    ahead = items + of_list.to(tl.int64) * all_items + tl.load(tiles + TILE * schedule + 5)
+    item = tl.load(ahead)
     for i in range(tl.load(listed + LISTED * number)):
         n = item >> 8
-        item = tl.load(items + i + 1)  # ahead, so that keys are loaded without waiting for where they are
+        item = tl.load(ahead + i + 1)  # ahead, so that keys are loaded without waiting for where they are
         largest, total, sum_0, sum_1 = _attend(
             largest, total, sum_0, sum_1, query_0, query_1, key, value, key_0, key_1, value_0, value_1, key_mask, b, h // group, n, BLOCK_N,
             segments, word, bit, scale, key_row, key_column, value_row, value_column, mask_key,
             BLOCK_N, HEAD_DIM, WIDTH_0, WIDTH_1, HAS_MASK, False, STRADDLES, DESCRIBED, PRECISION,
         )  # fmt: skip
-    items += most - 1
+    items += last
     following = tl.load(items)
     for i in range(tl.load(listed + LISTED * number + 1)):
         item = following

@@ -20,7 +20,7 @@ def _add(to, weight, counted):
 def mass_kernel(
     query, key, key_mask, query_bounds, segments, tiles, items, segment_of, listed, moment, log_sum_exp, mass,
     query_batch, query_head, query_row, query_column, key_batch, key_head, key_row, key_column, mask_batch, mask_head, mask_row, mask_key,
-    heads, group, query_blocks, most_segments, most, schedule_batch, query_first, key_first, tokens, query_block, key_block, scale,
+    heads, group, query_blocks, all_segments, all_items, schedule_batch, query_first, key_first, tokens, query_block, key_block, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr,
     WORDS: tl.constexpr, HAS_MASK: tl.constexpr, STRADDLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -54,17 +54,19 @@ def mass_kernel(
         known = tl.load(log_sum_exp + row, mask=row < rows_here, other=float("-inf")) * 1.4426950408889634
         counted = known > float("-inf")
         known = tl.where(counted, known, 0.0)
-        segments += schedule.to(tl.int64) * most_segments * (HEADER + WORDS) + HEADER
-        items += schedule.to(tl.int64) * most
-        segment_of += schedule.to(tl.int64) * most + most - 1
+        of_list = (b * schedule_batch).to(tl.int64)
+        segments += (of_list * all_segments + tl.load(tiles + TILE * schedule + 4)) * (HEADER + WORDS) + HEADER
+        last = of_list * all_items + tl.load(tiles + TILE * schedule + 6) - 1
+        segment_of += last
+        first = items + of_list * all_items + tl.load(tiles + TILE * schedule + 5)
         for i in range(tl.load(listed + LISTED * schedule)):
-            n = tl.load(items + i) >> 8
+            n = tl.load(first + i) >> 8
             score = score_of(
                 query_0, query_1, key, 0, 0, key_mask, b, h, n, BLOCK_N, segments, block, block, scale, key_row, key_column, mask_key,
                 BLOCK_N, HEAD_DIM, WIDTH_0, WIDTH_1, HAS_MASK, False, STRADDLES, False, PRECISION,
             )  # fmt: skip
             _add(mass + (n - key_first) // key_block, tl.exp2(score * scale - known[:, None]), counted)
-        items += most - 1
+        items += last
         for i in range(tl.load(listed + LISTED * schedule + 1)):
             item = tl.load(items - i)
             words = segments + tl.load(segment_of - i) * (HEADER + WORDS)

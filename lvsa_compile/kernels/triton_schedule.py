@@ -13,7 +13,7 @@ SOME: tl.constexpr = tl.constexpr(1)  # some rows of a tile attend the segment: 
 ALL: tl.constexpr = tl.constexpr(2)  # every row does
 MASKED: tl.constexpr = tl.constexpr(4)  # added to either where the mask must be asked
 HEADER: tl.constexpr = tl.constexpr(3)  # of a segment, before its words: first key, end, kind
-TILE: tl.constexpr = tl.constexpr(4)  # numbers of a tile: first row, end, first query block of the table, segments
+TILE: tl.constexpr = tl.constexpr(7)  # numbers of a tile: see Schedule
 LISTED: tl.constexpr = tl.constexpr(2)  # numbers of a tile's list: items that need no test, and others
 
 
@@ -37,13 +37,16 @@ def _rows_of_tile(tile, query_length, query_first, tokens, query_block, BLOCK_M:
 @triton.jit
 def segments_kernel(
     query_bounds, key_ranges, phase, mask_zones, segments, tiles, query_length, key_length, query_first, tokens, query_block, query_blocks,
-    ranges, most_segments, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, RANGES: tl.constexpr, WORDS: tl.constexpr, HAS_MASK: tl.constexpr,
+    ranges, all_segments, least_items,
+    BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, RANGES: tl.constexpr, WORDS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """Segments ``[start, end, kind, words]`` of a tile of a sample, in the order of the keys: where all or some of its query blocks attend.
 
     Bit ``n`` of the words says whether query block ``n`` of the tile does.  ``mask_zones`` holds, per sample, from where to where the mask
     must be asked and where the keys end that count at all.  A sweep over the keys: from each place to the next at which any range of the
     tile's blocks, or the zone, begins or ends.
+
+    A tile has room for the segments and items that its query blocks can make, behind that of the tiles before it.
     """
     tile = tl.program_id(0)
     tile_out = tl.program_id(1) * tl.num_programs(0) + tile
@@ -73,7 +76,8 @@ def segments_kernel(
     start = tl.load(key_ranges + 2 * offset, mask=known, other=0)
     end = tl.minimum(tl.load(key_ranges + 2 * offset + 1, mask=known, other=0), limit)
 
-    segments += tile_out.to(tl.int64) * most_segments * (HEADER + WORDS)
+    segment_start = 2 * ranges * (first_block + tile) + 3 * tile
+    segments += (tl.program_id(1).to(tl.int64) * all_segments + segment_start) * (HEADER + WORDS)
     count = 0
     kind = 0  # of the segment that began at ``opened``; 0 where nobody attends
     opened = 0
@@ -106,16 +110,20 @@ def segments_kernel(
     tl.store(tiles + 1, end_row)
     tl.store(tiles + 2, first_block)
     tl.store(tiles + 3, count)
+    item_start = tile * least_items + 3 * segment_start
+    tl.store(tiles + 4, segment_start)
+    tl.store(tiles + 5, item_start)
+    tl.store(tiles + 6, item_start + least_items + 3 * (2 * ranges * (last_block - first_block + 1) + 3))
 
 
 @triton.jit
-def _put(items, segment_of, most, full, edges, place, valid, wanted, plain, s, BLOCK_N: tl.constexpr):
+def _put(items, segment_of, end_of_list, full, edges, place, valid, wanted, plain, s, BLOCK_N: tl.constexpr):
     """Adds an item for each of ``wanted``; those without a test from the front, others from the back."""
     untested = wanted & plain & (valid == BLOCK_N)
     tested = wanted & ~untested
     item = place * 256 + valid
     tl.store(items + full + tl.cumsum(untested.to(tl.int32), 0) - 1, item, mask=untested)
-    to = most - edges - tl.cumsum(tested.to(tl.int32), 0)
+    to = end_of_list - edges - tl.cumsum(tested.to(tl.int32), 0)
     tl.store(items + to, item, mask=tested)
     tl.store(segment_of + to, s + tl.zeros_like(item), mask=tested)
     return full + tl.sum(untested.to(tl.int32)), edges + tl.sum(tested.to(tl.int32))
@@ -196,7 +204,7 @@ def _put_kept(
 
 @triton.jit
 def items_kernel(
-    segments, tiles, items, segment_of, listed, work, kept, moment, most_segments, most, lists_per_schedule, schedules, query_first,
+    segments, tiles, items, segment_of, listed, work, kept, moment, all_segments, all_items, lists_per_schedule, schedules, query_first,
     key_first, tokens, query_block, key_block, query_blocks, bytes_per_block, WORDS: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BLOCKS: tl.constexpr, BY_BLOCK: tl.constexpr, PER_BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -211,9 +219,13 @@ def items_kernel(
     tile_out = tl.program_id(1) * tl.num_programs(0) + tile
     of_schedule = tl.program_id(1) // lists_per_schedule % schedules * tl.num_programs(0) + tile
     first_row = tl.load(tiles + TILE * of_schedule)
-    segments += of_schedule.to(tl.int64) * most_segments * (HEADER + WORDS)
-    items += tile_out.to(tl.int64) * most
-    segment_of += tile_out.to(tl.int64) * most
+    segment_start = tl.load(tiles + TILE * of_schedule + 4)
+    schedule = of_schedule // tl.num_programs(0)
+    segments += (schedule.to(tl.int64) * all_segments + segment_start) * (HEADER + WORDS)
+    item_start = tl.load(tiles + TILE * of_schedule + 5)
+    most = tl.load(tiles + TILE * of_schedule + 6) - item_start
+    items += tl.program_id(1).to(tl.int64) * all_items + item_start
+    segment_of += tl.program_id(1).to(tl.int64) * all_items + item_start
     all_of_them = True
     if HAS_BLOCKS:
         block = (first_row - query_first) // query_block

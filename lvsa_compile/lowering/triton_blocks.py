@@ -87,10 +87,10 @@ def _mass(
     tile = Configuration(rows, min(keys, 64), 8 if rows > 64 else 4, 2)
     shared = dataclasses.replace(blocks, kept=None)
     lists = make_schedule(query_bounds, ranges, phase, query.shape[2], key.shape[2], tile, mask, shared)
-    most_segments, most, per_sample, *_ = lists.distances(batch)
+    all_segments, all_items, per_sample, *_ = lists.distances(batch)
     kernels().mass_kernel[(lists.tiles.shape[1], batch * heads)](
         query, key, query if mask is None else mask, query_bounds, *lists.tensors[:-1], blocks.moment, log_sum_exp, mass,
-        *query.stride(), *key.stride(), *broadcast_strides(mask), heads, heads // key.shape[1], ranges.shape[1], most_segments, most,
+        *query.stride(), *key.stride(), *broadcast_strides(mask), heads, heads // key.shape[1], ranges.shape[1], all_segments, all_items,
         per_sample, blocks.query_first, blocks.key_first, blocks.tokens, blocks.query_block, blocks.key_block, factor,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, HEAD_DIM=head_dim, WIDTH_0=widths[0], WIDTH_1=widths[1], WORDS=lists.words,
         HAS_MASK=mask is not None, STRADDLES=query_bounds.shape[0] > 2, PRECISION="ieee",

@@ -63,7 +63,9 @@ def block_mass(
         tensor([[[[1., 1.],
                   [1., 1.]]]])
     """
-    _check(query, key, log_sum_exp)
+    check_query_and_key(query, key)
+    if log_sum_exp is not None and log_sum_exp.shape != query.shape[:3]:
+        raise ShapeError("log_sum_exp", tuple(log_sum_exp.shape), f"not {tuple(query.shape[:3])}", "Give a number for each query.")
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     query, key = query.to(dtype), key.to(dtype).repeat_interleave(query.shape[1] // key.shape[1], 1)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -86,12 +88,11 @@ def in_falling_order(mass: Tensor) -> tuple[Tensor, Tensor]:
     return ordered, torch.empty_like(order).scatter(-1, order, places)
 
 
-def _check(query: Tensor, key: Tensor, log_sum_exp: Tensor | None) -> None:
+def check_query_and_key(query: Tensor, key: Tensor) -> None:
+    """Raises ShapeError where they are not ``[B, H, Sq, head_dim]`` and ``[B, key heads, Sk, head_dim]``, key heads a divisor of ``H``."""
     if query.dim() != 4:
         raise ShapeError("query", tuple(query.shape), "not [B, H, Sq, head_dim]", "Give heads an axis of their own, before the tokens.")
     fits = key.dim() == 4 and key.shape[0] == query.shape[0] and key.shape[3] == query.shape[3] and query.shape[1] % key.shape[1] == 0
     if not fits:
         problem = f"it does not fit a query {tuple(query.shape)}"
         raise ShapeError("key", tuple(key.shape), problem, "Give [B, key heads, Sk, head_dim], the key heads a divisor of the query's.")
-    if log_sum_exp is not None and log_sum_exp.shape != query.shape[:3]:
-        raise ShapeError("log_sum_exp", tuple(log_sum_exp.shape), f"not {tuple(query.shape[:3])}", "Give a number for each query.")

@@ -38,13 +38,14 @@ class Blocks:
 class Schedule:
     """What each tile of query rows walks, in the device's memory.
 
-    For each sample, or for all at once: ``tiles`` int32 ``[samples, tiles, 4]``, first row, end, first query block of the table and number
-    of segments; ``segments`` int32 ``[samples, tiles, most, 3 + words]``, first key, end, whether all or some rows attend and whether the
-    mask is to be asked, and a bit for each query block of the tile that attends.
+    For each sample, or for all at once: ``tiles`` int32 ``[samples, tiles, 7]``, first row, end, first query block of the table, number of
+    segments, and where its segments begin, its items begin and end; ``segments`` int32 ``[samples, segments, 3 + words]``, first key, end,
+    whether all or some rows attend and whether the mask is to be asked, and a bit for each query block of the tile that attends.
 
-    For each list, of a sample or of a head of a sample: ``items`` int32 ``[lists, tiles, most]``, first key times 256 plus keys, those that
-    need no test from the front and the others from the back; ``segment_of`` of the same shape, the segment of each of the others;
-    ``listed`` int32 ``[lists, tiles, 2]``, how many of both; ``order`` int64 ``[lists, tiles]``, the tiles with most items first.
+    For each list, of a sample or of a head of a sample: ``items`` int32 ``[lists, items]``, first key times 256 plus keys, those of a tile
+    that need no test from where its items begin, and the others backwards from where they end; ``segment_of`` of the same shape, the number
+    of the tile's segment of each of the others; ``listed`` int32 ``[lists, tiles, 2]``, how many of both; ``order`` int64
+    ``[lists, tiles]``, the tiles with most items first.
     """
 
     segments: Tensor
@@ -62,13 +63,13 @@ class Schedule:
     @property
     def words(self) -> int:
         """Words of bits of a segment."""
-        return self.segments.shape[3] - 3
+        return self.segments.shape[2] - 3
 
     def distances(self, batch: int) -> tuple[int, int, int, int, int]:
-        """Sizes of a tile's segments and items; from a sample's lists to the next one's, from a head's, from a sample's segments."""
+        """All segments and items of a list; from a sample's lists to the next one's, from a head's, from a sample's segments."""
         samples, lists = self.segments.shape[0], self.items.shape[0]
         heads = lists // batch if lists > samples else 0
-        return self.segments.shape[2], self.items.shape[2], heads if heads else int(samples > 1), int(heads > 0), int(samples > 1)
+        return self.segments.shape[1], self.items.shape[1], heads if heads else int(samples > 1), int(heads > 0), int(samples > 1)
 
 
 def make_schedule(
@@ -88,22 +89,23 @@ def make_schedule(
     count = -(-first // block_m) + rows * -(-given.query_block // block_m) + -(-(query_length - first - tokens) // block_m)
     blocks_per_tile = power_of_two(min(table_blocks, block_m + 3))  # a table ends in few blocks without rows: open ends that are empty now
     words = max(1, blocks_per_tile // 32)
-    most_segments = 2 * ranges * blocks_per_tile + 1 + (2 if mask is not None else 0)
-    most = -(-key_length // block_n) + columns * per_block + 3 * most_segments
+    all_segments = 2 * ranges * (table_blocks + count) + 3 * count
+    least_items = -(-key_length // block_n) + columns * per_block + 1
+    all_items = least_items * count + 3 * all_segments
 
     def empty(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=key_ranges.device)
 
-    segments, tiles = empty(samples, count, most_segments, 3 + words), empty(samples, count, 4)
-    items, segment_of, listed, work = empty(lists, count, most), empty(lists, count, most), empty(lists, count, 2), empty(lists, count)
+    segments, tiles = empty(samples, all_segments, 3 + words), empty(samples, count, 7)
+    items, segment_of, listed, work = empty(lists, all_items), empty(lists, all_items), empty(lists, count, 2), empty(lists, count)
     kernels().segments_kernel[(count, samples)](
         query_bounds, key_ranges, phase, phase if mask is None else _mask_zones(mask), segments, tiles,
-        query_length, key_length, first, tokens, given.query_block, table_blocks, ranges, most_segments,
+        query_length, key_length, first, tokens, given.query_block, table_blocks, ranges, all_segments, least_items,
         BLOCK_M=block_m, BLOCKS=blocks_per_tile, RANGES=power_of_two(ranges), WORDS=words, HAS_MASK=mask is not None, num_warps=4,
     )  # fmt: skip
     kernels().items_kernel[(count, lists)](
         segments, tiles, items, segment_of, listed, work, phase if given.kept is None else given.kept, given.moment,
-        most_segments, most, heads, samples, first, given.key_first, tokens, given.query_block, given.key_block, rows, bytes_per_block,
+        all_segments, all_items, heads, samples, first, given.key_first, tokens, given.query_block, given.key_block, rows, bytes_per_block,
         WORDS=words, BLOCK_N=block_n, HAS_BLOCKS=given.kept is not None, BY_BLOCK=blocks is not None and given.kept is None,
         PER_BLOCK=per_block, AHEAD=-(-block_n // given.key_block), num_warps=4,
     )  # fmt: skip
