@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lvsa_compile.policies.losa.policy import LoSA
     from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
     from lvsa_compile.policies.lvsa.policy import LVSA
+    from lvsa_compile.policies.radial.policy import Radial
     from lvsa_compile.regional import compile_repeated_blocks, undo
     from lvsa_compile.report.report import Report
     from lvsa_compile.report.store import reports
@@ -34,6 +35,7 @@ _HOMES = {
     "LvsaError": "errors",
     "LvsaWarning": "errors",
     "OptionError": "errors",
+    "Radial": "policies.radial.policy",
     "Report": "report.report",
     "compile_repeated_blocks": "regional",
     "enable": "enabling",
@@ -55,6 +57,7 @@ __all__ = [
     "LvsaError",
     "LvsaWarning",
     "OptionError",
+    "Radial",
     "Report",
     "compile_repeated_blocks",
     "enable",
