@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from lvsa_compile.functional import sparse_attention
     from lvsa_compile.options import make_options, set_default_options
     from lvsa_compile.policies.adaspa.policy import AdaSpa
+    from lvsa_compile.policies.haste.policy import Haste
     from lvsa_compile.policies.losa.policy import LoSA
     from lvsa_compile.policies.lvsa.frame_pattern import FramePattern
     from lvsa_compile.policies.lvsa.policy import LVSA
     from lvsa_compile.policies.radial.policy import Radial
+    from lvsa_compile.policies.xattention.policy import XAttention
     from lvsa_compile.regional import compile_repeated_blocks, undo
     from lvsa_compile.report.report import Report
     from lvsa_compile.report.store import reports
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdaSpa": "policies.adaspa.policy",
     "FramePattern": "policies.lvsa.frame_pattern",
+    "Haste": "policies.haste.policy",
     "LVSA": "policies.lvsa.policy",
     "LoSA": "policies.losa.policy",
     "LvsaError": "errors",
@@ -37,6 +40,7 @@ _HOMES = {
     "OptionError": "errors",
     "Radial": "policies.radial.policy",
     "Report": "report.report",
+    "XAttention": "policies.xattention.policy",
     "compile_repeated_blocks": "regional",
     "enable": "enabling",
     "explain": "explaining",
@@ -53,12 +57,14 @@ __all__ = [
     "LVSA",
     "AdaSpa",
     "FramePattern",
+    "Haste",
     "LoSA",
     "LvsaError",
     "LvsaWarning",
     "OptionError",
     "Radial",
     "Report",
+    "XAttention",
     "compile_repeated_blocks",
     "enable",
     "explain",

@@ -29,8 +29,9 @@ from lvsa_compile.options import Options, option_fields, parse_options
         (dict(rotate=1), "option rotate=1: not a known choice. Choose one of: 'step', 'layer', 'both', True (which is 'step'), False."),
         (
             dict(lowering="tritn"),
-            "option lowering='tritn': not a known choice. Choose one of: auto, cpu, cpu_blocks, dense_merge, triton, triton_blocks, flashinfer, "
-            "flex, ascend_block_sparse, ascend_paged, ascend_gather, reference_blocks, reference.",
+            "option lowering='tritn': not a known choice. Choose one of: auto, cpu, cpu_blocks, cpu_dynamic, dense_merge, triton, "
+            "triton_blocks, triton_dynamic, flashinfer, flex, ascend_block_sparse, ascend_paged, ascend_gather, reference_blocks, "
+            "reference_dynamic, reference.",
         ),
         (
             dict(inner="tvm"),

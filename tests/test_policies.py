@@ -561,11 +561,11 @@ def test_a_policy_is_given_by_name_as_an_object_or_as_json_has_it(given):
 
 @pytest.mark.parametrize(("given", "text"), [
     ({"policy": "lsva"}, "option policy='lsva': no policy has this name. Did you mean 'lvsa'?"),
-    ({"policy": 3}, "option policy=3: no policy. Give one of 'adaspa', 'losa', 'lvsa', 'radial', or a policy object."),
+    ({"policy": 3}, "option policy=3: no policy. Give one of 'adaspa', 'haste', 'losa', 'lvsa', 'radial', 'xattention', or a policy"),
     ({"policy": LVSA}, "this is a class. Give a policy, such as LVSA()."),
     ({"policy": {"name": "lvsa", "windows": 2}}, "policy 'lvsa' has no field 'windows'. Its fields are: window, first_frames,"),
     ({"policy": {"name": "lvsa", "window": -2}}, "option window=-2: smaller than 0. Give a number of latent frames, at least 0."),
-    ({"policy": {"window": 2}}, "no policy. Give one of 'adaspa', 'losa', 'lvsa', 'radial', or a policy object."),
+    ({"policy": {"window": 2}}, "no policy. Give one of 'adaspa', 'haste', 'losa', 'lvsa', 'radial', 'xattention', or a policy object."),
     ({"policy": LVSA(window=2), "rotate": True},
      "option rotate=True: a field of policy 'lvsa' beside policy={'name': 'lvsa', 'window': 2}. Give it there, as in policy=LVSA(rotate="),
     ({"policy": BlockDiagonal(), "window": 2},

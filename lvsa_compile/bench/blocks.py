@@ -60,7 +60,7 @@ def _kernel_row(
     chosen = order < counts[:, None, None]
     query, key, value = (torch.randn(1, span.length, heads, width, dtype=dtype, device=device).transpose(1, 2) for _ in range(3))
     bounds, ranges = (torch.tensor(each, dtype=torch.int32, device=device) for each in (plan.table.query_bounds, plan.table.key_ranges))
-    state = [torch.zeros((1, *each.of_batch(1).shape), dtype=each.dtype, device=device) for each in plan.state]
+    state = [torch.zeros((1, *each.of_call(1, width).shape), dtype=each.dtype, device=device) for each in plan.state]
     state[1][0].copy_(packed(chosen))
     entry = torch.zeros((), dtype=torch.int32, device=device)
     arguments: dict[str, Any] = {**dict(plan.arguments), "video": [0, 0, span.length]}

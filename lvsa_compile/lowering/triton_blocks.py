@@ -50,14 +50,14 @@ def block_attention_triton(
         return make_schedule(query_bounds, ranges, phase, query.shape[2], key.shape[2], tile, mask, blocks)
 
     tile, described = chosen_tile(query, key, value)
-    output, log_sum_exp = run_kernel(query, key, value, query_bounds, schedule, _fitting(tile, query_block), described, scale, key_mask)
+    output, log_sum_exp = run_kernel(query, key, value, query_bounds, schedule, fitting(tile, query_block), described, scale, key_mask)
     own = log_sum_exp[:, :, query_first : query_first + tokens]
     mass = _mass(query, key, query_bounds, ranges, phase, blocks, _weighed_by(now, own), scale, key_mask)
     keep(now, state, chosen(choice, share, mass, query_block, tokens), own)
     return output, log_sum_exp
 
 
-def _fitting(tile: Configuration, query_block: int) -> Configuration:
+def fitting(tile: Configuration, query_block: int) -> Configuration:
     """A configuration whose tiles have no more rows than a query block, and a warp for 16 of them."""
     rows = max(16, min(tile.block_m, power_of_two(query_block + 1) // 2))
     return dataclasses.replace(tile, block_m=rows, warps=min(tile.warps, max(4, rows // 16)))

@@ -7,7 +7,7 @@ by their mass (a search); the chosen blocks are attended.  The table of key rang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,6 @@ def block_attention(
     now = moment_of(phase, branch, state, searches, query.device)
     query_first, key_first, tokens = video
     columns = -(-tokens // key_block)
-    of_query = block_numbers(query.shape[2], query_first, tokens, query_block, query.device)
     of_key = block_numbers(key.shape[2], key_first, tokens, key_block, query.device)
     attended = unpacked(now.kept, columns) | now.dense | now.searching
 
@@ -69,10 +68,8 @@ def block_attention(
     output = output_like(query, value)
     log_sum_exp = torch.empty(query.shape[:3], dtype=value_a.dtype, device=query.device)
     mass = torch.zeros(attended.shape, dtype=value_a.dtype, device=query.device)
-    for part, scores in scores_of(query, key, query_bounds, ranges, now.row, scale=scale, key_mask=key_mask):
-        rows = of_query[part]
-        left_out = ~attended[:, :, rows.clamp(min=0)][..., of_key.clamp(min=0)] & (rows >= 0)[:, None] & (of_key >= 0)
-        scores = scores.masked_fill(left_out, float("-inf"))
+    given = (query, key, query_bounds, ranges, now.row, attended, query_block, key_block, video)
+    for part, rows, scores in scores_in_blocks(*given, scale=scale, key_mask=key_mask):
         weights, own = weights_of(scores)
         log_sum_exp[:, :, part] = own
         output[:, :, part] = (weights @ value_a).to(query.dtype)
@@ -86,6 +83,33 @@ def block_attention(
     found = chosen(choice, share, mass, query_block, tokens)
     keep(now, state, found, log_sum_exp[:, :, query_first : query_first + tokens])
     return output, log_sum_exp
+
+
+def scores_in_blocks(
+    query: Tensor,
+    key: Tensor,
+    query_bounds: Tensor,
+    key_ranges: Tensor,
+    row: Tensor,
+    attended: Tensor,
+    query_block: int,
+    key_block: int,
+    video: Sequence[int],
+    *,
+    scale: float | None,
+    key_mask: Tensor | None,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """As ``scores_of``, minus infinity also in blocks of the video that are not attended.
+
+    ``attended`` is bool ``[B, heads, query blocks, key blocks]``.  With the rows of each part comes the block of each, -1 beside the video.
+    """
+    query_first, key_first, tokens = video
+    of_query = block_numbers(query.shape[2], query_first, tokens, query_block, query.device)
+    of_key = block_numbers(key.shape[2], key_first, tokens, key_block, query.device)
+    for part, scores in scores_of(query, key, query_bounds, key_ranges, row, scale=scale, key_mask=key_mask):
+        rows = of_query[part]
+        left_out = ~attended[:, :, rows.clamp(min=0)][..., of_key.clamp(min=0)] & (rows >= 0)[:, None] & (of_key >= 0)
+        yield part, rows, scores.masked_fill(left_out, float("-inf"))
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def _rewrite_site(decision: Decision, compilation: Compilation, inputs: _ExtraIn
         ranges = inputs.moved(ranges, grown[1], site.key, call.key, node)
     step = compilation.step_of.get(site.node, 0)
     row = inputs.row(plan.rows.later(decision.layer), where, step)
-    kept = [each.of_batch(call.batch) for each in plan.state]
+    kept = [each.of_call(call.batch, call.head_dim) for each in plan.state]
     state = [inputs.state(_name_in_step(decision, compilation), each, call.device) for each in kept]
     result = example_value(node)
     with node.graph.inserting_before(node):

@@ -6,7 +6,7 @@ Their op is ``block_attention``: see ``lvsa_compile/ops/block_attention.py``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lvsa_compile import reasons
 from lvsa_compile.errors import OptionError
-from lvsa_compile.policies.contract import BATCH, Facts, Geometry, Plan, Policy, State
+from lvsa_compile.policies.contract import BATCH, HEAD_DIM, Facts, Geometry, Plan, Policy, State
 from lvsa_compile.policies.rows import Searches
-from lvsa_compile.policies.tables import OPEN_END, padded
+from lvsa_compile.policies.tables import OPEN_END, KeyRangeTable, padded
 from lvsa_compile.reasons import Miss
 
 MIN_TOKENS = 8192
@@ -44,6 +44,30 @@ def chooses_blocks(name: str) -> Callable[[Choice], Choice]:
     def register(choice: Choice) -> Choice:
         CHOICES[name] = choice
         return choice
+
+    return register
+
+
+class Estimate(Protocol):
+    """Chooses blocks by queries and keys alone, in each call."""
+
+    def __call__(self, query: Tensor, key: Tensor, numbers: Sequence[float], *, query_block: int, key_block: int, scale: float) -> Tensor:
+        """Which blocks are kept, bool ``[B, heads, query blocks, key blocks]``.
+
+        ``query`` and ``key`` are those of the video, ``[B, heads, tokens, head_dim]``; ``numbers`` are the policy's own.
+        """
+
+
+ESTIMATES: dict[str, Estimate] = {}
+"""By the name that ``Plan.arguments`` has."""
+
+
+def estimates_blocks(name: str) -> Callable[[Estimate], Estimate]:
+    """Makes a function known as one that chooses blocks by queries and keys, for ``Plan.arguments``."""
+
+    def register(estimate: Estimate) -> Estimate:
+        ESTIMATES[name] = estimate
+        return estimate
 
     return register
 
@@ -83,24 +107,50 @@ def block_plan(
     keeps_log_sum_exp: bool,
 ) -> Plan:  # fmt: skip
     """The plan of a policy that chooses blocks by ``CHOICES[policy.name]``; ``density`` is that of steps that attend chosen blocks."""
-    query, heads = geometry.query, geometry.heads
-    first, stop = query.video
-    tokens = stop - first
-    end = [OPEN_END] if query.open_ended else [stop + query.suffix] if query.suffix else []
-    bounds = sorted({0, *range(first, stop, query_block), stop, *end})
-    row = [[[geometry.key.whole] for _ in itertools.pairwise(bounds)]]
-    rows, columns = -(-tokens // query_block), -(-tokens // key_block)
-    state = [State("searches", (BATCH, 2), torch.int32), State("kept", (BATCH, heads, rows, -(-columns // 8)), torch.uint8, zeroed=False)]
+    first, stop = geometry.query.video
+    state = [State("searches", (BATCH, 2), torch.int32), kept_blocks(geometry, query_block, key_block)]
     if keeps_log_sum_exp:
-        state.append(State("log_sum_exp", (BATCH, heads, tokens), torch.float32, zeroed=False))
+        state.append(State("log_sum_exp", (BATCH, geometry.heads, stop - first), torch.float32, zeroed=False))
     arguments = (
         ("choice", policy.name), ("share", share), ("query_block", query_block), ("key_block", key_block),
         ("searches", len(schedule.steps)),
     )  # fmt: skip
     return Plan(
-        policy, geometry, facts, padded(bounds, [row] * schedule.count), schedule, op="block_attention", state=tuple(state),
+        policy, geometry, facts, table_of_blocks(geometry, query_block, schedule.count), schedule, op="block_attention", state=tuple(state),
         arguments=arguments, density=schedule.density(density),
     )  # fmt: skip
+
+
+def dynamic_plan(
+    policy: Policy, geometry: Geometry, facts: Facts, choice: str, numbers: tuple[float, ...], *, block: int, density: float,
+    most_drift: float | None = None, layer_gate: tuple[float, float] | None = None, relative: bool = False,
+) -> Plan:  # fmt: skip
+    """The plan of a policy that chooses blocks in each call by ``ESTIMATES[choice]``; heads keep them where ``most_drift`` is given."""
+    state = [State("holds", (BATCH,), torch.int32)]
+    if most_drift is not None:
+        state.append(kept_blocks(geometry, block, block))
+        state.append(State("means", (BATCH, 2, geometry.heads, HEAD_DIM), torch.float32, zeroed=False))
+    arguments = (
+        ("choice", choice), ("numbers", numbers), ("query_block", block), ("key_block", block),
+        ("most_drift", -1.0 if most_drift is None else float(most_drift)), ("layer_gate", layer_gate or ()), ("relative", relative),
+    )  # fmt: skip
+    table = table_of_blocks(geometry, block)
+    return Plan(policy, geometry, facts, table, op="dynamic_attention", state=tuple(state), arguments=arguments, density=density)
+
+
+def table_of_blocks(geometry: Geometry, query_block: int, rows: int = 1) -> KeyRangeTable:
+    """The table in which each block of the video's queries, and what is beside the video, attends everything, alike in all rows."""
+    query, (first, stop) = geometry.query, geometry.query.video
+    end = [OPEN_END] if query.open_ended else [stop + query.suffix] if query.suffix else []
+    bounds = sorted({0, *range(first, stop, query_block), stop, *end})
+    return padded(bounds, [[[[geometry.key.whole] for _ in itertools.pairwise(bounds)]]] * rows)
+
+
+def kept_blocks(geometry: Geometry, query_block: int, key_block: int) -> State:
+    """A bit for each block of the video that a head attends."""
+    first, stop = geometry.query.video
+    rows, columns = -(-(stop - first) // query_block), -(-(stop - first) // key_block)
+    return State("kept", (BATCH, geometry.heads, rows, -(-columns // 8)), torch.uint8, zeroed=False)
 
 
 def check_schedule(dense_steps: object, dense_last: object, min_tokens: object, search_steps: object = (0,)) -> None:

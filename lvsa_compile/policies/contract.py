@@ -136,6 +136,8 @@ class Frames(Protocol):
 
 BATCH = -1
 """In the shape of state: as many as the call has samples."""
+HEAD_DIM = -2
+"""In the shape of state: the head dim of the call."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,10 @@ class State:
     dtype: dtype
     zeroed: bool = True
 
-    def of_batch(self, samples: int) -> State:
-        """The same for calls with as many samples."""
-        return dataclasses.replace(self, shape=tuple(samples if size == BATCH else size for size in self.shape))
+    def of_call(self, samples: int, head_dim: int) -> State:
+        """The same for calls with as many samples and features."""
+        known = {BATCH: samples, HEAD_DIM: head_dim}
+        return dataclasses.replace(self, shape=tuple(known.get(size, size) for size in self.shape))
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ class Plan:
     rows: Rows = Turn(1)  # noqa: RUF009 - frozen
     op: str = "attention"
     state: tuple[State, ...] = ()
-    arguments: tuple[tuple[str, int | float | str], ...] = ()
+    arguments: tuple[tuple[str, int | float | str | tuple[float, ...]], ...] = ()
     density: float = dataclasses.field(default=-1.0, compare=False, repr=False)
     frames: Frames | None = dataclasses.field(default=None, compare=False, repr=False)
     parts: int = dataclasses.field(default=1, compare=False, repr=False)

@@ -79,7 +79,7 @@ def _schedules(compilation: Compilation) -> tuple[str, ...]:
 def _state(compilation: Compilation) -> str:
     """The memory of what is kept from step to step, in words."""
     calls = [decision.plan.call for decision in compilation.sparse if decision.plan is not None]
-    kept = [each.of_batch(call.batch) for call in calls for each in call.plan.state]
+    kept = [each.of_call(call.batch, call.head_dim) for call in calls for each in call.plan.state]
     size = sum(math.prod(each.shape) * each.dtype.itemsize for each in kept)
     if not size:
         return ""

@@ -5,6 +5,7 @@ Example:
 """
 
 from lvsa_compile.policies.haste.calibration import BANDS, allot, band_errors, spectral_error
+from lvsa_compile.policies.haste.policy import Haste
 from lvsa_compile.policies.haste.refreshing import drift, refresh
 
-__all__ = ["BANDS", "allot", "band_errors", "drift", "refresh", "spectral_error"]
+__all__ = ["BANDS", "Haste", "allot", "band_errors", "drift", "refresh", "spectral_error"]

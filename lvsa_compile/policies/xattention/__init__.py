@@ -5,5 +5,6 @@ Example:
 """
 
 from lvsa_compile.policies.xattention.choice import choose_blocks, estimated_mass
+from lvsa_compile.policies.xattention.policy import XAttention
 
-__all__ = ["choose_blocks", "estimated_mass"]
+__all__ = ["XAttention", "choose_blocks", "estimated_mass"]
