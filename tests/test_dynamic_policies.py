@@ -17,6 +17,7 @@ from policy_inputs import ints, query_and_key
 
 from lvsa_compile.errors import MissingPackageError, OptionError, ShapeError
 from lvsa_compile.policies import haste, svg2, xattention
+from lvsa_compile.policies.xattention.choice import blocks_of
 
 DATA = Path(__file__).parent / "data" / "policies"
 XATTENTION, SVG2, HASTE = (json.loads((DATA / f"{name}.json").read_text()) for name in ("xattention", "svg2", "haste"))
@@ -46,22 +47,29 @@ def test_xattention_chooses_the_published_blocks_with_padding_masked(case, dtype
 
 @given(
     tokens=st.integers(1, 21), heads=st.integers(1, 2), groups=st.integers(1, 2), stride=st.integers(1, 3), per_block=st.integers(1, 3),
-    threshold=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    threshold=st.sampled_from([0.0, 0.3, 0.9, 1.0]), masked=st.booleans(),
 )  # fmt: skip
-def test_estimated_mass_is_that_of_its_definition(tokens, heads, groups, stride, per_block, threshold):
+def test_estimated_mass_is_that_of_its_definition(tokens, heads, groups, stride, per_block, threshold, masked):
     torch.manual_seed(tokens)
     query, key = (torch.randn(2, n, tokens, 4, dtype=torch.float64) for n in (heads * groups, heads))
     tiles, block = -(-tokens // stride), stride * per_block
     blocks = -(-tiles // per_block)
-    found = xattention.estimated_mass(query, key, block=block, stride=stride, scale=0.7)
+    counts = torch.rand(2, 1, tokens) < 0.5 if masked else torch.ones(2, 1, tokens, dtype=torch.bool)
+    counts[..., -1] = True
+    found = xattention.estimated_mass(query, key, block=block, stride=stride, scale=0.7, counts=counts if masked else None)
     assert found.shape == (2, heads * groups, blocks, blocks)
-    chosen = xattention.choose_blocks(query, key, block=block, stride=stride, threshold=threshold, scale=0.7)
+    chosen = blocks_of(found, torch.tensor(threshold, dtype=torch.float64))
+    if not masked:
+        assert torch.equal(chosen, xattention.choose_blocks(query, key, block=block, stride=stride, threshold=threshold, scale=0.7))
     for sample, head in itertools.product(range(2), range(heads * groups)):
         scores = torch.zeros(tiles, tiles, dtype=torch.float64)
         for a, b, u in itertools.product(range(tiles), range(tiles), range(stride)):
             row, column = a * stride + stride - 1 - u, b * stride + u
-            if row < tokens and column < tokens:
+            if row < tokens and column < tokens and counts[sample, 0, column]:
                 scores[a, b] += query[sample, head, row] @ key[sample, head // groups, column] * 0.7 / stride
+        for b in range(tiles):
+            if not counts[sample, 0, b * stride : (b + 1) * stride].any():
+                scores[:, b] = -math.inf
         weights = torch.softmax(scores, -1)
         for p, q in itertools.product(range(blocks), range(blocks)):
             part = weights[p * per_block : (p + 1) * per_block, q * per_block : (q + 1) * per_block]

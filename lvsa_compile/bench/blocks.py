@@ -15,11 +15,15 @@ from lvsa_compile.bench.measuring import in_turn
 from lvsa_compile.bench.video_model import attention_flops, inputs_of, one_step, total_flops, wan_shaped
 from lvsa_compile.forward.clock import reset
 from lvsa_compile.policies.adaspa.policy import AdaSpa
-from lvsa_compile.policies.block_choice import CHOICES, packed
+from lvsa_compile.policies.block_choice import CHOICES, ESTIMATES, packed
 from lvsa_compile.policies.contract import Facts, Geometry, Policy, plan_of
+from lvsa_compile.policies.given import policy_as_dict
+from lvsa_compile.policies.haste.policy import Haste
 from lvsa_compile.policies.losa.policy import LoSA
+from lvsa_compile.policies.radial.policy import Radial
 from lvsa_compile.policies.rows import PUBLISHED_STEPS, Searches
 from lvsa_compile.policies.tables import VideoSpan
+from lvsa_compile.policies.xattention.policy import XAttention
 from lvsa_compile.selection.contract import AttentionCall
 from lvsa_compile.selection.select import select
 
@@ -101,7 +105,10 @@ def _kernel_row(
 
 def measure_videos(device: torch.device, rounds: int, steps: int = PUBLISHED_STEPS, frames: int = _HORIZON) -> list[Row]:
     """A row per policy: all denoising steps of a video of the training length, beside the same model dense."""
-    policies: tuple[Policy, ...] = (AdaSpa(min_tokens=0), LoSA(threshold=0.5, min_tokens=0))
+    policies: tuple[Policy, ...] = (
+        AdaSpa(min_tokens=0), LoSA(threshold=0.5, min_tokens=0), Radial(decay=0.2), XAttention(stride=16, threshold=0.5, min_tokens=0),
+        Haste(XAttention(stride=16, threshold=0.5, min_tokens=0)),
+    )  # fmt: skip
     inputs = inputs_of(frames, device, rows=_ROWS, columns=_COLUMNS)
     tokens = frames * (_ROWS // 2) * (_COLUMNS // 2)
     torch.compiler.reset()
@@ -110,38 +117,58 @@ def measure_videos(device: torch.device, rounds: int, steps: int = PUBLISHED_STE
         options: dict[str, Any] = {"policy": policy}
         models[policy.name] = torch.compile(_model(device), backend="lvsa", options=options, dynamic=False)
     kept: dict[str, list[float]] = {policy.name: [] for policy in policies}
-    noting = {name: functools.partial(_noting, CHOICES[name], found) for name, found in kept.items()}
-    before = dict(CHOICES)
-    CHOICES.update(noting)
+    heads, videos, running = dict.fromkeys(kept, 0), dict.fromkeys(models, 0), ""
+
+    def noting(choose: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noted(*args: Any, **more: Any) -> Tensor:
+            found = choose(*args, **more)
+            kept[running].append(float(found.float().mean()))
+            heads[running] += found.shape[0] * found.shape[1]
+            return found
+
+        return noted
+
+    def video(name: str) -> None:
+        nonlocal running
+        running = name
+        videos[name] += 1
+        _video(models[name], inputs, steps)
+
+    before = [(known, dict(known)) for known in (CHOICES, ESTIMATES)]
+    for known, functions in before:
+        known.update({name: noting(function) for name, function in functions.items()})  # type: ignore[arg-type]
     try:
         with torch.no_grad():
-            seconds = in_turn({name: functools.partial(_video, model, inputs, steps) for name, model in models.items()}, rounds, device)
+            seconds = in_turn({name: functools.partial(video, name) for name in models}, rounds, device)
     finally:
-        CHOICES.update(before)
+        for known, functions in before:
+            known.update(functions)  # type: ignore[arg-type]
         torch.compiler.reset()
-    dense_flops, attention = total_flops(_model(device), inputs), attention_flops(tokens)
-    rows = []
+    model = _model(device)
+    dense_flops, attention = total_flops(model, inputs), attention_flops(tokens)
+    all_heads = steps * sum(block.attn1.heads for block in model.blocks)  # type: ignore[union-attr]
+    span, rows = VideoSpan(0, frames, tokens // frames, 0), []
     for policy in policies:
-        row: Row = {"policy": str(policy), "tokens": tokens, "steps": steps}
-        schedule = plan_of(policy, Geometry.of_frames(frames), Facts()).rows
-        assert isinstance(schedule, Searches)
-        density = sum(kept[policy.name]) / len(kept[policy.name])
-        whole = sum(map(len, schedule.attends_all(steps)))
-        left = steps * (dense_flops - attention) + attention * (whole + (steps - whole) * density)
-        bound = steps * dense_flops / left
         found = seconds[policy.name]
-        rows.append(row | {
-            "density": density, "dense": seconds["dense"].median, "seconds": found.median,
-            "speedup": found.times_faster_than(seconds["dense"]), "bound": bound,
+        plan = plan_of(policy, Geometry.of(span, span), Facts())
+        density = sum(kept[policy.name]) / len(kept[policy.name]) if kept[policy.name] else plan.density
+        whole = sum(map(len, plan.rows.attends_all(steps))) if isinstance(plan.rows, Searches) else 0
+        stride = next((value[0] for name, value in plan.arguments if name == "numbers" and isinstance(value, tuple)), None)
+        estimate = 0.0 if stride is None else heads[policy.name] / (videos[policy.name] * all_heads) / (2 * stride)
+        left = steps * (dense_flops - attention) + attention * (whole + (steps - whole) * density + steps * estimate)
+        bound = steps * dense_flops / left
+        rows.append({
+            "policy": _words(policy), "tokens": tokens, "steps": steps, "density": density, "dense": seconds["dense"].median,
+            "seconds": found.median, "speedup": found.times_faster_than(seconds["dense"]), "bound": bound,
             "share": found.times_faster_than(seconds["dense"]) / bound, "spread": found.spread, "rounds": len(found.rounds),
         })  # fmt: skip
     return rows
 
 
-def _noting(choice: Callable[..., Tensor], found: list[float], mass: Tensor, rows: Tensor, share: float) -> Tensor:
-    chosen = choice(mass, rows, share)
-    found.append(float(chosen.float().mean()))
-    return chosen
+def _words(policy: Policy) -> str:
+    """A policy by its name and what is not at its default."""
+    fields = dict(policy_as_dict(policy))
+    return f"{fields.pop('name')} {', '.join(f'{name}={value}' for name, value in fields.items() if name != 'min_tokens')}".strip()
 
 
 def _video(model: Callable[..., Any], inputs: dict[str, Any], steps: int) -> None:

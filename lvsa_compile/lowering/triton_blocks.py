@@ -52,7 +52,7 @@ def block_attention_triton(
     tile, described = chosen_tile(query, key, value)
     output, log_sum_exp = run_kernel(query, key, value, query_bounds, schedule, fitting(tile, query_block), described, scale, key_mask)
     own = log_sum_exp[:, :, query_first : query_first + tokens]
-    mass = _mass(query, key, query_bounds, ranges, phase, blocks, _weighed_by(now, own), scale, key_mask)
+    mass = mass_of(query, key, query_bounds, ranges, phase, blocks, _weighed_by(now, own), scale, key_mask)
     keep(now, state, chosen(choice, share, mass, query_block, tokens), own)
     return output, log_sum_exp
 
@@ -70,7 +70,7 @@ def _weighed_by(now: Moment, own: Tensor) -> Tensor:
     return torch.where(now.is_stored & (own > float("-inf")), now.stored, own)
 
 
-def _mass(
+def mass_of(
     query: Tensor, key: Tensor, query_bounds: Tensor, ranges: Tensor, phase: Tensor, blocks: Blocks, log_sum_exp: Tensor,
     scale: float | None, key_mask: Tensor | None,
 ) -> Tensor:  # fmt: skip

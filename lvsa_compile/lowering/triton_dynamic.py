@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,10 +12,10 @@ from lvsa_compile.kernels.configurations import Configuration
 from lvsa_compile.lowering.shared.triton_lists import Blocks, Schedule, make_schedule
 from lvsa_compile.lowering.triton import LOWERING as OF_RANGES
 from lvsa_compile.lowering.triton import chosen_tile, run_kernel
-from lvsa_compile.lowering.triton_blocks import fitting
+from lvsa_compile.lowering.triton_blocks import fitting, mass_of
 from lvsa_compile.ops.attention import define_stateful_op, on_the_querys_device
 from lvsa_compile.ops.block_attention import shared_by_heads
-from lvsa_compile.ops.dynamic_attention import ARGUMENTS, kept_now
+from lvsa_compile.ops.dynamic_attention import ARGUMENTS, Choosing, begin, finish
 from lvsa_compile.selection.contract import Lowering
 
 
@@ -30,28 +32,27 @@ def dynamic_attention_triton(
     *,
     scale: float | None = None,
     key_mask: Tensor | None = None,
-    choice: str,
-    numbers: Sequence[float],
-    query_block: int,
-    key_block: int,
-    most_drift: float,
-    layer_gate: Sequence[float],
-    relative: bool,
-    video: Sequence[int],
+    **choosing: Any,
 ) -> tuple[Tensor, Tensor]:
     """Computes ``lvsa::dynamic_attention`` (see ``ops.dynamic_attention`` for shapes and meaning); asks nothing of the host."""
-    ranges, row, (query_first, key_first, tokens) = shared_by_heads(key_ranges), phase.to(query.device), video
-    kept = kept_now(
-        query, key, row, branch, state, scale=scale, choice=choice, numbers=numbers, query_block=query_block, key_block=key_block,
-        most_drift=most_drift, layer_gate=layer_gate, relative=relative, video=video,
-    )  # fmt: skip
-    blocks = Blocks(kept, (row == 0).int(), query_block, key_block, query_first, key_first, tokens)
+    ranges, row, given = shared_by_heads(key_ranges), phase.to(query.device), Choosing(**choosing)
+    now = begin(query, key, key_mask, row, branch, state, scale, given)
+    blocks = Blocks(now.bits, (row == 0).int(), given.query_block, given.key_block, *given.video)
 
     def schedule(tile: Configuration, mask: Tensor | None) -> Schedule:
         return make_schedule(query_bounds, ranges, phase, query.shape[2], key.shape[2], tile, mask, blocks)
 
     tile, described = chosen_tile(query, key, value)
-    return run_kernel(query, key, value, query_bounds, schedule, fitting(tile, query_block), described, scale, key_mask)
+    tile = fitting(tile, given.query_block)
+    output, log_sum_exp = run_kernel(query, key, value, query_bounds, schedule, tile, described, scale, key_mask)
+    if given.by_mass and now.again is not None:
+        first, _, tokens = given.video
+        searching = dataclasses.replace(blocks, moment=2 * now.again.any().int())
+        own = log_sum_exp[:, :, first : first + tokens].contiguous()
+        finish(now, row, branch, state, given, mass_of(query, key, query_bounds, ranges, phase, searching, own, scale, key_mask))
+    else:
+        finish(now, row, branch, state, given, output)
+    return output, log_sum_exp
 
 
 LOWERING = Lowering(

@@ -77,8 +77,7 @@ def block_attention(
             places = (torch.arange(part.start, part.start + len(rows), device=query.device) - query_first).clamp(0, tokens - 1)
             weighed_by = torch.where(now.is_stored, now.stored[:, :, places].to(own.dtype), own)
             weights = (scores - weighed_by[..., None]).exp().masked_fill(own[..., None] == float("-inf"), 0)
-        of_keys = weights.new_zeros(*weights.shape[:3], columns).index_add(3, of_key.clamp(min=0), weights.masked_fill(of_key < 0, 0))
-        mass.index_add_(2, rows.clamp(min=0), of_keys.masked_fill((rows < 0)[:, None], 0))
+        add_mass(mass, weights, rows, of_key)
 
     found = chosen(choice, share, mass, query_block, tokens)
     keep(now, state, found, log_sum_exp[:, :, query_first : query_first + tokens])
@@ -150,6 +149,13 @@ def keep(now: Moment, state: Sequence[Tensor], found: Tensor, log_sum_exp: Tenso
         each.index_copy_(0, now.entry, torch.where(everything, log_sum_exp.to(each.dtype), now.stored)[None])
     told = torch.stack([torch.where(now.searching, now.row + 1, now.done), everything | now.is_stored])
     known.index_copy_(0, now.entry, told.to(known.dtype).expand(1, *known.shape[1:]))
+
+
+def add_mass(mass: Tensor, weights: Tensor, rows: Tensor, of_key: Tensor) -> None:
+    """Adds the weights ``[B, heads, rows, keys]`` of some rows to a mass, by the blocks of rows and keys, -1 beside the video."""
+    of_keys = weights.new_zeros(*weights.shape[:3], mass.shape[3])
+    of_keys.index_add_(3, of_key.clamp(min=0), weights.masked_fill(of_key < 0, 0))
+    mass.index_add_(2, rows.clamp(min=0), of_keys.masked_fill((rows < 0)[:, None], 0))
 
 
 def chosen(choice: str, share: float, mass: Tensor, query_block: int, tokens: int) -> Tensor:

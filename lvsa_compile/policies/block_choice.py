@@ -15,7 +15,7 @@ from torch import Tensor
 from lvsa_compile import reasons
 from lvsa_compile.errors import OptionError
 from lvsa_compile.policies.contract import BATCH, HEAD_DIM, Facts, Geometry, Plan, Policy, State
-from lvsa_compile.policies.rows import Searches
+from lvsa_compile.policies.rows import Rows, Searches, Turn
 from lvsa_compile.policies.tables import OPEN_END, KeyRangeTable, padded
 from lvsa_compile.reasons import Miss
 
@@ -51,13 +51,19 @@ def chooses_blocks(name: str) -> Callable[[Choice], Choice]:
 class Estimate(Protocol):
     """Chooses blocks by queries and keys alone, in each call."""
 
-    def __call__(self, query: Tensor, key: Tensor, numbers: Sequence[float], *, query_block: int, key_block: int, scale: float) -> Tensor:
-        """Which blocks are kept, bool ``[B, heads, query blocks, key blocks]``.
+    def __call__(
+        self, query: Tensor, key: Tensor, counts: Tensor | None, numbers: Sequence[float], heads: Tensor | None, *, query_block: int,
+        key_block: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Which blocks are kept, bool ``[B, heads, query blocks, key blocks]``; asks nothing of the host.
 
-        ``query`` and ``key`` are those of the video, ``[B, heads, tokens, head_dim]``; ``numbers`` are the policy's own.
+        ``query`` and ``key`` are those of the video, ``[B, heads, tokens, head_dim]``; ``counts`` says which keys a mask leaves, bool
+        ``[B or 1, heads or 1, tokens]``, all if None.  ``numbers`` are the policy's own; where these are some of the model's heads,
+        ``heads`` are their numbers.
         """
 
 
+_ONE_ROW = Turn(1)
 ESTIMATES: dict[str, Estimate] = {}
 """By the name that ``Plan.arguments`` has."""
 
@@ -122,20 +128,26 @@ def block_plan(
 
 
 def dynamic_plan(
-    policy: Policy, geometry: Geometry, facts: Facts, choice: str, numbers: tuple[float, ...], *, block: int, density: float,
-    most_drift: float | None = None, layer_gate: tuple[float, float] | None = None, relative: bool = False,
+    policy: Policy, geometry: Geometry, facts: Facts, choice: str, numbers: tuple[float, ...], *, blocks: tuple[int, int], density: float,
+    rows: Rows = _ONE_ROW, most_drift: float | None = None, layer_gate: tuple[float, float] | None = None, relative: bool = False,
 ) -> Plan:  # fmt: skip
-    """The plan of a policy that chooses blocks in each call by ``ESTIMATES[choice]``; heads keep them where ``most_drift`` is given."""
-    state = [State("holds", (BATCH,), torch.int32)]
+    """The plan of a policy that chooses ``blocks`` of so many queries and keys in each call by ``ESTIMATES[choice]``.
+
+    Where ``most_drift`` is given heads keep them, and ``CHOICES[choice]`` does, too.  In rows but the first everything is attended.
+    """
+    query_block, key_block = blocks
+    state = [State("holds", (1,) if most_drift is None else (BATCH,), torch.int32)]
     if most_drift is not None:
-        state.append(kept_blocks(geometry, block, block))
+        state.append(kept_blocks(geometry, query_block, key_block))
         state.append(State("means", (BATCH, 2, geometry.heads, HEAD_DIM), torch.float32, zeroed=False))
     arguments = (
-        ("choice", choice), ("numbers", numbers), ("query_block", block), ("key_block", block),
+        ("choice", choice), ("numbers", numbers), ("query_block", query_block), ("key_block", key_block),
         ("most_drift", -1.0 if most_drift is None else float(most_drift)), ("layer_gate", layer_gate or ()), ("relative", relative),
     )  # fmt: skip
-    table = table_of_blocks(geometry, block)
-    return Plan(policy, geometry, facts, table, op="dynamic_attention", state=tuple(state), arguments=arguments, density=density)
+    return Plan(
+        policy, geometry, facts, table_of_blocks(geometry, query_block, rows.count), rows, op="dynamic_attention", state=tuple(state),
+        arguments=arguments, density=density,
+    )  # fmt: skip
 
 
 def table_of_blocks(geometry: Geometry, query_block: int, rows: int = 1) -> KeyRangeTable:

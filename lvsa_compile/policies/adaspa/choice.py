@@ -88,7 +88,8 @@ def _video(mass: Tensor, video_blocks: int) -> Tensor:
 
 def _kept(video: Tensor, sparsity: float | Tensor) -> Tensor:
     """The key blocks of most mass, for each query block."""
-    share = torch.as_tensor(sparsity, dtype=torch.float64, device=video.device)
+    given = sparsity if isinstance(sparsity, Tensor) else torch.full((), sparsity, dtype=torch.float64, device=video.device)
+    share = given.to(video.device, torch.float64)
     blocks = torch.ceil((1 - share) * video.shape[-1] - _ROUNDING).clamp(min=1)
     _, place = in_falling_order(video)
     return place < (blocks[..., None, None] if blocks.dim() else blocks)

@@ -11,6 +11,7 @@ from lvsa_compile.policies.block_choice import dynamic_plan
 from lvsa_compile.policies.contract import Facts, Geometry, Plan, Policy
 from lvsa_compile.policies.given import given_policy
 from lvsa_compile.policies.haste.refreshing import check_refreshing
+from lvsa_compile.policies.losa.policy import LoSA
 from lvsa_compile.policies.xattention.policy import XAttention
 from lvsa_compile.reasons import Miss
 
@@ -23,12 +24,14 @@ class Haste:
     guidance branch and layer has its own.  Dense steps, as ``dense_steps`` of the backend asks for them, choose nothing.
 
     Args:
-        base: the policy that chooses, ``XAttention(stride=16)`` if none is given; its name, or a dict of its name and fields, do too.
+        base: the policy that chooses, ``XAttention(stride=16)`` if none is given, or ``LoSA()``; its name, or a dict of its name and
+            fields, do too.  Over LoSA a head that chooses anew attends everything in that call; LoSA's dense steps hold.
         threshold: up to this drift a head keeps its blocks.  It has the units of queries and keys, so that each model has its own; the
             paper has 30 for XAttention on Wan.
         layer_gate: of two shares of a layer's heads: where fewer than the first would choose anew none does, where more than the second
             all do.  None leaves each head to itself.
-        relative: drifts are divided by the L1 norm of the means at the last choice, so that the threshold has no units.
+        relative: drifts are divided by the L1 norm of the means at the last choice, so that the threshold has no units and
+            is a number such as 0.5.
 
     Raises:
         OptionError: a value that it cannot have, named with its remedy.
@@ -48,11 +51,9 @@ class Haste:
     def __post_init__(self) -> None:
         if isinstance(self.base, (str, Mapping)):
             object.__setattr__(self, "base", given_policy("base", self.base))
-        if not isinstance(self.base, XAttention):
-            raise OptionError("base", self.base, "its blocks cannot be kept", "Give 'xattention', or XAttention(stride=16).")
-        check_refreshing(self.threshold, self.layer_gate)
-        if not isinstance(self.relative, bool):
-            raise OptionError("relative", self.relative, "not True or False", "Give True or False.")
+        if not isinstance(self.base, (XAttention, LoSA)):
+            raise OptionError("base", self.base, "its blocks cannot be kept by heads", "Give 'xattention' or 'losa', or such a policy.")
+        check_refreshing(self.threshold, self.layer_gate, self.relative)
 
     def applies(self, geometry: Geometry, facts: Facts) -> Miss | None:
         """Where its base does."""
@@ -62,8 +63,12 @@ class Haste:
     def plan(self, geometry: Geometry, facts: Facts) -> Plan:
         """That of its base, whose blocks are kept."""
         plan = self.base.plan(geometry, facts)
+        if isinstance(self.base, LoSA):
+            numbers, sizes = (self.base.threshold,), (self.base.query_block, self.base.key_block)
+        else:
+            numbers, sizes = self.base.numbers, (self.base.block, self.base.block)
         return dynamic_plan(
-            self, geometry, facts, self.base.name, self.base.numbers, block=self.base.block, density=plan.density,
+            self, geometry, facts, self.base.name, numbers, blocks=sizes, density=plan.density, rows=plan.rows,
             most_drift=self.threshold, layer_gate=self.layer_gate, relative=self.relative,
         )  # fmt: skip
 

@@ -29,10 +29,18 @@ def drift(query_mean: Tensor, key_mean: Tensor, anchor_query: Tensor, anchor_key
     return found[0] + found[1]
 
 
-def check_refreshing(threshold: object, layer_gate: object) -> None:
+_MOST_RELATIVE = 4.0
+"""A relative drift beyond which means would have to turn around and double."""
+
+
+def check_refreshing(threshold: object, layer_gate: object, relative: object = False) -> None:
     """Raises OptionError where a threshold or a gate cannot be."""
+    if not isinstance(relative, bool):
+        raise OptionError("relative", relative, "not True or False", "Give True or False.")
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold >= 0:
         raise OptionError("threshold", threshold, "it is a distance", "Give 0 or more; the paper has 30 for XAttention on Wan.")
+    if relative and threshold > _MOST_RELATIVE:
+        raise OptionError("threshold", threshold, "relative drifts hardly reach it", "Give a number such as 0.5 with relative=True.")
     if layer_gate is None:
         return
     values = layer_gate if isinstance(layer_gate, tuple) else ()

@@ -10,7 +10,9 @@ from lvsa_compile.errors import OptionError
 from lvsa_compile.policies.blocks import check_query_and_key, in_falling_order
 
 
-def estimated_mass(query: Tensor, key: Tensor, *, block: int, stride: int, scale: float | None = None) -> Tensor:
+def estimated_mass(
+    query: Tensor, key: Tensor, *, block: int, stride: int, scale: float | None = None, counts: Tensor | None = None
+) -> Tensor:
     """The softmax mass of each block, estimated from one score in ``stride`` of each ``stride`` × ``stride`` tile's antidiagonals.
 
     Tile ``[a, b]`` has the score ``sum(query[a * stride + stride - 1 - u] · key[b * stride + u] for u in range(stride)) / stride``; the
@@ -22,6 +24,7 @@ def estimated_mass(query: Tensor, key: Tensor, *, block: int, stride: int, scale
         block: tokens of a block, a multiple of ``stride``.
         stride: tokens of a tile's side.
         scale: of the scores, ``head_dim ** -0.5`` if None.
+        counts: which keys count, bool ``[B or 1, H or 1, N]``, all if None; others are as those behind the last token.
 
     Returns:
         ``[B, H, query blocks, key blocks]``, in float64 of float64, else in float32; a row sums to the tiles of its query block.
@@ -42,11 +45,19 @@ def estimated_mass(query: Tensor, key: Tensor, *, block: int, stride: int, scale
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     scale = (query.shape[-1] ** -0.5 if scale is None else scale) / stride
     query = _tiles(query.to(dtype), stride).flip(3).flatten(3)
-    key = _tiles(key.to(dtype), stride).flatten(3).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    key = key.to(dtype).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    absent = None
+    if counts is not None:
+        key = key.masked_fill(~counts[..., None], 0.0)
+        absent = ~_tiles(counts[..., None], stride).any(3).mT  # [B or 1, H or 1, 1, tiles]
+    key = _tiles(key, stride).flatten(3)
     per_block, tiles = block // stride, key.shape[2]
     found = []
     for rows in query.split(per_block, 2):
-        weights = torch.softmax(rows @ key.mT * scale, -1).sum(2)
+        scores = rows @ key.mT * scale
+        if absent is not None:
+            scores = scores.masked_fill(absent, float("-inf"))
+        weights = torch.softmax(scores, -1).nan_to_num(0.0).sum(2)
         found.append(F.pad(weights, (0, -tiles % per_block)).unflatten(-1, (-1, per_block)).sum(-1))
     return torch.stack(found, 2)
 

@@ -79,15 +79,19 @@ class XAttention:
 
     def plan(self, geometry: Geometry, facts: Facts) -> Plan:
         """A row in which blocks are chosen."""
-        return dynamic_plan(self, geometry, facts, self.name, self.numbers, block=self.block, density=_DENSITY)
+        return dynamic_plan(self, geometry, facts, self.name, self.numbers, blocks=(self.block, self.block), density=_DENSITY)
 
 
 @estimates_blocks(XAttention.name)
-def _choose(query: Tensor, key: Tensor, numbers: Sequence[float], *, query_block: int, key_block: int, scale: float) -> Tensor:
+def _choose(
+    query: Tensor, key: Tensor, counts: Tensor | None, numbers: Sequence[float], heads: Tensor | None, *, query_block: int, key_block: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
     stride, *shares = numbers
-    threshold = torch.tensor(shares, dtype=torch.float64, device=query.device)
-    heads = query.shape[1]
-    return blocks_of(estimated_mass(query, key, block=query_block, stride=int(stride), scale=scale), threshold.expand(heads))
+    one_each = [torch.full((), share, dtype=torch.float64, device=query.device) for share in shares]  # a list would be copied there
+    threshold = torch.stack(one_each) if len(shares) > 1 else one_each[0].expand(query.shape[1])
+    threshold = threshold if heads is None or len(shares) == 1 else threshold[heads]
+    return blocks_of(estimated_mass(query, key, block=query_block, stride=int(stride), scale=scale, counts=counts), threshold)
 
 
 POLICY = XAttention
