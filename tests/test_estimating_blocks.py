@@ -107,7 +107,10 @@ class Following(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-        if func is not F.scaled_dot_product_attention or given["key"].shape[2] < self.first + self.tokens:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        length = given["query"].shape[2]
+        if length < self.first + self.tokens or given["key"].shape[2] != length:
             return func(*args, **kwargs)
         head = self.heads.setdefault((self.branch, self.calls), Head(self.policy))
         self.calls += 1
