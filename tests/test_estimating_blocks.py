@@ -21,6 +21,7 @@ from lvsa_compile.lowering.triton_dynamic import dynamic_attention_triton
 from lvsa_compile.ops.dynamic_attention import dynamic_attention
 from lvsa_compile.policies import haste, losa, xattention
 from lvsa_compile.policies.block_choice import unpacked
+from lvsa_compile.policies.given import given_policy, policy_as_dict
 from lvsa_compile.policies.xattention.choice import blocks_of
 
 XATTENTION = XAttention(block=16, stride=4, threshold=0.7, min_tokens=0)
@@ -303,6 +304,15 @@ def test_nothing_compiles_again_and_what_is_kept_is_told():
             run(**at_step(step, 1))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert "MiB kept from step to step" in str(lvsa_compile.reports()[0])
+
+
+def test_a_policy_in_a_policy_is_spelled_as_json_has_it():
+    spelled = {"name": "haste", "base": {"name": "xattention", "block": 64, "threshold": [0.5, 0.9]}, "layer_gate": [0.2, 0.9]}
+    policy = given_policy("policy", spelled)
+    assert policy == Haste(XAttention(block=64, threshold=(0.5, 0.9)), layer_gate=(0.2, 0.9))
+    assert policy_as_dict(policy) == spelled
+    assert policy_as_dict(Haste(LOSA))["base"]["name"] == "losa"
+    assert policy_as_dict(Haste()) == {"name": "haste"}
 
 
 # --- what is said -------------------------------------------------------------------------------------------------------------------

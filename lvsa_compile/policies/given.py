@@ -80,4 +80,6 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, Policy):
+        return policy_as_dict(value)
     return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
