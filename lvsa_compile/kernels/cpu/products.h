@@ -106,18 +106,39 @@ void multiply_in_registers(const float* a, int64_t rows, const float* b, int64_t
   }
 }
 
+#ifdef LVSA_TILES
+constexpr int64_t kLeastInTiles = 4;  // rows, and words of depth, that are worth configuring tiles for
+
+// As `multiply`, of rows that are a multiple of 16, or `of_tile` of them.
+inline void multiply_rows_in_tiles(const float* a, int64_t rows, int64_t of_tile, const float* b, int64_t panels, int64_t panel_stride,
+                                   int64_t depth, float* c, bool accumulate) {
+  const int64_t tiled = depth / kTileSide * kTileSide, rest = depth - tiled;
+  if (tiled) {
+    if (of_tile < kTileSide) configure_tiles(of_tile, kTileSide);
+    multiply_in_tiles(a, rows, b, panels, panel_stride, tiled, c, accumulate);
+  }
+  a += tiled, b += tiled * kLanes, accumulate |= tiled > 0;
+  if (rest >= kLeastInTiles) {
+    configure_tiles(of_tile, rest);
+    multiply_in_tiles(a, rows, b, panels, panel_stride, rest, c, accumulate);
+  } else if (rest) {
+    multiply_in_registers<BFloat16>(a, rows, b, panels, panel_stride, rest, c, accumulate);
+  }
+  if (of_tile < kTileSide || rest >= kLeastInTiles) configure_tiles(kTileSide, kTileSide);
+}
+#endif
+
 template <typename T>
 void multiply(const float* a, int64_t rows, const float* b, int64_t panels, int64_t panel_stride, int64_t depth, float* c,
               bool accumulate, bool tiles) {
 #ifdef LVSA_TILES
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const int64_t tiled_rows = rows / kTileSide * kTileSide, tiled_depth = depth / kTileSide * kTileSide;
-    if (tiles && tiled_rows && tiled_depth) {
-      multiply_in_tiles(a, tiled_rows, b, panels, panel_stride, tiled_depth, c, accumulate);
-      if (tiled_depth < depth)
-        multiply_in_registers<T>(a + tiled_depth, tiled_rows, b + tiled_depth * kLanes, panels, panel_stride, depth - tiled_depth, c, true);
-      a += tiled_rows * kStride, c += tiled_rows * kStride, rows -= tiled_rows;
-      if (!rows) return;
+    if (tiles && depth >= kLeastInTiles) {
+      const int64_t tiled = rows / kTileSide * kTileSide, rest = rows - tiled;
+      if (tiled) multiply_rows_in_tiles(a, tiled, kTileSide, b, panels, panel_stride, depth, c, accumulate);
+      a += tiled * kStride, c += tiled * kStride, rows = rest;
+      if (rest >= kLeastInTiles) multiply_rows_in_tiles(a, rest, rest, b, panels, panel_stride, depth, c, accumulate);
+      if (!rest || rest >= kLeastInTiles) return;
     }
   }
 #endif

@@ -17,13 +17,20 @@ inline bool tiles_allowed() {
   return allowed;
 }
 
-// Tile registers of a thread, all of 16 rows of 64 bytes, from here to the end of the scope.
-struct Tiles {
-  Tiles() {
-    alignas(64) uint8_t configuration[64] = {1};
-    for (int tile = 0; tile < 8; ++tile) configuration[16 + 2 * tile] = 64, configuration[48 + tile] = 16;
-    _tile_loadconfig(configuration);
+// Tile registers for products of so many rows over so many words of depth: sums in 0 to 3, rows in 4 and 5, columns in 6 and 7.
+inline void configure_tiles(int64_t rows, int64_t depth) {
+  alignas(64) uint8_t configuration[64] = {1};
+  for (int tile = 0; tile < 8; ++tile) {
+    configuration[16 + 2 * tile] = tile == 4 || tile == 5 ? uint8_t(4 * depth) : 64;
+    configuration[48 + tile] = uint8_t(tile < 6 ? rows : depth);
   }
+  asm volatile("" : : "r"(configuration) : "memory");  // GCC takes the instruction to read 8 bytes alone
+  _tile_loadconfig(configuration);
+}
+
+// Tile registers of a thread, configured for whole tiles, from here to the end of the scope.
+struct Tiles {
+  Tiles() { configure_tiles(kTileSide, kTileSide); }
   ~Tiles() { _tile_release(); }
 };
 
@@ -62,10 +69,10 @@ inline void multiply_tiles(const float* a, const float* b, int64_t panel_stride,
   if constexpr (ROWS > 1 && PANELS > 1) _tile_stored(3, c + down + kTileSide, bytes);
 }
 
-// Whole tiles of C[rows, panels * 16]: rows and words of the depth are multiples of 16.
+// C[rows, panels * 16], where rows and words of the depth are multiples of 16, or as many as tiles are configured for.
 inline void multiply_in_tiles(const float* a, int64_t rows, const float* b, int64_t panels, int64_t panel_stride, int64_t depth, float* c,
                               bool accumulate) {
-  const int64_t chunks = depth / kTileSide;
+  const int64_t chunks = (depth + kTileSide - 1) / kTileSide;
   for (int64_t p = 0; p < panels; p += 2) {
     const bool two_panels = p + 1 < panels;
     for (int64_t r = 0; r < rows; r += 2 * kTileSide) {
