@@ -45,13 +45,13 @@ def dynamic_attention_triton(
     tile, described = chosen_tile(query, key, value)
     tile = fitting(tile, given.query_block)
     output, log_sum_exp = run_kernel(query, key, value, query_bounds, schedule, tile, described, scale, key_mask)
+    mass = None
     if given.by_mass and now.again is not None:
         first, _, tokens = given.video
         searching = dataclasses.replace(blocks, moment=2 * now.again.any().int())
         own = log_sum_exp[:, :, first : first + tokens].contiguous()
-        finish(now, row, branch, state, given, mass_of(query, key, query_bounds, ranges, phase, searching, own, scale, key_mask))
-    else:
-        finish(now, row, branch, state, given, output)
+        mass = mass_of(query, key, query_bounds, ranges, phase, searching, own, scale, key_mask)
+    finish(now, row, branch, state, given, mass)
     return output, log_sum_exp
 
 

@@ -61,13 +61,13 @@ def dynamic_attention(
     value_a = value.to(accumulation_dtype(query.dtype)).repeat_interleave(query.shape[1] // key.shape[1], 1)
     output = output_like(query, value)
     log_sum_exp = torch.empty(query.shape[:3], dtype=value_a.dtype, device=query.device)
-    mass = torch.zeros(attended.shape, dtype=value_a.dtype, device=query.device)
+    mass = torch.zeros(attended.shape, dtype=value_a.dtype, device=query.device) if given.by_mass else None
     of_key = block_numbers(key.shape[2], key_first, tokens, given.key_block, query.device)
     of_blocks = (query, key, query_bounds, ranges, row, attended, given.query_block, given.key_block, given.video)
     for part, rows, scores in scores_in_blocks(*of_blocks, scale=scale, key_mask=key_mask):
         weights, log_sum_exp[:, :, part] = weights_of(scores)
         output[:, :, part] = (weights @ value_a).to(query.dtype)
-        if given.by_mass:
+        if mass is not None:
             add_mass(mass, weights, rows, of_key)
     finish(now, row, branch, state, given, mass)
     return output, log_sum_exp
@@ -156,12 +156,12 @@ def begin(
     return Now(torch.where(again[..., None, None], found, memory.kept), again, means, memory)
 
 
-def finish(now: Now, row: Tensor, branch: Tensor, state: Sequence[Tensor], given: Choosing, mass: Tensor) -> None:
-    """Brings the state forward; ``mass`` counts where blocks are chosen by it."""
+def finish(now: Now, row: Tensor, branch: Tensor, state: Sequence[Tensor], given: Choosing, mass: Tensor | None) -> None:
+    """Brings the state forward; ``mass`` is None where blocks are not chosen by it."""
     if now.again is None or now.means is None or now.memory is None:
         return
     kept = now.bits
-    if given.by_mass:
+    if mass is not None:
         kept = torch.where(now.again[..., None, None], given.chosen_by_mass(mass), now.memory.kept)
     anchors = torch.where(now.again[:, None, :, None], now.means, now.memory.means)
     for each, value in zip(state, (now.memory.holds | (row == 0), kept, anchors), strict=True):

@@ -1,6 +1,6 @@
 """Choosing blocks while the model runs: what the policies that do so share.
 
-Their op is ``block_attention``: see ``lvsa_compile/ops/block_attention.py``.
+Their ops are ``block_attention`` and ``dynamic_attention``: see ``lvsa_compile/ops``.
 """
 
 from __future__ import annotations

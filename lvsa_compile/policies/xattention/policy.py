@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lvsa_compile.errors import OptionError
-from lvsa_compile.policies.block_choice import MIN_TOKENS, check_block, dynamic_plan, estimates_blocks, why_no_blocks
+from lvsa_compile.policies.block_choice import MIN_TOKENS, check_block, check_schedule, dynamic_plan, estimates_blocks, why_no_blocks
 from lvsa_compile.policies.contract import Facts, Geometry, Plan
 from lvsa_compile.policies.xattention.choice import blocks_of, estimated_mass
 from lvsa_compile.reasons import Miss
@@ -59,8 +59,7 @@ class XAttention:
         if self.text != "keep":
             problem = "text that competes with the video is not there"
             raise OptionError("text", self.text, problem, "Give 'keep': every query attends all text.")
-        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
-            raise OptionError("min_tokens", self.min_tokens, "not a number of tokens of the video", "Give 0, 1, 2, ...")
+        check_schedule(0, 0, self.min_tokens)
 
     @property
     def numbers(self) -> tuple[float, ...]:
