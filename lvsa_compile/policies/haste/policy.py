@@ -63,12 +63,8 @@ class Haste:
     def plan(self, geometry: Geometry, facts: Facts) -> Plan:
         """That of its base, whose blocks are kept."""
         plan = self.base.plan(geometry, facts)
-        if isinstance(self.base, LoSA):
-            numbers, sizes = (self.base.threshold,), (self.base.query_block, self.base.key_block)
-        else:
-            numbers, sizes = self.base.numbers, (self.base.block, self.base.block)
         return dynamic_plan(
-            self, geometry, facts, self.base.name, numbers, blocks=sizes, density=plan.density, rows=plan.rows,
+            self, geometry, facts, self.base.name, self.base.numbers, blocks=self.base.blocks, density=plan.density, rows=plan.rows,
             most_drift=self.threshold, layer_gate=self.layer_gate, relative=self.relative,
         )  # fmt: skip
 

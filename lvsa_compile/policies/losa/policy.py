@@ -56,6 +56,16 @@ class LoSA:
         check_threshold(self.threshold)
         check_schedule(self.dense_steps, self.dense_last, self.min_tokens)
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """As its choice gets them: the threshold."""
+        return (self.threshold,)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Tokens of a query block and of a key block."""
+        return self.query_block, self.key_block
+
     def applies(self, geometry: Geometry, facts: Facts) -> Miss | None:
         """Not where the video has fewer than ``min_tokens``."""
         return why_no_blocks(geometry, self.name, self.min_tokens)

@@ -66,6 +66,11 @@ class XAttention:
         """As its estimate gets them: the stride, then thresholds."""
         return float(self.stride), *(map(float, self.threshold) if isinstance(self.threshold, tuple) else (float(self.threshold),))
 
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Tokens of a query block and of a key block."""
+        return self.block, self.block
+
     def applies(self, geometry: Geometry, facts: Facts) -> Miss | None:
         """Not where the video has fewer than ``min_tokens``.
 
@@ -78,7 +83,7 @@ class XAttention:
 
     def plan(self, geometry: Geometry, facts: Facts) -> Plan:
         """A row in which blocks are chosen."""
-        return dynamic_plan(self, geometry, facts, self.name, self.numbers, blocks=(self.block, self.block), density=_DENSITY)
+        return dynamic_plan(self, geometry, facts, self.name, self.numbers, blocks=self.blocks, density=_DENSITY)
 
 
 @estimates_blocks(XAttention.name)
